@@ -1,0 +1,54 @@
+"""Environment of every test: no network, no user cache, one torch thread, warnings are errors."""
+
+# The environment must be set before torch, triton or transformers is imported by any test.
+# ruff: noqa: E402
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+_cache = tempfile.mkdtemp(prefix="vlmfix-tests-")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ["VLMFIX_CACHE"] = _cache
+os.environ["XDG_CACHE_HOME"] = _cache
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+if not torch.cuda.is_available():
+    # Triton kernels then run in its interpreter, which reads this on import.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+torch.set_num_threads(1)
+
+import pytest
+
+WARNINGS = (
+    "error",
+    # Raised inside torch and transformers on import or by their own internals; not ours to mend.
+    "ignore::DeprecationWarning:torch.*",
+    "ignore::DeprecationWarning:transformers.*",
+    "ignore::FutureWarning:torch.*",
+    "ignore::FutureWarning:transformers.*",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make warnings errors."""
+    for line in reversed(WARNINGS):
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of recorded reference data; tests that need it are skipped where it is absent."""
+    folder = Path(
+        os.environ.get("VLMFIX_GOLDEN", Path(__file__).parents[1].parent / "shared" / "golden")
+    )
+    if not folder.is_dir():
+        pytest.skip(f"no golden data at {folder}; set VLMFIX_GOLDEN to the folder")
+    return folder
