@@ -43,12 +43,20 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, by name, what needs a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of recorded reference data; tests that need it are skipped where it is absent."""
-    folder = Path(
-        os.environ.get("VLMFIX_GOLDEN", Path(__file__).parents[1].parent / "shared" / "golden")
-    )
+    beside = Path(__file__).resolve().parents[2] / "shared" / "golden"
+    folder = Path(os.environ.get("VLMFIX_GOLDEN", beside))
     if not folder.is_dir():
         pytest.skip(f"no golden data at {folder}; set VLMFIX_GOLDEN to the folder")
     return folder

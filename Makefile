@@ -1,0 +1,63 @@
+# `make` alone lists the words. Each word makes .venv and installs what it needs on its first use.
+# PYTHON=/path/to/python uses that interpreter as it is, and then installs nothing.
+# BASE_PYTHON is the interpreter that .venv is made with.
+
+.DEFAULT_GOAL := help
+# demo, evals, kernels and methods are also folders here, so every target is declared phony.
+.PHONY: help setup eval eval-full test test-full check demo bench fmt clean
+
+BASE_PYTHON ?= python3
+TORCH := torch==2.13.0
+
+ifeq ($(origin PYTHON),undefined)
+PYTHON := .venv/bin/python
+FOR_EVAL := .venv/.vlmfix-eval
+FOR_DEV := .venv/.vlmfix-dev
+endif
+
+help:  ## list these words
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(FOR_DEV)  ## make .venv with everything that the tests need
+
+eval: $(FOR_EVAL)  ## POPE on the bundled images and model: base, VAR and PAI, 100 images
+	$(PYTHON) -m vlmfix eval pope --method var,pai --limit 100
+
+eval-full: $(FOR_EVAL)  ## POPE and CHAIR on all bundled images: base, VAR and PAI
+	$(PYTHON) -m vlmfix eval pope,chair --method var,pai
+
+test: $(FOR_DEV)  ## the tests of every change; a few minutes on two cores
+	$(PYTHON) -m pytest -q -m "not slow and not gpu"
+
+test-full: $(FOR_DEV)  ## every test; those for a GPU are skipped, by name, where there is none
+	$(PYTHON) -m pytest -q
+
+check: $(FOR_DEV)  ## lint, format and types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+demo: $(FOR_EVAL)  ## the demo in the browser
+	$(PYTHON) -m vlmfix demo
+
+bench: $(FOR_EVAL)  ## speed of decoding, wrapped over plain
+	$(PYTHON) -m vlmfix bench
+
+fmt: $(FOR_DEV)  ## format the code and mend what the linter can mend
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+clean:  ## remove caches and build output; .venv and runs/ stay
+	rm -rf build dist ./*.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+
+# A venv that failed half-way has a python but no pip, so pip is the proof that it is whole.
+.venv/bin/pip:
+	$(BASE_PYTHON) -m venv .venv || { rm -rf .venv; \
+	  echo "could not make .venv; on Debian: apt install python3-venv" >&2; exit 1; }
+
+# The tested torch goes in first: resolving it with the rest may bring another version.
+.venv/.vlmfix-%: pyproject.toml | .venv/bin/pip
+	$(PYTHON) -c "import torch" 2>/dev/null || $(PYTHON) -m pip install -q "$(TORCH)"
+	$(PYTHON) -m pip install -q -e ".[$*]"
+	@touch $@
