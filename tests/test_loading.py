@@ -1,0 +1,201 @@
+"""Models and images from names and files, and what is said when they cannot be used."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+import shutil
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import tiny
+import tiny_folders
+import torch
+from PIL import Image
+
+from vlmfix.errors import BadInput, MissingDependency, UnsupportedModel
+from vlmfix.loading import load, load_image, load_model
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folders.save("llava", tmp_path_factory.mktemp("llava"), with_processor=True)
+
+
+@pytest.fixture
+def copy(llava: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llava, tmp_path / "copy"))
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_a_folder_gives_the_saved_model_and_a_processor(llava: Path) -> None:
+    model, processor = load(llava, device="cpu")
+    assert not model.training
+    saved = tiny.build("llava").model.state_dict()
+    assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
+    words = processor(text="user <image> ?", images=Image.new("RGB", (20, 30)), return_tensors="pt")
+    assert (words["input_ids"] == model.config.image_token_id).sum() == 16
+
+
+def test_dtype_by_name(llava: Path) -> None:
+    assert load_model(llava, dtype="bf16", device="cpu").dtype == torch.bfloat16
+    assert load_model(llava, dtype=torch.float16, device="cpu").dtype == torch.float16
+    with pytest.raises(BadInput, match="float32"):
+        load_model(llava, dtype="int3")
+
+
+@pytest.mark.parametrize("device", ["toaster", "cuda"])
+def test_a_device_that_is_not_there(llava: Path, device: str) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(BadInput, match="use cpu"):
+        load_model(llava, device=device)
+
+
+def test_a_model_without_processor_loads_alone(tmp_path: Path) -> None:
+    folder = tiny_folders.save("qwen2_5_vl", tmp_path)
+    assert load_model(folder, device="cpu").config.model_type == "qwen2_5_vl"
+    with pytest.raises(BadInput, match="processor.save_pretrained"):
+        load(folder)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed"
+)
+def test_a_processor_that_needs_torchvision_says_so(tmp_path: Path) -> None:
+    folder = tiny_folders.save("qwen2_5_vl", tmp_path)
+    tiny_folders.tokenizer().save_pretrained(folder)
+    kinds = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor",
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(kinds))
+    with pytest.raises(MissingDependency, match="pip install torchvision.*LLaVA-NeXT"):
+        load(folder)
+
+
+def test_a_tokenizer_is_not_a_processor(copy: Path) -> None:
+    (copy / "processor_config.json").unlink()
+    with pytest.raises(BadInput, match="processor.save_pretrained"):
+        load(copy)
+
+
+def test_a_text_only_model_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    tiny.build("llama").model.config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="text-only.*'llama'"):
+        load_model(tmp_path)
+
+
+def test_names_that_lead_nowhere(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    for name, hint in [
+        (tmp_path, "no config.json in the folder"),
+        (file, "is a file"),
+        (tmp_path / "absent", "no folder"),
+        ("absent", "no folder"),
+        ("nobody/nothing", "pass the folder"),
+    ]:
+        with pytest.raises(BadInput, match=hint) as caught:
+            load(name)
+        assert str(name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "hint"),
+    [
+        ("{", BadInput, "not valid JSON"),
+        ("{}", BadInput, "model_type"),
+        ('{"model_type": "wobble"}', UnsupportedModel, "update transformers"),
+        ('{"model_type": "w", "auto_map": {"AutoConfig": "a.B"}}', UnsupportedModel, "own code"),
+    ],
+)
+def test_damaged_or_foreign_configs(
+    copy: Path, text: str, kind: type[Exception], hint: str
+) -> None:
+    (copy / "config.json").write_text(text)
+    with pytest.raises(kind, match=hint):
+        load_model(copy)
+
+
+def test_damaged_weights(copy: Path) -> None:
+    weights = copy / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BadInput, match="download them again"):
+        load_model(copy)
+    weights.unlink()
+    with pytest.raises(BadInput, match=r"model\.safetensors"):
+        load_model(copy)
+
+
+def test_missing_weights_are_not_replaced_by_noise(copy: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = copy / "model.safetensors"
+    kept = {k: v.clone() for k, v in load_file(weights).items() if "layers.1.mlp" not in k}
+    save_file(kept, weights, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match="lacks"):
+        load_model(copy)
+
+
+def test_every_kind_of_image_source(tmp_path: Path) -> None:
+    image = Image.new("RGB", (3, 2), (10, 20, 30))
+    data = encoded(image)
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    for source in (image, path, str(path), data, url):
+        read = load_image(source)
+        assert (read.mode, read.size, read.getpixel((0, 0))) == ("RGB", (3, 2), (10, 20, 30))
+
+
+def test_exif_turns_the_image(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert load_image(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)).size == (4, 8)
+
+
+def test_palette_with_transparency_and_grey() -> None:
+    palette = Image.new("P", (2, 2))
+    data = encoded(palette, transparency=b"\x00\xff")
+    assert load_image(data).mode == "RGB"
+    assert load_image(Image.new("L", (2, 2), 7)).getpixel((0, 0)) == (7, 7, 7)
+
+
+def test_images_that_cannot_be_used(tmp_path: Path) -> None:
+    text = tmp_path / "notes.png"
+    text.write_text("not an image")
+    empty = tmp_path / "empty.jpg"
+    empty.touch()
+    noise = Image.effect_noise((64, 64), 80)
+    for source, hint in [
+        (tmp_path / "absent.png", "no image file"),
+        (tmp_path, "is a folder"),
+        (text, "not an image"),
+        (empty, "not an image"),
+        (encoded(noise)[:600], "damaged"),
+        (encoded(noise, "JPEG")[:600], "damaged"),
+        (encoded(noise.convert("I;16")), "8 bits"),
+        ("https://example.com/a.png", "download"),
+        ("data:image/png;base64,@@@", "base64"),
+        ("data:nothing", "no comma"),
+        (7, "pass a path"),
+    ]:
+        with pytest.raises(BadInput, match=hint):
+            load_image(source)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("limit", [150, 99])
+def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    data = encoded(Image.new("RGB", (10, 20)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(BadInput, match="too large"):
+        load_image(data)

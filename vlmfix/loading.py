@@ -1,0 +1,323 @@
+"""From a name to a model and its processor, from a path or bytes to an image.
+
+No code of a checkpoint is ever run (`trust_remote_code` stays off), and the bundled model needs no
+network.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import struct
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote_to_bytes
+
+from vlmfix.errors import BadInput, MissingDependency, UnsupportedModel, VlmfixError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+__all__ = ["load", "load_image", "load_model"]
+
+_DTYPES = {
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "fp16": "float16",
+    "float16": "float16",
+    "fp32": "float32",
+    "float32": "float32",
+}
+_WAY_OUT = "MODEL is a hub id, a local model folder, or 'emoji' (the bundled model)"
+
+
+def load(
+    name: str | os.PathLike[str] = "emoji",
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> tuple[Any, Any]:
+    """Load a vision-language model in eval mode, and its processor.
+
+    Args:
+        name: "emoji" for the bundled model, a local folder, or a hub id.
+        dtype: bfloat16, float16 or float32, as a torch dtype or by name; what the checkpoint
+            says if absent.
+        device: Where the model goes; a CUDA device if there is one, if absent.
+
+    Returns:
+        The model and its processor.
+
+    Raises:
+        BadInput: The name leads to no usable checkpoint.
+        UnsupportedModel: The checkpoint is not a vision-language model of transformers.
+        MissingDependency: The processor needs a package that is not installed.
+    """
+    text = os.fspath(name)
+    if text == "emoji":
+        return _bundled(dtype, device)
+    # The processor is small and fails more often, so it goes before the weights.
+    config = _config(text)
+    processor = _processor(text, config)
+    return _weights(text, dtype, device), processor
+
+
+def load_model(
+    name: str | os.PathLike[str] = "emoji",
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> Any:
+    """Load a model alone, for what needs no processor. Arguments and errors as in `load`."""
+    text = os.fspath(name)
+    if text == "emoji":
+        return _bundled(dtype, device)[0]
+    _config(text)
+    return _weights(text, dtype, device)
+
+
+def load_image(source: str | bytes | os.PathLike[str] | Image) -> Image:
+    """Read an image upright and in RGB.
+
+    Args:
+        source: A path, a `data:` URL, the bytes of an image file, or a PIL image.
+
+    Returns:
+        A PIL image of mode RGB, turned as its EXIF orientation says; the first frame of several.
+
+    Raises:
+        BadInput: Nothing there, not an image, a damaged image, or too many pixels.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    label, opened = _open(source)
+    try:
+        image = Image.open(opened) if isinstance(opened, (Path, BytesIO)) else opened
+        limit = Image.MAX_IMAGE_PIXELS
+        # The header alone is read so far: a bomb is refused before it goes off.
+        if limit is not None and image.width * image.height > limit:
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+        if image.mode == "F" or image.mode.startswith("I"):
+            raise BadInput(
+                f"{label} has {image.mode} grey levels, which would turn white in 8 bits: "
+                "scale it to 8 bits first"
+            )
+        if image.mode == "P":
+            image = image.convert("RGBA")
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except BadInput:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadInput(
+            f"{label} is too large ({error}); scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise BadInput(f"{label} is not an image that Pillow can read") from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+        raise BadInput(f"{label} is damaged: {_one_line(error)}; fetch it again") from error
+
+
+def _open(source: Any) -> tuple[str, Path | BytesIO | Image]:
+    """What to call the source in a message, and something to read it from."""
+    from PIL import Image
+
+    if isinstance(source, Image.Image):
+        return "the image", source
+    if isinstance(source, (bytes, bytearray)):
+        return f"the image ({len(source)} bytes)", BytesIO(source)
+    if isinstance(source, str) and source.startswith("data:"):
+        return "the image in the data: URL", BytesIO(_data_url(source))
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        raise BadInput(f"{source} is a web address: download the image and pass the file")
+    if not isinstance(source, (str, os.PathLike)):
+        raise BadInput(
+            f"cannot read an image from {type(source).__name__}: "
+            "pass a path, a data: URL, bytes or a PIL image"
+        )
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder: pass one image file")
+    if not path.exists():
+        raise BadInput(f"no image file {path}: check the path")
+    return str(path), path
+
+
+def _data_url(url: str) -> bytes:
+    header, comma, body = url.partition(",")
+    if not comma:
+        raise BadInput("the data: URL has no comma, so it holds no data")
+    if not header.endswith(";base64"):
+        return unquote_to_bytes(body)
+    try:
+        return base64.b64decode(body, validate=True)
+    except binascii.Error as error:
+        raise BadInput(f"the data: URL is not valid base64: {error}") from error
+
+
+def _bundled(dtype: Any, device: Any) -> tuple[Any, Any]:
+    from vlmfix.emoji import load as load_bundled
+
+    model, processor = load_bundled(_dtype(dtype))
+    return model.to(_device(device)), processor
+
+
+def _config(name: str) -> Any:
+    """The checkpoint's config, once it is known to be a vision-language model."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise BadInput(
+                f"no config.json in the folder {name}: a model folder holds config.json, the "
+                "weights (*.safetensors) and the processor's files"
+            )
+    elif folder.exists():
+        raise BadInput(f"{name} is a file; {_WAY_OUT}")
+    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise BadInput(f"no folder {name}; {_WAY_OUT}")
+    try:
+        config = AutoConfig.from_pretrained(_place(name), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _explained(name, error) from error
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        kind = "a text-only model" if getattr(config, "vision_config", None) is None else "a model"
+        raise UnsupportedModel(
+            f"{name} is {kind} of type {config.model_type!r}, which transformers does not load as "
+            "image-text-to-text: pass a vision-language model, such as LLaVA or Qwen2.5-VL"
+        )
+    return config
+
+
+def _weights(name: str, dtype: Any, device: Any) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            _place(name),
+            dtype=_dtype(dtype) or "auto",
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except SafetensorError as error:
+        raise BadInput(
+            f"the weights of {name} are damaged: {_one_line(error)}; download them again"
+        ) from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _explained(name, error) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise BadInput(
+            f"{name} lacks {len(missing)} of the model's weights ({missing[0]}, ...), which would "
+            "be filled with noise: download it again"
+        )
+    return model.eval().to(_device(device))
+
+
+def _processor(name: str, config: Any) -> Any:
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(_place(name), trust_remote_code=False)
+    except (ImportError, ValueError, OSError) as error:
+        if "torchvision" in str(error).lower():
+            raise MissingDependency(
+                f"the processor of {name} ({config.model_type}) needs torchvision: install the "
+                "build that belongs to your torch with `pip install torchvision`. Qwen-VL, GLM-V, "
+                "InternVL, SmolVLM, Mistral 3 and LLaVA-OneVision need it; LLaVA, LLaVA-NeXT, "
+                "Gemma 3, PaliGemma, Idefics 3 and Aya Vision do not"
+            ) from error
+        if isinstance(error, ImportError):
+            raise MissingDependency(
+                f"the processor of {name} needs a package: {_one_line(error)}"
+            ) from error
+        if Path(name).is_dir():
+            raise BadInput(
+                f"no usable processor in the folder {name} (processor_config.json or "
+                "preprocessor_config.json, and the tokenizer's files): save it there with "
+                "processor.save_pretrained(folder)"
+            ) from error
+        raise _explained(name, error) from error
+    if getattr(processor, "image_processor", None) is None:
+        raise BadInput(
+            f"{name} has a tokenizer but no image processor: save the model's own processor there "
+            "with processor.save_pretrained(folder)"
+        )
+    return processor
+
+
+def _explained(name: str, error: Exception) -> VlmfixError:
+    """Transformers' long messages, as one sentence with the way out."""
+    text = str(error)
+    for symptoms, kind, message in _SYMPTOMS:
+        if any(symptom in text for symptom in symptoms):
+            return kind(message.format(name=name))
+    return BadInput(f"cannot load {name}: {_one_line(error)}; {_WAY_OUT}")
+
+
+_FETCH = "download it where there is a network (`hf download NAME`) and pass the folder"
+_SYMPTOMS: tuple[tuple[tuple[str, ...], type[VlmfixError], str], ...] = (
+    (
+        ("trust_remote_code",),
+        UnsupportedModel,
+        "{name} needs its own code, which vlmfix does not run: use a checkpoint in the format of "
+        "transformers (its name often ends in -hf)",
+    ),
+    (
+        ("does not recognize this architecture",),
+        UnsupportedModel,
+        "this transformers does not know the model type of {name}: update transformers",
+    ),
+    (("valid JSON",), BadInput, "config.json of {name} is not valid JSON: download it again"),
+    (("gated",), BadInput, "{name} is gated: accept its terms on the hub and log in, or " + _FETCH),
+    (
+        ("connect to", "offline", "cached files"),
+        BadInput,
+        "{name} is neither a folder nor in the local cache, and the hub is out of reach: " + _FETCH,
+    ),
+    (
+        ("is not a valid model identifier", "Repository Not Found"),
+        BadInput,
+        "the hub has no model {name}, or it is private; " + _WAY_OUT,
+    ),
+)
+
+
+def _place(name: str) -> str:
+    folder = Path(name).expanduser()
+    return str(folder) if folder.is_dir() else name
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")[:200]
+
+
+def _dtype(dtype: Any) -> Any:
+    """A torch dtype, or None for the checkpoint's own."""
+    import torch
+
+    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
+        return None if dtype == "auto" else dtype
+    if dtype not in _DTYPES:
+        raise BadInput(f"unknown dtype {dtype!r}: use bfloat16, float16 or float32")
+    return getattr(torch, _DTYPES[dtype])
+
+
+def _device(device: Any) -> Any:
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise BadInput(f"unknown device {device!r}: use cpu, cuda or cuda:1") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise BadInput(f"device {device!r} was asked for, but torch sees no CUDA device: use cpu")
+    return chosen
