@@ -1,0 +1,91 @@
+"""Inference-time fixes for vision-language models that describe things that are not there.
+
+    model = vlmfix.wrap(model, "var")
+    model.generate(**inputs)
+    vlmfix.unwrap(model)
+
+Importing this package is light: torch and transformers are imported with the first name used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from vlmfix._version import __version__
+
+if TYPE_CHECKING:
+    from vlmfix.call import CallReport
+    from vlmfix.chat import Answer, generate
+    from vlmfix.errors import (
+        BadInput,
+        CalibrationNeeded,
+        CompositionError,
+        MissingDependency,
+        StateError,
+        UnknownMethod,
+        UnknownTask,
+        UnsupportedModel,
+        VlmfixError,
+    )
+    from vlmfix.loading import load, load_image
+    from vlmfix.registry import MethodInfo, list_methods
+    from vlmfix.wrapper import last_call, suspended, unwrap, using, wrap, wrapped
+
+__all__ = [
+    "Answer",
+    "BadInput",
+    "CalibrationNeeded",
+    "CallReport",
+    "CompositionError",
+    "MethodInfo",
+    "MissingDependency",
+    "StateError",
+    "UnknownMethod",
+    "UnknownTask",
+    "UnsupportedModel",
+    "VlmfixError",
+    "__version__",
+    "generate",
+    "last_call",
+    "list_methods",
+    "load",
+    "load_image",
+    "suspended",
+    "unwrap",
+    "using",
+    "wrap",
+    "wrapped",
+]
+
+_HOME = {
+    "vlmfix.call": ("CallReport",),
+    "vlmfix.chat": ("Answer", "generate"),
+    "vlmfix.errors": (
+        "BadInput",
+        "CalibrationNeeded",
+        "CompositionError",
+        "MissingDependency",
+        "StateError",
+        "UnknownMethod",
+        "UnknownTask",
+        "UnsupportedModel",
+        "VlmfixError",
+    ),
+    "vlmfix.loading": ("load", "load_image"),
+    "vlmfix.registry": ("MethodInfo", "list_methods"),
+    "vlmfix.wrapper": ("last_call", "suspended", "unwrap", "using", "wrap", "wrapped"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'vlmfix' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

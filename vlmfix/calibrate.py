@@ -1,0 +1,205 @@
+"""Constants that a method needs and nobody has published for a model, measured on the model.
+
+The result is a small JSON file in the user's cache folder (VLMFIX_CACHE, else the platform's),
+keyed by a hash of the configuration and of a sample of the weights, so that a calibration can
+never be applied to another model. A model folder may carry its own file beside the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmfix.errors import BadInput, CalibrationNeeded, StateError
+from vlmfix.families import ModelInfo, describe_model
+from vlmfix.massive import DEFAULT_FRACTION, layer_inputs, magnitude
+
+__all__ = [
+    "FOLDER_FILE",
+    "Calibration",
+    "cache_folder",
+    "calibrate",
+    "fingerprint",
+    "load_calibration",
+]
+
+FOLDER_FILE = "vlmfix_calibration.json"  # in a model folder, beside its weights
+_FORMAT = 1
+_MAXIMUM_CHANNELS = 4
+_TEXT = "There is a photograph on the table. It shows what somebody saw on a walk that day."
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured on one model.
+
+    Attributes:
+        fingerprint: of the model, see `fingerprint`.
+        sink_channels: channels that are massive at the first text token, strongest first.
+        tau: the threshold on |x_d| / rms(x) that they passed.
+        layers: the layers looked at.
+        magnitudes: {channel: its median |x_d| / rms(x) over those layers}.
+    """
+
+    fingerprint: str
+    model_type: str
+    sink_channels: tuple[int, ...]
+    tau: float
+    layers: tuple[int, ...]
+    magnitudes: dict[int, float]
+    path: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def cache_folder() -> Path:
+    """Where calibrations are kept: VLMFIX_CACHE, else XDG_CACHE_HOME/vlmfix, else ~/.cache/vlmfix."""
+    if own := os.environ.get("VLMFIX_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlmfix"
+
+
+def fingerprint(model: Any) -> str:
+    """Hash of the configuration and of 64 numbers of every eighth parameter, as hex."""
+    config = model.config.to_dict()
+    digest = hashlib.sha256(json.dumps(_stable(config), sort_keys=True, default=str).encode())
+    for index, (name, parameter) in enumerate(sorted(model.named_parameters())):
+        if index % 8 == 0:
+            sample = parameter.detach().flatten()[:64].float().cpu()
+            digest.update(name.encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _stable(value: Any) -> Any:
+    """A configuration without what changes between loads of the same model."""
+    if isinstance(value, dict):
+        drop = ("dtype", "torch_dtype", "transformers_version", "use_cache", "architectures")
+        return {
+            str(key): _stable(item)
+            for key, item in value.items()
+            if key not in drop and not str(key).startswith("_")
+        }
+    return [_stable(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def calibrate(model: Any, processor: Any = None, *, save: bool = True) -> Calibration:
+    """Find the sink channels of a model: one forward over one line of text.
+
+    The first token of a text is a sink in every model that has sinks. A channel counts if
+    |x_d| / rms(x) of that token exceeds 0.3125 sqrt(width) in at least half of the layers from a
+    quarter to three quarters of the depth; at most four are kept.
+
+    Args:
+        model: a supported VLM, not wrapped.
+        processor: its processor or tokenizer; without one, arbitrary token ids are used.
+        save: write the result to the cache folder.
+
+    Raises:
+        CalibrationNeeded: no channel passes; methods that need sinks do not fit this model.
+        StateError: the model is wrapped.
+    """
+    if "_vlmfix_session" in model.__dict__:
+        raise StateError("calibrate needs the plain model; call vlmfix.unwrap(model) first.")
+    info = describe_model(model)
+    tau = DEFAULT_FRACTION * math.sqrt(info.hidden_size)
+    ids = _text_ids(model, info, processor)
+    inputs = layer_inputs(model, info, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    layers = tuple(range(info.num_layers // 4, 3 * info.num_layers // 4 + 1))
+    layers = tuple(layer for layer in layers if layer in inputs)
+    first = torch.stack([magnitude(inputs[layer][0, 0]) for layer in layers])  # (layers, D)
+    median = first.median(0).values
+    often = (first > tau).sum(0) * 2 >= len(layers)
+    channels = [int(c) for c in median.argsort(descending=True) if often[c]][:_MAXIMUM_CHANNELS]
+    if not channels:
+        raise CalibrationNeeded(
+            f"no sink channels in this {info.model_type} model: over layers {layers[0]} to "
+            f"{layers[-1]} the largest |x_d| / rms(x) of the first token is {float(first.max()):.1f}"
+            f", the threshold {tau:.1f}. Methods that work on sinks (var) do not fit this model."
+        )
+    result = Calibration(
+        fingerprint=fingerprint(model),
+        model_type=info.model_type,
+        sink_channels=tuple(channels),
+        tau=tau,
+        layers=layers,
+        magnitudes={channel: round(float(median[channel]), 3) for channel in channels},
+    )
+    return _save(result) if save else result
+
+
+def _text_ids(model: Any, info: ModelInfo, processor: Any) -> torch.Tensor:
+    """(1, L) ids of a line of text, starting with the model's first token if it has one."""
+    config = model.config.get_text_config(decoder=True)
+    first = getattr(config, "bos_token_id", None)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer is None:
+        reserved = {*info.image_token_ids, *info.video_token_ids, first}
+        ids = [i for i in range(3, info.vocab_size) if i not in reserved][:24]
+    else:
+        ids = list(tokenizer(_TEXT, add_special_tokens=False)["input_ids"])
+    ids = ids if first is None else [int(first), *ids]
+    return torch.tensor([ids], device=model.device)
+
+
+def _save(result: Calibration) -> Calibration:
+    folder = cache_folder() / "calibration"
+    path = folder / f"{result.fingerprint}.json"
+    write(result, path)
+    return Calibration(**{**asdict(result), "path": str(path)})
+
+
+def write(result: Calibration, path: Path) -> None:
+    """Write a calibration as JSON: a temporary file, then a rename, so it is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"format": _FORMAT, **{k: v for k, v in asdict(result).items() if k != "path"}}
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
+    ) as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+    os.replace(file.name, path)
+
+
+def load_calibration(model: Any) -> Calibration | None:
+    """The calibration of exactly this model: from its own folder, else from the cache folder.
+
+    Raises:
+        BadInput: a file is there but cannot be read.
+    """
+    mark = fingerprint(model)
+    folder = Path(str(getattr(model.config, "_name_or_path", "") or "."))
+    candidates = [cache_folder() / "calibration" / f"{mark}.json"]
+    if folder.is_dir() and str(folder) != ".":
+        candidates.insert(0, folder / FOLDER_FILE)
+    for path in candidates:
+        if path.is_file():
+            result = _read(path)
+            if result.fingerprint == mark:
+                return result
+    return None
+
+
+def _read(path: Path) -> Calibration:
+    try:
+        content = json.loads(path.read_text())
+        if content.pop("format") != _FORMAT:
+            raise ValueError("unknown format")
+        content["sink_channels"] = tuple(content["sink_channels"])
+        content["layers"] = tuple(content["layers"])
+        content["magnitudes"] = {int(k): v for k, v in content["magnitudes"].items()}
+        return Calibration(**content, path=str(path))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(
+            f"the calibration file {path} cannot be read ({error}). Delete it and run "
+            "`vlmfix calibrate` again."
+        ) from error

@@ -1,0 +1,87 @@
+"""One generate call (or one chain of bare forwards over a cache): what it was, what was done."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+__all__ = ["Call", "CallReport"]
+
+
+@dataclass(frozen=True)
+class CallReport:
+    """What the methods did in one call; read it with `vlmfix.last_call(model)`.
+
+    Attributes:
+        methods: the stack, as specs.
+        batch: rows of the batch as the model saw them (beams included).
+        prompt_length: positions of the prompt, padding included.
+        new_tokens: length of the returned sequences beyond the prompt; 0 for bare forwards.
+        passes: forward passes of the model.
+        seconds: wall time of the call; None for bare forwards.
+        edited_rows: attention rows that were changed, counted per head and layer.
+        rows_by_layer: the same, by layer.
+        notes: {method: {what: {layer: counts per sample}}}, e.g. VAR's sinks.
+    """
+
+    methods: tuple[str, ...]
+    batch: int
+    prompt_length: int
+    new_tokens: int
+    passes: int
+    seconds: float | None
+    edited_rows: int
+    rows_by_layer: dict[int, int]
+    notes: dict[str, dict[str, dict[int, list[int]]]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+@dataclass
+class Call:
+    """The running record of one call. Counts stay on the device until the report is asked for."""
+
+    methods: tuple[str, ...]
+    prompt_length: int | None = None
+    batch: int = 0
+    new_tokens: int = 0
+    passes: int = 0
+    seconds: float | None = None
+    started: float = field(default_factory=time.perf_counter)
+    counts: dict[int, torch.Tensor | int] = field(default_factory=dict)
+    notes: dict[str, dict[str, dict[int, list[int]]]] = field(default_factory=dict)
+
+    def count(self, layer: int, rows: torch.Tensor | int) -> None:
+        """Add edited rows (an int, or a 0-d tensor that is not read now)."""
+        self.counts[layer] = self.counts[layer] + rows if layer in self.counts else rows
+
+    def note(self, method: str, layer: int, notes: dict[str, list[int]]) -> None:
+        """Keep the counts that a plan found in a layer."""
+        for what, counts in notes.items():
+            self.notes.setdefault(method, {}).setdefault(what, {})[layer] = counts
+
+    def finish(self, output: Any) -> None:
+        """Take the wall time and the length of what generate() returned."""
+        self.seconds = time.perf_counter() - self.started
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        self.new_tokens = max(0, sequences.shape[1] - (self.prompt_length or 0))
+
+    def report(self) -> CallReport:
+        """Read the counts (this waits for the device) and freeze them."""
+        by_layer = {layer: int(rows) for layer, rows in sorted(self.counts.items())}
+        return CallReport(
+            methods=self.methods,
+            batch=self.batch,
+            prompt_length=self.prompt_length or 0,
+            new_tokens=self.new_tokens,
+            passes=self.passes,
+            seconds=self.seconds,
+            edited_rows=sum(by_layer.values()),
+            rows_by_layer={layer: rows for layer, rows in by_layer.items() if rows},
+            notes=self.notes,
+        )

@@ -1,0 +1,186 @@
+"""The base classes that a method file derives from.
+
+A method states its maths on plain tensors; the engine (attention.py) decides how to run it. A
+method overrides only the functions it needs, and the engine runs only what was overridden.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from vlmfix.errors import BadInput
+from vlmfix.families import ModelInfo
+from vlmfix.ledger import IMAGE, PAD, VIDEO
+
+__all__ = ["AttentionMethod", "Keys", "Method", "Plan", "Preset", "check_range", "find_preset"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One published method, as a frozen dataclass whose fields are the paper's knobs."""
+
+    name: ClassVar[str]
+    stage: ClassVar[Literal["pixels", "tokens", "attention", "logits"]]
+
+    def prepared(self, info: ModelInfo, model: torch.nn.Module) -> Method:
+        """This method with every model-dependent default filled in.
+
+        Raises:
+            BadInput: an option that this model cannot take.
+            CalibrationNeeded: constants that nobody has measured for this model.
+        """
+        return self
+
+    def spec(self) -> str:
+        """The method and the options that differ from the defaults, e.g. "var:keep=0.4"."""
+        changed = [
+            f"{item.name}={_text(getattr(self, item.name))}"
+            for item in dataclasses.fields(self)
+            if getattr(self, item.name) != item.default
+        ]
+        return self.name + (":" + ";".join(changed) if changed else "")
+
+
+def _text(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Published constants of one model, recognised by its structure and never by its name.
+
+    `vocabulary` bounds the vocabulary size where structure alone would confuse two models.
+    """
+
+    model: str
+    model_type: str
+    text_type: str
+    hidden_size: int
+    num_layers: int
+    values: dict[str, Any]
+    source: str
+    vocabulary: tuple[int, int] | None = None
+
+    def fits(self, info: ModelInfo) -> bool:
+        """Whether the model has this preset's structure."""
+        low, high = self.vocabulary or (0, info.vocab_size)
+        return (
+            self.model_type == info.model_type
+            and self.text_type == info.text_type
+            and self.hidden_size == info.hidden_size
+            and self.num_layers == info.num_layers
+            and low <= info.vocab_size <= high
+        )
+
+
+def find_preset(presets: Sequence[Preset], info: ModelInfo) -> Preset | None:
+    """The first preset that fits the model, if any."""
+    return next((preset for preset in presets if preset.fits(info)), None)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What a layer's keys are: `kinds` (B, K) uint8 of ledger.py, `flags` (B, K) bool or None."""
+
+    kinds: torch.Tensor
+    flags: torch.Tensor | None
+
+    @property
+    def visual(self) -> torch.Tensor:
+        """(B, K) bool: image and video tokens."""
+        return (self.kinds == IMAGE) | (self.kinds == VIDEO)
+
+    @property
+    def padding(self) -> torch.Tensor:
+        """(B, K) bool."""
+        return self.kinds == PAD
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method prepared for one layer of one prompt.
+
+    Attributes:
+        tensors: each (B, K, ...), sliced by the engine to the keys that a call sees.
+        samples: for each sample of the batch, whether anything of it can be edited here.
+        notes: counts per sample, shown by `last_call`, e.g. {"visual_sinks": [3, 0]}.
+    """
+
+    tensors: tuple[torch.Tensor, ...]
+    samples: list[bool]
+    notes: dict[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AttentionMethod(Method):
+    """A method that edits the attention of some decoder layers.
+
+    `rows` says which query rows are edited: "predicting" = the rows that predict a generated
+    token (the last prompt row, then every generated one); "text" = every text row that has a
+    visual token before it, and every generated row.
+    """
+
+    stage: ClassVar[Literal["pixels", "tokens", "attention", "logits"]] = "attention"
+    rows: ClassVar[Literal["predicting", "text"]] = "predicting"
+    #: "prompt": head_scale is asked once, at the last prompt row, and holds for all rows;
+    #: "step": it is asked for every row that predicts, and holds for that row.
+    head_scale_from: ClassVar[Literal["prompt", "step"]] = "prompt"
+
+    def layers(self, info: ModelInfo) -> Sequence[int]:
+        """Indices of the decoder layers that this method edits, 0-based."""
+        raise NotImplementedError
+
+    def flag_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Note prompt tokens at a layer's input: hidden (B, Q, D) -> (B, Q) bool."""
+        raise NotImplementedError
+
+    def plan(self, keys: Keys) -> Plan | None:
+        """Prepare one layer of one prompt; None: nothing to edit, the layer runs untouched."""
+        raise NotImplementedError
+
+    def edit_scores(self, scores: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
+        """Scaled scores (B, H, R, K) float32, before the mask -> edited scores."""
+        raise NotImplementedError
+
+    def edit_weights(
+        self, weights: torch.Tensor, *plan: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Softmax rows (B, H, R, K) -> edited rows, and (B, H, R) bool: which were changed."""
+        raise NotImplementedError
+
+    def head_scale(self, outputs: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
+        """Head outputs (B, H, R, D) before o_proj -> factors (B, H, R); see head_scale_from."""
+        raise NotImplementedError
+
+    def observe_weights(self, layer: int, weights: torch.Tensor) -> None:
+        """See the (edited) softmax rows (B, H, R, K) of the rows that predict; no effect."""
+        raise NotImplementedError
+
+    def observe_heads(self, layer: int, outputs: torch.Tensor) -> None:
+        """See the head outputs (B, H, R, D) of the rows that predict; no effect."""
+        raise NotImplementedError
+
+    def overrides(self, function: str) -> bool:
+        """Whether this method has a function of its own of that name."""
+        return getattr(type(self), function) is not getattr(AttentionMethod, function)
+
+
+def check_range(
+    method: Method, name: str, low: float, high: float, *, high_open: bool = False
+) -> None:
+    """Raise BadInput unless the option lies in [low, high] (or [low, high) if high_open)."""
+    value = getattr(method, name)
+    if value is None:
+        return
+    good = low <= value < high if high_open else low <= value <= high
+    if not good:
+        bracket = ")" if high_open else "]"
+        raise BadInput(
+            f"{method.name}: option {name}={value!r} is out of range; give a number in "
+            f"[{low:g}, {high:g}{bracket}. `vlmfix methods {method.name}` explains it."
+        )

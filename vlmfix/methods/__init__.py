@@ -1,0 +1,1 @@
+"""One file per method; `vlmfix.registry` names them, `vlmfix methods` lists them."""

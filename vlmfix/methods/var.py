@@ -1,0 +1,198 @@
+"""VAR: visual attention redistribution, from visual sinks to the rest of the image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+
+from vlmfix.calibrate import load_calibration
+from vlmfix.errors import BadInput, CalibrationNeeded
+from vlmfix.families import ModelInfo
+from vlmfix.ledger import IMAGE, TEXT
+from vlmfix.massive import DEFAULT_FRACTION, magnitude
+from vlmfix.method import AttentionMethod, Keys, Plan, Preset, check_range, find_preset
+
+__all__ = ["VisualAttentionRedistribution", "redistribute"]
+
+
+def redistribute(
+    weights: torch.Tensor,
+    groups: torch.Tensor,
+    keep: float,
+    rho: float,
+    minimum_visual_mass: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move attention within softmax rows; every row keeps its sum.
+
+    Args:
+        weights: (B, H, R, K) softmax rows.
+        groups: (B, K, 3) indicator of text sinks, visual sinks, and visual tokens that are not
+            sinks. Keys in none of them keep their exact weight.
+        keep: share of its attention that a sink keeps.
+        rho: a head is edited where at least this share of its visual mass is off the sinks.
+        minimum_visual_mass: and where it puts at least this mass on the image.
+
+    Returns:
+        The edited rows, and (B, H, R) bool: which rows were edited.
+    """
+    batch, heads, rows, keys = weights.shape
+    groups = groups.to(weights.dtype)
+    masses = torch.bmm(weights.reshape(batch, heads * rows, keys), groups)
+    text_sinks, visual_sinks, rest = masses.view(batch, heads, rows, 3).unbind(-1)
+    visual = visual_sinks + rest
+    edited = (visual >= minimum_visual_mass) & (visual_sinks <= (1 - rho) * visual) & (rest > 0)
+    given = torch.where(edited, 1 - keep, 0.0).to(weights.dtype)
+    gained = given * (text_sinks + visual_sinks) / rest.clamp_min(1e-30)
+    change = torch.stack((-given, -given, gained), dim=-1).view(batch, heads * rows, 3)
+    change = torch.bmm(change, groups.mT).view(weights.shape)
+    return torch.addcmul(weights, weights, change), edited
+
+
+@dataclass(frozen=True)
+class VisualAttentionRedistribution(AttentionMethod):
+    """Move attention from visual sinks to the rest of the image, in heads that look at it.
+
+    Kang, Kim, Kim, Hwang: "See What You Are Told: Visual Attention Sink in Large Multimodal
+    Models", ICLR 2025, arXiv 2503.03321. Some visual tokens draw attention although masking them
+    changes nothing; they share the massive channels of the language model's own sinks (the first
+    token, line breaks). A token is a sink of a layer if max over `sink_channels` of |x_d| / rms(x)
+    at the layer's input reaches `tau`. Sinks are found once, in the prompt; heads are chosen anew
+    in every row.
+
+    Paper and code: the paper's text moves 0.6 of the sinks' attention, the authors' code keeps
+    0.6; `variant="code"` (default: what their numbers came from) keeps 0.6, "paper" keeps 0.4.
+    `rho` is in the paper's direction; the code bounds the complement, which agrees at 0.5. The
+    paper spares the last layer, the code means to and does not: `last_layer="official"` edits
+    it. The code adds 1e-6 per key to a denominator and keeps the sinks of the first sample of a
+    process for all later ones; neither is reproduced.
+    Independent reruns show little gain in CHAIR: measure it on your model.
+    """
+
+    keep: float | None = field(
+        default=None,
+        metadata={"help": "share of its attention that a sink keeps; default by variant"},
+    )
+    rho: float = field(
+        default=0.5,
+        metadata={"help": "edit heads with at least this share of visual mass off the sinks"},
+    )
+    minimum_visual_mass: float = field(
+        default=0.2, metadata={"help": "edit heads with at least this mass on the image"}
+    )
+    tau: float | None = field(
+        default=None,
+        metadata={"help": "sink threshold on |x_d| / rms(x); default by preset or calibration"},
+    )
+    sink_channels: tuple[int, ...] | None = field(
+        default=None,
+        metadata={"help": "massive channels, e.g. 1415/2533; default by preset or calibration"},
+    )
+    variant: Literal["code", "paper"] = field(
+        default="code", metadata={"help": "which default of keep: code 0.6, paper 0.4"}
+    )
+    last_layer: Literal["excluded", "official"] = field(
+        default="excluded", metadata={"help": "official: edit the last layer too, as the code does"}
+    )
+    video: bool = field(default=True, metadata={"help": "count video tokens as visual"})
+
+    name: ClassVar[str] = "var"
+    rows: ClassVar[Literal["predicting", "text"]] = "text"
+    PRESETS: ClassVar[tuple[Preset, ...]] = (
+        Preset(
+            "LLaVA-1.5-7B", "llava", "llama", 4096, 32,
+            {"sink_channels": (1415, 2533), "tau": 20.0}, "authors' code", (32000, 32064),
+        ),
+        Preset(
+            "LLaVA-1.5-13B", "llava", "llama", 5120, 40,
+            {"sink_channels": (2100, 4743), "tau": 20.0}, "authors' code", (32000, 32064),
+        ),
+        Preset(
+            "LLaVA-NeXT-vicuna-7B", "llava_next", "llama", 4096, 32,
+            {"sink_channels": (1415, 2533), "tau": 20.0}, "same base model as LLaVA-1.5-7B",
+            (32000, 32064),
+        ),
+        Preset(
+            "LLaVA-NeXT-vicuna-13B", "llava_next", "llama", 5120, 40,
+            {"sink_channels": (2100, 4743), "tau": 20.0}, "authors' code", (32000, 32064),
+        ),
+        Preset(
+            "Qwen2-VL-7B", "qwen2_vl", "qwen2_vl_text", 3584, 28,
+            {"sink_channels": (458, 2570), "tau": 20.0}, "notes on the paper",
+        ),
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_range(self, "keep", 0.0, 1.0)
+        check_range(self, "rho", 0.0, 2.0)
+        check_range(self, "minimum_visual_mass", 0.0, 1.0)
+        check_range(self, "tau", 0.0, math.inf, high_open=True)
+
+    def prepared(self, info: ModelInfo, model: torch.nn.Module) -> VisualAttentionRedistribution:
+        channels, tau = self.sink_channels, self.tau
+        preset = find_preset(self.PRESETS, info)
+        calibration = load_calibration(model) if channels is None and preset is None else None
+        if channels is None:
+            if preset is not None:
+                channels = preset.values["sink_channels"]
+                tau = preset.values["tau"] if tau is None else tau
+            elif calibration is not None:
+                channels = calibration.sink_channels
+                tau = calibration.tau if tau is None else tau
+            else:
+                raise CalibrationNeeded(
+                    f"var does not know the sink channels of this {info.model_type} model "
+                    f"({info.num_layers} layers of width {info.hidden_size}). Measure them with "
+                    "`vlmfix calibrate MODEL` (or vlmfix.calibrate.calibrate(model, processor)), "
+                    "or pass sink_channels=(...)."
+                )
+        bound = math.sqrt(info.hidden_size)
+        tau = DEFAULT_FRACTION * bound if tau is None else tau
+        if tau >= bound:
+            raise BadInput(
+                f"var: tau={tau:g} can never be reached: |x_d| / rms(x) is at most sqrt(width) = "
+                f"{bound:g} here. The default is {DEFAULT_FRACTION * bound:g}."
+            )
+        if (
+            not channels
+            and calibration is None
+            or any(not 0 <= channel < info.hidden_size for channel in channels)
+        ):
+            raise BadInput(
+                f"var: sink_channels={channels} must name channels in [0, {info.hidden_size})."
+            )
+        keep = self.keep if self.keep is not None else {"code": 0.6, "paper": 0.4}[self.variant]
+        return replace(self, keep=keep, tau=tau, sink_channels=tuple(channels))
+
+    def layers(self, info: ModelInfo) -> Sequence[int]:
+        # The first two layers never have sinks (the authors' code skips them too).
+        return range(2, info.num_layers - (self.last_layer == "excluded"))
+
+    def flag_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
+        assert self.sink_channels is not None and self.tau is not None  # set by prepared()
+        if not self.sink_channels:
+            return torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        return magnitude(hidden)[..., list(self.sink_channels)].amax(-1) >= self.tau
+
+    def plan(self, keys: Keys) -> Plan | None:
+        assert keys.flags is not None
+        visual = keys.visual if self.video else keys.kinds == IMAGE
+        visual_sinks = keys.flags & visual
+        text_sinks = keys.flags & (keys.kinds == TEXT)
+        counts = visual_sinks.sum(1).tolist()
+        if self.keep == 1 or self.rho > 1 or not any(counts):
+            return None
+        groups = torch.stack((text_sinks, visual_sinks, visual & ~visual_sinks), dim=-1)
+        # A sample without a visual sink in this layer is left alone, text sinks or not.
+        groups &= visual_sinks.any(1)[:, None, None]
+        notes = {"visual_sinks": counts, "text_sinks": text_sinks.sum(1).tolist()}
+        return Plan((groups.float(),), [count > 0 for count in counts], notes)
+
+    def edit_weights(
+        self, weights: torch.Tensor, *plan: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.keep is not None
+        return redistribute(weights, plan[0], self.keep, self.rho, self.minimum_visual_mass)

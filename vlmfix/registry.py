@@ -1,0 +1,223 @@
+"""Which methods there are, as data, and how a text such as "var:keep=0.4" becomes one.
+
+Nothing here imports torch: listing methods is instant, a method's module is imported when the
+method is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import re
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from vlmfix.errors import BadInput, UnknownMethod
+
+if TYPE_CHECKING:
+    from vlmfix.method import Method
+
+__all__ = ["MethodInfo", "MethodSpec", "build_stack", "describe", "list_methods", "parse_spec"]
+
+MethodSpec: TypeAlias = "str | Method | Sequence[str | Method] | None"
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One row of the method table."""
+
+    name: str
+    target: str
+    title: str
+    stage: str
+    summary: str
+    paper: str
+    needs: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+
+METHODS: tuple[MethodInfo, ...] = (
+    MethodInfo(
+        name="pai",
+        target="vlmfix.methods.pai:PayAttentionToImage",
+        title="PAI, attention part",
+        stage="attention",
+        summary="Raise the pre-softmax scores of visual tokens in the row that predicts.",
+        paper="Liu et al., ECCV 2024, arXiv 2407.21771",
+    ),
+    MethodInfo(
+        name="var",
+        target="vlmfix.methods.var:VisualAttentionRedistribution",
+        title="VAR, visual attention redistribution",
+        stage="attention",
+        summary="Move attention from visual sinks to the rest of the image.",
+        paper="Kang et al., ICLR 2025, arXiv 2503.03321",
+        needs=("sink channels: a preset or `vlmfix calibrate`",),
+        aliases=("visattnsink",),
+    ),
+)
+
+_CONTINUATION = re.compile(r"^\s*[A-Za-z_]\w*\s*=")
+_STACK = re.compile(r"\+(?=\s*[A-Za-z])")
+
+
+def list_methods() -> list[MethodInfo]:
+    """Every method, sorted by name. Imports no method and no torch."""
+    return sorted(METHODS, key=lambda row: row.name)
+
+
+def find(name: str) -> MethodInfo:
+    """The row of a method by name or alias.
+
+    Raises:
+        UnknownMethod: with the nearest names.
+    """
+    key = name.strip().lower()
+    for row in METHODS:
+        if key == row.name or key in row.aliases:
+            return row
+    names = [row.name for row in list_methods()]
+    near = difflib.get_close_matches(key, names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UnknownMethod(
+        f"no method is called {name!r}.{hint} There are: {', '.join(names)}; "
+        "`vlmfix methods` describes them."
+    )
+
+
+def load_class(row: MethodInfo) -> type[Method]:
+    """Import the class of a method."""
+    module, _, attribute = row.target.partition(":")
+    loaded: type[Method] = getattr(importlib.import_module(module), attribute)
+    return loaded
+
+
+def describe(name: str) -> dict[str, Any]:
+    """A method's row, documentation, options and presets, as plain data."""
+    row = find(name)
+    cls = load_class(row)
+    options = [
+        {
+            "name": item.name,
+            "default": item.default,
+            "type": str(item.type),
+            "help": item.metadata.get("help", ""),
+        }
+        for item in dataclasses.fields(cls)
+    ]
+    presets = [dataclasses.asdict(preset) for preset in getattr(cls, "PRESETS", ())]
+    return {
+        **dataclasses.asdict(row),
+        "doc": (cls.__doc__ or "").strip(),
+        "options": options,
+        "presets": presets,
+    }
+
+
+def parse_spec(text: str) -> list[list[str]]:
+    """Split a command-line text into alternatives, each a stack of single-method specs.
+
+    Commas separate alternatives, `+` stacks methods in one, options follow a colon and are
+    separated by `;` (or by commas where no method name could stand):
+    "var:keep=0.4;rho=0.6,hiprune+vhr" -> [["var:keep=0.4;rho=0.6"], ["hiprune", "vhr"]].
+
+    Raises:
+        BadInput: an empty alternative.
+    """
+    alternatives: list[str] = []
+    for part in text.split(","):
+        if _CONTINUATION.match(part) and alternatives and ":" in alternatives[-1]:
+            alternatives[-1] += ";" + part.strip()
+        else:
+            alternatives.append(part.strip())
+    stacks = [[single.strip() for single in _STACK.split(part)] for part in alternatives]
+    if not text.strip() or any(not single for stack in stacks for single in stack):
+        raise BadInput(
+            f"cannot read the methods {text!r}: a name is missing. Write for example "
+            '"var,pai" for two alternatives, "var:keep=0.4" for an option, "var+pai" for a stack.'
+        )
+    return stacks
+
+
+def build(spec: str | Method) -> Method:
+    """One method from "name" or "name:option=value;option=value", or the method itself.
+
+    Raises:
+        UnknownMethod: unknown name or option.
+        BadInput: a value of the wrong type or out of range.
+    """
+    if not isinstance(spec, str):
+        return spec
+    name, _, tail = spec.partition(":")
+    row = find(name)
+    cls = load_class(row)
+    hints = typing.get_type_hints(cls)
+    known = [item.name for item in dataclasses.fields(cls)]
+    options: dict[str, Any] = {}
+    for part in filter(None, (piece.strip() for piece in re.split("[;,]", tail))):
+        key, equals, value = part.partition("=")
+        key = key.strip()
+        if key not in known:
+            raise UnknownMethod(
+                f"method {row.name!r} has no option {key!r}. It has: {', '.join(known)}; "
+                f"`vlmfix methods {row.name}` explains them."
+            )
+        if not equals:
+            raise BadInput(f"option {key!r} of {row.name!r} has no value; write {key}=...")
+        options[key] = _coerce(row.name, key, value.strip(), hints[key])
+    return cls(**options)
+
+
+def build_stack(methods: MethodSpec) -> tuple[Method, ...]:
+    """The methods of one stack, in the order given: a name, a Method, a list of them, or None."""
+    if methods is None:
+        return ()
+    if isinstance(methods, str):
+        alternatives = parse_spec(methods)
+        if len(alternatives) > 1:
+            raise BadInput(
+                f"{methods!r} names {len(alternatives)} alternatives, but a model carries one "
+                'stack. Stack methods with "+" or pass a list.'
+            )
+        return tuple(build(single) for single in alternatives[0])
+    if isinstance(methods, Sequence):
+        return tuple(method for item in methods for method in build_stack(item))
+    from vlmfix.method import Method
+
+    if isinstance(methods, Method):
+        return (methods,)
+    raise BadInput(
+        f"{methods!r} is not a method: give a name such as 'var', a method object, or a list."
+    )
+
+
+def _coerce(method: str, key: str, text: str, hint: Any) -> Any:
+    """Turn an option's text into the type of its dataclass field."""
+    choices = typing.get_args(hint) or (hint,)
+    if type(None) in choices and text.lower() in ("none", "null"):
+        return None
+    literals = [c for c in choices if isinstance(c, str)]
+    for choice in choices:
+        literals += [c for c in typing.get_args(choice) if isinstance(c, str)]
+    if literals:
+        if text in literals:
+            return text
+        raise BadInput(
+            f"{method}: option {key}={text!r} must be one of {', '.join(sorted(set(literals)))}."
+        )
+    try:
+        if bool in choices:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if any(typing.get_origin(choice) is tuple for choice in (hint, *choices)):
+            return tuple(int(piece) for piece in text.split("/"))
+        if int in choices and float not in choices:
+            return int(text)
+        return float(text) if float in choices else text
+    except (KeyError, ValueError):
+        raise BadInput(
+            f"{method}: option {key}={text!r} is not of the type {hint}. "
+            f"`vlmfix methods {method}` explains it."
+        ) from None

@@ -1,0 +1,476 @@
+"""One per wrapped model: what was hooked, what to restore, and the frame of the current forward.
+
+Only the frame is thread-local. State of a prompt lives with its KV cache (ledger.py), state of a
+generate call with the call (call.py); nothing counts steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vlmfix.attention import NAME, SLOT, Edit, Slot
+from vlmfix.call import Call
+from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
+from vlmfix.families import ModelInfo
+from vlmfix.ledger import GENERATED, IMAGE, PAD, TEXT, VIDEO, Ledger
+from vlmfix.method import AttentionMethod, Keys, Method
+
+__all__ = ["SESSION", "Frame", "Session", "Stack"]
+
+SESSION = "_vlmfix_session"  # where a wrapped model keeps its Session
+
+#: Keyword arguments whose presence says that a forward really carries images or video.
+_VISION = (
+    "mm_encoder_outputs",
+    "pixel_values",
+    "pixel_values_videos",
+    "pixel_values_images",
+    "image_pixel_values",
+    "image_embeds",
+    "image_hidden_states",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """The methods that run together, sorted by layer. Compared by identity."""
+
+    methods: tuple[Method, ...]
+    info: ModelInfo
+
+    def __post_init__(self) -> None:
+        by_layer: dict[int, tuple[AttentionMethod, ...]] = {}
+        for method in self.methods:
+            if isinstance(method, AttentionMethod):
+                for layer in method.layers(self.info):
+                    if layer in self.info.attention:
+                        by_layer[layer] = (*by_layer.get(layer, ()), method)
+        object.__setattr__(self, "by_layer", by_layer)
+
+    by_layer: dict[int, tuple[AttentionMethod, ...]] = field(init=False, repr=False)
+
+    def specs(self) -> tuple[str, ...]:
+        return tuple(method.spec() for method in self.methods)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Query rows from `start` on; `chosen` (B, Q - start) bool says which, None for all."""
+
+    start: int
+    chosen: torch.Tensor | None
+
+    def mask_from(self, start: int) -> torch.Tensor | None:
+        """The same rows as a mask over the rows from an earlier `start`."""
+        if self.start == start:
+            return self.chosen
+        if self.chosen is None:
+            raise AssertionError("a window of all rows starts where the rows start")
+        return torch.nn.functional.pad(self.chosen, (self.start - start, 0))
+
+
+class Frame:
+    """What one forward pass knows: its ledger, where its queries stand, and its edits."""
+
+    def __init__(
+        self,
+        stack: Stack,
+        call: Call,
+        ledger: Ledger,
+        past: int,
+        queries: int,
+        offsets: dict[int, int],
+        rescales: bool,
+    ) -> None:
+        self.stack, self.call, self.ledger = stack, call, ledger
+        self.past, self.queries, self.offsets = past, queries, offsets
+        self.rescales = rescales  # a forward without a cache decides everything afresh
+        self.reached: set[int] = set()
+        self._windows: dict[str, Window | None] = {}
+
+    @property
+    def holds_prompt(self) -> bool:
+        return self.past < self.ledger.prompt_length
+
+    def offset(self, layer: int) -> int:
+        """Position of the first key that a sliding layer still holds; 0 elsewhere."""
+        return self.offsets.get(layer, 0)
+
+    def edits(self, layer: int) -> tuple[Edit, ...]:
+        """The edits of one layer, planned once per prompt and kept in the ledger."""
+        self.reached.add(layer)
+        methods = self.stack.by_layer.get(layer)
+        if not methods:
+            return ()
+        plans: dict[Stack, tuple[Edit, ...]] = self.ledger.derived.setdefault(layer, {})
+        if self.stack not in plans:
+            plans[self.stack] = tuple(self._plan(methods, layer))
+        return plans[self.stack]
+
+    def _plan(self, methods: tuple[AttentionMethod, ...], layer: int) -> Iterator[Edit]:
+        for method in methods:
+            flags = self.ledger.flags.get((method, layer))
+            if flags is None and method.overrides("flag_tokens"):
+                raise StateError(
+                    f"this KV cache was filled while {method.name} was off, so what {method.name} "
+                    "notes about the prompt is missing. Start from the prompt, without this cache."
+                )
+            plan = method.plan(Keys(self.ledger.kinds, flags))
+            if plan is not None:
+                self.call.note(method.name, layer, plan.notes)
+                yield Edit.of(method, plan)
+
+    def window(self, rule: str) -> Window | None:
+        """The rows that a rule of AttentionMethod.rows chooses in this forward; None if none."""
+        if rule not in self._windows:
+            self._windows[rule] = self._window(rule)
+        return self._windows[rule]
+
+    def _window(self, rule: str) -> Window | None:
+        ledger = self.ledger
+        if self.past >= ledger.prompt_length:
+            return Window(0, None)
+        kinds = ledger.kinds[:, self.past : self.past + self.queries]
+        positions = torch.arange(self.past, self.past + self.queries, device=kinds.device)
+        chosen = kinds == GENERATED
+        if rule == "predicting":
+            chosen = chosen | (positions == ledger.last_prompt[:, None])
+        else:
+            seen = ledger.visual()[:, : self.past + self.queries].cumsum(1)[:, self.past :] > 0
+            chosen = chosen | ((kinds == TEXT) & seen)
+        anywhere = chosen.any(0).nonzero()
+        if not len(anywhere):
+            return None
+        start = int(anywhere[0])
+        chosen = chosen[:, start:]
+        # Even a window of all rows keeps its mask here: `None` would promise start == 0.
+        return Window(start, chosen)
+
+    def last_prompt_row(self) -> torch.Tensor | None:
+        """(B,) index of the last prompt row within this forward; None if it is not here."""
+        row = self.ledger.last_prompt - self.past
+        if bool(((row < 0) | (row >= self.queries)).any()):
+            return None
+        return row
+
+
+class Session:
+    """Hooks of one wrapped model, and everything needed to take them out again."""
+
+    def __init__(self, model: torch.nn.Module, info: ModelInfo, stack: Stack) -> None:
+        self.model, self.info, self.default = model, info, stack
+        self.local = threading.local()
+        self.lock = threading.RLock()
+        self.running = 0
+        self.last: Call | None = None
+        self._ledgers: weakref.WeakKeyDictionary[Any, Ledger] = weakref.WeakKeyDictionary()
+        self._calls: weakref.WeakKeyDictionary[Ledger, Call] = weakref.WeakKeyDictionary()
+        self._handles: list[Any] = []
+        self._hooked_inputs: set[int] = set()
+        self._configs: dict[int, Any] = {}
+        self._generate: Any = None
+        self._restore_implementation: Any = None
+
+    # -- life cycle ---------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Put the hooks in; on any failure everything is taken out again."""
+        try:
+            self._use_supported_attention()
+            self._handles = [
+                self.model.register_forward_pre_hook(self._before, with_kwargs=True),
+                self.model.register_forward_hook(self._check, with_kwargs=True),
+                self.model.register_forward_hook(self._after, always_call=True),
+            ]
+            self.reach(self.default)
+            self._generate = self.model.__dict__.get("generate")
+            self.model.__dict__["generate"] = self.generate
+            self.model.__dict__[SESSION] = self
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Take everything out; the model is then bit for bit what it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for layer, config in self._configs.items():
+            module: Any = self.info.attention[layer]
+            module.config = config
+            module.__dict__.pop(SLOT, None)
+        self._configs.clear()
+        self._hooked_inputs.clear()
+        if SESSION in self.model.__dict__:
+            del self.model.__dict__[SESSION], self.model.__dict__["generate"]
+            if self._generate is not None:
+                self.model.__dict__["generate"] = self._generate
+        if self._restore_implementation is not None:
+            self._restore_implementation()
+            self._restore_implementation = None
+
+    def reach(self, stack: Stack) -> None:
+        """Hook the layers that a stack wants and that are not hooked yet."""
+        with self.lock:
+            for layer, methods in stack.by_layer.items():
+                if layer not in self._configs:
+                    self._hook_attention(layer)
+                flags = any(method.overrides("flag_tokens") for method in methods)
+                if flags and layer not in self._hooked_inputs:
+                    self._hook_input(layer)
+
+    def _hook_attention(self, layer: int) -> None:
+        module: Any = self.info.attention[layer]
+        self._configs[layer] = module.config
+        module.__dict__[SLOT] = Slot(self, layer, _base_attention(module))
+        # The model object keeps its own configuration, so it goes on making its native masks.
+        override = copy.copy(module.config)
+        override._attn_implementation_internal = NAME
+        module.config = override
+
+    def _hook_input(self, layer: int) -> None:
+        def flag(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            frame = self.frame
+            if frame is None or not frame.holds_prompt:
+                return
+            hidden = args[0] if args else kwargs["hidden_states"]
+            for method in frame.stack.by_layer.get(layer, ()):
+                if method.overrides("flag_tokens"):
+                    frame.ledger.flag(method, layer, frame.past, method.flag_tokens(hidden))
+
+        handle = self.info.layers[layer].register_forward_pre_hook(flag, with_kwargs=True)
+        self._handles.append(handle)
+        self._hooked_inputs.add(layer)
+
+    def _use_supported_attention(self) -> None:
+        """Switch a flash or flex decoder to SDPA while wrapped: its masks would not fit here."""
+        model: Any = self.model
+        text = model.config.get_text_config(decoder=True)
+        if text._attn_implementation in ("sdpa", "eager", None):
+            return
+        before = text._attn_implementation
+        key = next(k for k in model.config.sub_configs if getattr(model.config, k, None) is text)
+        model.set_attn_implementation({key: "sdpa"})
+        self._restore_implementation = lambda: model.set_attn_implementation({key: before})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise StateError(
+            "a wrapped model cannot be copied or pickled: its hooks belong to the original. "
+            "Call vlmfix.unwrap(model) first, copy, then wrap each."
+        )
+
+    def __reduce__(self) -> NoReturn:
+        self.__deepcopy__({})
+
+    # -- which stack, which frame -------------------------------------------------------------
+
+    @property
+    def frame(self) -> Frame | None:
+        """The frame of the forward that this thread is in."""
+        return getattr(self.local, "frame", None)
+
+    @property
+    def stack(self) -> Stack:
+        """The stack of this thread: the innermost `using`, else what was wrapped."""
+        stacks: list[Stack] = getattr(self.local, "stacks", [])
+        return stacks[-1] if stacks else self.default
+
+    @contextmanager
+    def use(self, stack: Stack) -> Iterator[None]:
+        """Run another stack in this thread."""
+        self.reach(stack)
+        if not hasattr(self.local, "stacks"):
+            self.local.stacks = []
+        self.local.stacks.append(stack)
+        try:
+            yield
+        finally:
+            self.local.stacks.pop()
+
+    def last_call(self) -> Call | None:
+        """The last call of this thread, or of any thread if this one made none."""
+        own: Call | None = getattr(self.local, "last", None)
+        return own or self.last
+
+    # -- generate -----------------------------------------------------------------------------
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own generate(), which knows here where the prompt ends."""
+        inner = self._generate or type(self.model).generate.__get__(self.model)  # type: ignore[attr-defined]
+        stack = self.stack
+        if not stack.methods:
+            return inner(*args, **kwargs)
+        ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        if ids is None:
+            raise BadInput(
+                "generate() got no input_ids, so vlmfix cannot see where the image is. Pass the "
+                "token ids of the prompt (inputs_embeds alone do not say it), or run the plain "
+                "model with vlmfix.using(model, None)."
+            )
+        call = Call(methods=stack.specs(), prompt_length=ids.shape[1])
+        outer = getattr(self.local, "call", None)
+        with self.lock:
+            self.running += 1
+        self.local.call = call
+        try:
+            output = inner(*args, **kwargs)
+        finally:
+            self.local.call = outer
+            with self.lock:
+                self.running -= 1
+        call.finish(output)
+        self.last = self.local.last = call
+        return output
+
+    # -- forward ------------------------------------------------------------------------------
+
+    def _before(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        prompt_length = kwargs.pop("prompt_length", None)
+        stack = self.stack
+        if not stack.methods:
+            self.local.frame = None
+            return args, kwargs
+        if kwargs.get("cache") is not None:
+            raise CompositionError(
+                "continuous batching (generate_batch) mixes rows of many prompts in one batch, "
+                "which no method supports. Use generate(), or vlmfix.using(model, None)."
+            )
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        if not isinstance(cache, Cache):
+            cache = None
+        if ids is None:
+            raise BadInput(
+                "the forward got no input_ids, so vlmfix cannot see where the image is. Pass "
+                "input_ids, or run the plain model with vlmfix.using(model, None)."
+            )
+        self.local.frame = self._frame(stack, ids, cache, prompt_length, kwargs)
+        return args, kwargs
+
+    def _frame(
+        self,
+        stack: Stack,
+        ids: torch.Tensor,
+        cache: Cache | None,
+        prompt_length: int | None,
+        kwargs: dict[str, Any],
+    ) -> Frame:
+        batch, queries = ids.shape
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        ledger = self._ledgers.get(cache) if cache is not None else None
+        call: Call | None = getattr(self.local, "call", None)
+        if ledger is None or past == 0:
+            if past and call is None and prompt_length is None:
+                raise StateError(
+                    f"this KV cache holds {past} positions that vlmfix has not seen. Prefill it "
+                    "while the model is wrapped, with the same cache object."
+                )
+            ledger = Ledger(batch, past + queries, ids.device)
+            if cache is not None:
+                self._ledgers[cache] = ledger
+        if call is None:
+            call = self._calls.get(ledger) or Call(methods=stack.specs())
+            self._calls[ledger] = call
+            self.last = self.local.last = call
+            if prompt_length is None:
+                prompt_length = ledger.prompt_length or past + queries
+            call.prompt_length = prompt_length
+        if prompt_length is None:
+            prompt_length = call.prompt_length or past + queries
+        call.passes += 1
+        call.batch = max(call.batch, batch)
+        if past < prompt_length:
+            kinds = self._kinds(ids, past, kwargs)
+            ledger.write(past, kinds, prompt_length)
+        ledger.reserve(max(past + queries, _capacity(cache)))
+        offsets = _sliding_offsets(cache, queries)
+        return Frame(stack, call, ledger, past, queries, offsets, rescales=cache is None)
+
+    def _kinds(self, ids: torch.Tensor, past: int, kwargs: dict[str, Any]) -> torch.Tensor:
+        """Kinds (B, Q) of the prompt tokens in this forward."""
+        kinds = torch.full(ids.shape, TEXT, dtype=torch.uint8, device=ids.device)
+        if any(_given(kwargs.get(name)) for name in _VISION):
+            for kind, tokens in (
+                (IMAGE, self.info.image_token_ids),
+                (VIDEO, self.info.video_token_ids),
+            ):
+                for token in tokens:
+                    kinds[ids == token] = kind
+            if past == 0 and bool((kinds == TEXT).all()):
+                raise BadInput(
+                    "images were passed, but the prompt holds no image token (id "
+                    f"{', '.join(map(str, self.info.image_token_ids))}). Build the prompt with "
+                    "the model's processor, or use vlmfix.generate()."
+                )
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, dict):
+            mask = mask.get("full_attention")
+        if isinstance(mask, torch.Tensor):
+            window = slice(past, past + ids.shape[1])
+            if mask.ndim == 2:
+                kinds[mask[:, window] == 0] = PAD
+            elif mask.dtype == torch.bool:  # already expanded, as for a static cache
+                kinds[~mask[:, 0, -1, window]] = PAD
+        return kinds
+
+    def _check(
+        self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """After the first forward of a prompt: every planned layer must have come by."""
+        frame = self.frame
+        if frame is None or frame.past:
+            return
+        missing = sorted(set(frame.stack.by_layer) - frame.reached)
+        if missing:
+            raise UnsupportedModel(
+                f"the attention of decoder layers {missing} of {type(self.model).__name__} never "
+                "reached vlmfix: they do not use transformers' attention interface. Nothing was "
+                "edited; run the plain model with vlmfix.unwrap(model)."
+            )
+
+    def _after(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        # The frame holds the cache's ledger: leaving it would keep the last prompt alive.
+        self.local.frame = None
+
+
+def _given(value: Any) -> bool:
+    return value is not None and (not isinstance(value, dict) or bool(value))
+
+
+def _capacity(cache: Cache | None) -> int:
+    """Keys that a preallocated cache shows to attention from the start; 0 for a growing one."""
+    if cache is None or not len(cache.layers) or not cache.is_compileable:
+        return 0
+    return int(cache.get_max_length())
+
+
+def _sliding_offsets(cache: Cache | None, queries: int) -> dict[int, int]:
+    """{layer: position of its first key} of the sliding layers, before the cache is updated."""
+    if cache is None:
+        return {}
+    return {
+        index: int(layer.get_mask_sizes(queries)[1])
+        for index, layer in enumerate(cache.layers)
+        if getattr(layer, "is_sliding", False)
+    }
+
+
+def _base_attention(module: Any) -> Any:
+    """The attention function that the module used before it was hooked."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)

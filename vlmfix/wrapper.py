@@ -1,0 +1,152 @@
+"""wrap, unwrap, wrapped, using, suspended, last_call: the verbs a user needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Literal, TypeVar
+
+import torch
+
+from vlmfix.call import CallReport
+from vlmfix.errors import BadInput, CompositionError, StateError, VlmfixError
+from vlmfix.families import ModelInfo, describe_model
+from vlmfix.registry import MethodSpec, build_stack
+from vlmfix.session import SESSION, Session, Stack
+
+__all__ = ["last_call", "suspended", "unwrap", "using", "wrap", "wrapped"]
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+Implementation = Literal["auto", "torch", "triton"]
+
+
+def wrap(model: Model, methods: MethodSpec, *, impl: Implementation = "auto") -> Model:
+    """Make `model.generate()` and `model(...)` run with methods; returns the same object.
+
+    Everything that can be checked is checked before the model is touched; on any error it is
+    as it was.
+
+    Args:
+        model: a Hugging Face vision-language model in eval mode.
+        methods: "var", "var:keep=0.4", a method object, a list of them (a stack), or None for a
+            model that is plain until `using` says otherwise.
+        impl: "torch", or "auto" for the best there is; "triton" is refused where it cannot run.
+
+    Raises:
+        UnknownMethod, BadInput: a method, an option or `impl` that cannot be used.
+        UnsupportedModel: a model that the hooks cannot reach.
+        CalibrationNeeded: constants that are unknown for this model.
+        CompositionError: methods that exclude each other.
+        StateError: the model is wrapped already, or in training mode.
+    """
+    if SESSION in getattr(model, "__dict__", {}):
+        current = model.__dict__[SESSION].default.specs()
+        raise StateError(
+            f"this model is already wrapped with {list(current)}. Call vlmfix.unwrap(model) first, "
+            "or run another stack for a while with vlmfix.using(model, ...)."
+        )
+    _check_implementation(impl)
+    info = describe_model(model)
+    if model.training:
+        raise StateError(
+            "this model is in training mode; vlmfix works at inference only. Call model.eval() "
+            "before vlmfix.wrap(model, ...)."
+        )
+    stack = _stack(model, info, methods)
+    Session(model, info, stack).attach()
+    return model
+
+
+def unwrap(model: Model) -> Model:
+    """Give the model back bit for bit as it was before `wrap`; returns the same object.
+
+    Raises:
+        StateError: the model is not wrapped, or is generating in some thread.
+    """
+    session = _session(model, "unwrap")
+    with session.lock:
+        if session.running:
+            raise StateError(
+                f"{session.running} generate() call(s) are running on this model. Wait for them "
+                "to end, then call vlmfix.unwrap(model)."
+            )
+        session.detach()
+    return model
+
+
+@contextmanager
+def wrapped(model: Model, methods: MethodSpec, *, impl: Implementation = "auto") -> Iterator[Model]:
+    """`wrap` for the length of a with-block; unwraps after an exception too."""
+    wrap(model, methods, impl=impl)
+    try:
+        yield model
+    finally:
+        unwrap(model)
+
+
+@contextmanager
+def using(model: Model, methods: MethodSpec) -> Iterator[Model]:
+    """Run another stack on a wrapped model, in this thread only; `None` is the plain model.
+
+    Nests; other threads keep what they have. A streamer that runs generate() in a thread of its
+    own needs `using` inside that thread.
+
+    Raises:
+        StateError: the model is not wrapped (`wrap(model, None)` makes it so without any method).
+    """
+    session = _session(model, "using")
+    stack = _stack(model, session.info, methods)
+    with session.use(stack):
+        yield model
+
+
+def suspended(model: Model) -> AbstractContextManager[Model]:
+    """`using(model, None)`: the plain model, in this thread only."""
+    return using(model, None)
+
+
+def last_call(model: torch.nn.Module) -> CallReport:
+    """What was done in this thread's last generate() (or forward) on a wrapped model.
+
+    Raises:
+        StateError: the model is not wrapped, or no call ran with a method yet.
+    """
+    call = _session(model, "last_call").last_call()
+    if call is None:
+        raise StateError("no call has run with a method on this model yet; generate() first.")
+    return call.report()
+
+
+def _session(model: torch.nn.Module, verb: str) -> Session:
+    session = getattr(model, "__dict__", {}).get(SESSION)
+    if not isinstance(session, Session):
+        raise StateError(f"vlmfix.{verb}: this model is not wrapped. Call vlmfix.wrap(model, ...).")
+    return session
+
+
+def _stack(model: torch.nn.Module, info: ModelInfo, methods: MethodSpec) -> Stack:
+    prepared = tuple(method.prepared(info, model) for method in build_stack(methods))
+    names = [method.name for method in prepared]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise CompositionError(
+            f"the stack {names} holds {', '.join(twice)} more than once. Give each method once, "
+            "with the options you want."
+        )
+    return Stack(prepared, info)
+
+
+def _check_implementation(impl: str) -> None:
+    if impl in ("auto", "torch"):
+        return
+    if impl != "triton":
+        raise BadInput(f"impl={impl!r} must be 'auto', 'torch' or 'triton'.")
+    if not torch.cuda.is_available():
+        raise BadInput(
+            "impl='triton' needs a CUDA device and this machine shows none. Use impl='auto', which "
+            "takes the torch implementation here."
+        )
+    raise VlmfixError(
+        "impl='triton': this version has no fused kernels yet. Use impl='auto', which takes the "
+        "torch implementation."
+    )
