@@ -160,8 +160,8 @@ def _data_url(url: str) -> bytes:
 def _bundled(dtype: Any, device: Any) -> tuple[Any, Any]:
     from vlmfix.emoji import load as load_bundled
 
-    model, processor = load_bundled(_dtype(dtype))
-    return model.to(_device(device)), processor
+    model, processor = load_bundled(as_dtype(dtype))
+    return model.to(as_device(device)), processor
 
 
 def _config(name: str) -> Any:
@@ -200,7 +200,7 @@ def _weights(name: str, dtype: Any, device: Any) -> Any:
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             _place(name),
-            dtype=_dtype(dtype) or "auto",
+            dtype=as_dtype(dtype) or "auto",
             trust_remote_code=False,
             output_loading_info=True,
         )
@@ -216,7 +216,7 @@ def _weights(name: str, dtype: Any, device: Any) -> Any:
             f"{name} lacks {len(missing)} of the model's weights ({missing[0]}, ...), which would "
             "be filled with noise: download it again"
         )
-    return model.eval().to(_device(device))
+    return model.eval().to(as_device(device))
 
 
 def _processor(name: str, config: Any) -> Any:
@@ -298,7 +298,7 @@ def _one_line(error: BaseException) -> str:
     return lines[0].rstrip(".")[:200]
 
 
-def _dtype(dtype: Any) -> Any:
+def as_dtype(dtype: Any) -> Any:
     """A torch dtype, or None for the checkpoint's own."""
     import torch
 
@@ -309,7 +309,7 @@ def _dtype(dtype: Any) -> Any:
     return getattr(torch, _DTYPES[dtype])
 
 
-def _device(device: Any) -> Any:
+def as_device(device: Any) -> Any:
     import torch
 
     if device is None:

@@ -1,0 +1,162 @@
+"""The package as a whole: light to import, imports in one direction, names and versions in step."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vlmfix
+from vlmfix import registry
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "vlmfix"
+
+
+def fresh(code: str, *paths: Path) -> str:
+    """Run code in a new interpreter at the repository root; what it prints."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *paths)))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, time; start = time.perf_counter(); import vlmfix;"
+        "seconds = time.perf_counter() - start;"
+        "print(seconds, *({'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules)))"
+    )
+    runs = [fresh(code).split() for _ in range(3)]
+    assert [run[1:] for run in runs] == [[], [], []], "a heavy package was imported"
+    assert statistics.median(float(run[0]) for run in runs) < 0.3
+
+
+def test_listing_methods_needs_no_torch() -> None:
+    code = (
+        "import sys; from vlmfix import registry; registry.list_methods(); "
+        "print('torch' in sys.modules)"
+    )
+    assert fresh(code) == "False"
+
+
+def test_a_wrapped_model_generates_without_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import tiny, vlmfix\n"
+        "family = tiny.build('llava')\n"
+        "model = vlmfix.wrap(family.model, 'pai')\n"
+        "model.generate(**family.inputs(), **tiny.generate_kwargs())\n"
+        "print(vlmfix.last_call(model).edited_rows > 0)\n"
+    )
+    assert fresh(code, ROOT / "tests").splitlines()[-1] == "True"
+
+
+def test_all_is_sorted_and_complete() -> None:
+    assert vlmfix.__all__ == sorted(vlmfix.__all__)
+    ours = {name: getattr(vlmfix, name) for name in dir(vlmfix) if not name.startswith("_")}
+    public = {
+        name
+        for name, value in ours.items()
+        if str(getattr(value, "__module__", "")).split(".")[0] == "vlmfix"
+    }
+    assert public == set(vlmfix.__all__) - {"__version__"}
+    for name in vlmfix.__all__:
+        assert getattr(vlmfix, name) is not None
+
+
+def test_the_version_has_an_entry_in_the_changelog() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    newest = re.search(r"^## \[?([0-9][^\] ]*)", text, re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == vlmfix.__version__
+
+
+def test_transformers_models_import_from_the_repository_root() -> None:
+    code = (
+        "from transformers import LlavaForConditionalGeneration as A;"
+        "from transformers import Qwen2_5_VLForConditionalGeneration as B; print('ok')"
+    )
+    assert fresh(code) == "ok"
+
+
+@pytest.mark.parametrize("row", registry.list_methods(), ids=lambda row: row.name)
+def test_the_registry_names_importable_methods(row: registry.MethodInfo) -> None:
+    module, _, name = row.target.partition(":")
+    cls = getattr(importlib.import_module(module), name)
+    assert (cls.name, cls.stage) == (row.name, row.stage)
+
+
+def test_names_and_aliases_are_unique() -> None:
+    names = [name for row in registry.list_methods() for name in (row.name, *row.aliases)]
+    assert len(names) == len(set(names))
+
+
+APP = {"cli", "__main__", "show", "bench", "bench_models"}
+ALLOWED = {
+    "kernels": {"kernels", "errors"},
+    "emoji": {"emoji", "errors"},
+    "errors": set(),
+    "core": {"core", "errors", "kernels", "emoji"},
+    "methods": {"core", "errors"},
+    "evals": {"evals", "methods", "core", "errors", "kernels", "emoji"},
+    "integrations": {"integrations", "evals", "methods", "core", "errors", "emoji"},
+    "app": {"app", "evals", "methods", "core", "errors", "kernels", "emoji"},
+    "demo": {"demo", "app", "evals", "methods", "core", "errors", "kernels", "emoji"},
+}
+
+
+def layer(module: str) -> str:
+    """The layer of a module named below the package, such as "evals.pope"; "" is the package."""
+    head = module.split(".")[0]
+    if head in APP:
+        return "app"
+    return head if head in ALLOWED else "core"
+
+
+def is_module(dotted: str) -> bool:
+    path = PACKAGE.joinpath(*dotted.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Modules of vlmfix that a file imports anywhere, named below the package."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            if name.split(".")[0] != "vlmfix":
+                continue
+            below = name.partition(".")[2]
+            while below and not is_module(below):
+                below = below.rpartition(".")[0]
+            yield below
+
+
+def test_imports_run_one_way() -> None:
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__")
+        for other in imported(path):
+            if layer(other) not in ALLOWED[layer(module.rstrip("."))]:
+                wrong.append(f"{path.relative_to(ROOT)} imports {other or 'the package'}")
+    assert not wrong
+
+
+def test_kernels_is_no_regular_package() -> None:
+    # With an __init__.py it would shadow the hub's `kernels` wherever the root is on the path.
+    assert not (PACKAGE / "kernels" / "__init__.py").exists()

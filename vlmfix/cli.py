@@ -1,0 +1,301 @@
+"""The command line. Every heavy import lives inside its command, so `--help` needs no torch.
+
+Exit codes: 0 all went well; 1 the command ran but reports a failure; 2 the input cannot be used;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from vlmfix import cli_options as opt
+from vlmfix import show
+from vlmfix._version import __version__
+from vlmfix.errors import BadInput, VlmfixError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Inference-time fixes for vision-language models that describe things that are not there.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line; an error made on purpose is one message and exit code 2."""
+    try:
+        app()
+    except VlmfixError as error:
+        from rich.console import Console
+        from rich.text import Text
+
+        message = Text.assemble(("error: ", "bold red"), str(error))
+        Console(stderr=True).print(message, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"vlmfix {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("methods")
+def methods_command(
+    name: opt.MethodName = None,
+    json: opt.Json = False,
+) -> None:
+    """List the methods, or explain one."""
+    from vlmfix import registry
+
+    if name is None:
+        rows = registry.list_methods()
+        show.report(json, rows, show.methods(rows))
+    else:
+        info = registry.describe(name)
+        show.report(json, info, show.method(info))
+
+
+@app.command("doctor")
+def doctor_command(
+    model: opt.ModelArgument = "emoji",
+    dtype: opt.Dtype = None,
+    device: opt.Device = None,
+    json: opt.Json = False,
+) -> None:
+    """Show what vlmfix sees in a model, and which methods fit. Exit code 1 if it is unsupported."""
+    with show.only_stderr(json):
+        from vlmfix.doctor import examine
+        from vlmfix.loading import load_model
+
+        _quiet_transformers()
+        report = examine(load_model(model, dtype=dtype, device=device))
+    show.report(json, report, show.doctor(report))
+    if not report["supported"]:
+        raise typer.Exit(1)
+
+
+@app.command("generate")
+def generate_command(
+    image: opt.Image,
+    prompt: opt.Prompt,
+    model: opt.Model = "emoji",
+    method: opt.Methods = None,
+    compare: opt.Compare = False,
+    max_new_tokens: opt.AnswerTokens = 64,
+    dtype: opt.Dtype = None,
+    device: opt.Device = None,
+    json: opt.Json = False,
+) -> None:
+    """Ask a model about an image, plain or with methods."""
+    from vlmfix.registry import parse_spec
+
+    stacks: list[list[str]] = parse_spec(method) if method else []
+    if compare or not stacks:
+        stacks = [[], *stacks]
+    with show.only_stderr(json):
+        arms = _answers(image, prompt, model, stacks, max_new_tokens, dtype, device)
+    result = {"model": model, "image": image, "prompt": prompt, "answers": arms}
+    shown = arms[0]["answer"] if len(arms) == 1 else show.answers(arms)
+    show.report(json, result, shown)
+
+
+def _answers(
+    image: str,
+    prompt: str,
+    model_name: str,
+    stacks: list[list[str]],
+    max_new_tokens: int,
+    dtype: str | None,
+    device: str | None,
+) -> list[dict[str, Any]]:
+    """One greedy answer per stack of methods, and what each stack did."""
+    import vlmfix
+    from vlmfix.loading import load, load_image
+    from vlmfix.registry import build_stack
+
+    # All that can be wrong is found before the model is loaded.
+    built = [build_stack(stack) for stack in stacks]
+    content = [{"type": "image", "image": load_image(image)}, {"type": "text", "text": prompt}]
+    messages = [{"role": "user", "content": content}]
+    _quiet_transformers()
+    model, processor = load(model_name, dtype=dtype, device=device)
+    arms: list[dict[str, Any]] = []
+    for names, stack in zip(stacks, built, strict=True):
+        arm: dict[str, Any] = {"method": "+".join(names) or "base"}
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        if stack:
+            with vlmfix.wrapped(model, stack) as wrapped:
+                arm["answer"] = vlmfix.generate(wrapped, processor, messages, **settings)
+                arm["last_call"] = vlmfix.last_call(wrapped).to_dict()
+        else:
+            arm["answer"] = vlmfix.generate(model, processor, messages, **settings)
+            arm["last_call"] = None
+        arms.append(arm)
+    return arms
+
+
+@app.command("eval")
+def eval_command(
+    task: opt.Task = None,
+    tasks: opt.Tasks = None,
+    list_tasks: opt.ListTasks = False,
+    model: opt.Model = "emoji",
+    method: opt.Methods = None,
+    data: opt.Data = None,
+    limit: opt.Limit = None,
+    output: opt.ResultFolder = None,
+    batch_size: opt.BatchSize = 32,
+    seed: opt.Seed = 0,
+    prompt_style: opt.PromptStyle = "lmms",
+    parser: opt.Parser = "official",
+    truncate: opt.Truncate = "none",
+    max_new_tokens: opt.NewTokens = None,
+    overwrite: opt.Overwrite = False,
+    dtype: opt.Dtype = None,
+    device: opt.Device = None,
+    threads: opt.Threads = None,
+    json: opt.Json = False,
+) -> None:
+    """Evaluate the base model and methods on the same items. Exit code 1 if any item failed."""
+    from vlmfix import evals
+    from vlmfix.evals.tasks import get_task
+    from vlmfix.registry import parse_spec
+
+    names = _split(f"{task or ''},{tasks or ''}")
+    if list_tasks or names == ["list"]:
+        docs = {name: get_task(name).__doc__ or "" for name in sorted(evals.TASKS)}
+        rows = [{"name": name, "summary": doc.split("\n")[0]} for name, doc in docs.items()]
+        show.report(json, rows, show.facts({row["name"]: row["summary"] for row in rows}))
+        return
+    if not names:
+        raise BadInput(f"no task: give one or more of {', '.join(evals.TASKS)}, comma-separated")
+    methods = ["+".join(stack) for stack in parse_spec(method)] if method else []
+    with show.only_stderr(json):
+        _quiet_transformers()
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
+        results = evals.evaluate(
+            names,
+            model=model,
+            methods=methods,
+            data=data,
+            limit=limit,
+            output=output,
+            batch_size=batch_size,
+            seed=seed,
+            prompt_style=prompt_style,
+            parser=parser,
+            max_new_tokens=max_new_tokens,
+            overwrite=overwrite,
+            quiet=json,
+            truncate=truncate,
+            dtype=dtype,
+            device=device,
+        )
+    show.report(json, results, evals.render(results))
+    if not json:
+        print(f"written to {results['output']}")
+    if results["errors"]:
+        raise typer.Exit(1)
+
+
+@app.command("calibrate")
+def calibrate_command(
+    model: opt.ModelArgument = "emoji",
+    save: opt.Save = True,
+    dtype: opt.Dtype = None,
+    device: opt.Device = None,
+    json: opt.Json = False,
+) -> None:
+    """Measure the constants that VAR and others need for a model."""
+    with show.only_stderr(json):
+        from vlmfix.calibrate import calibrate
+        from vlmfix.loading import load
+
+        _quiet_transformers()
+        loaded, processor = load(model, dtype=dtype, device=device)
+        found = calibrate(loaded, processor, save=save)
+    values = found.to_dict()
+    if save:
+        values = {**values, "path": str(found.path)}
+    show.report(json, values, show.facts(values))
+
+
+@app.command("bench")
+def bench_command(
+    model: opt.BenchModels = "emoji,llava-300m",
+    method: opt.Methods = "var,pai",
+    dtype: opt.BenchDtypes = "bfloat16",
+    rounds: opt.Rounds = 9,
+    new_tokens: opt.BenchTokens = 32,
+    batch_size: opt.BatchSize = 1,
+    output: opt.CsvFile = None,
+    quick: opt.Quick = False,
+    threads: opt.BenchThreads = 1,
+    json: opt.Json = False,
+) -> None:
+    """Measure decoding speed, wrapped over plain. Exit code 1 if a method edited nothing."""
+    from vlmfix.registry import parse_spec
+
+    methods = parse_spec(method) if method else []
+    with show.only_stderr(json):
+        from vlmfix import bench
+
+        _quiet_transformers()
+        report = bench.run(
+            ["llava-tiny" if quick and name == "llava-300m" else name for name in _split(model)],
+            methods,
+            dtypes=_split(dtype),
+            rounds=3 if quick else rounds,
+            new_tokens=8 if quick else new_tokens,
+            batch=batch_size,
+            threads=threads,
+            progress=lambda line: print(line, file=sys.stderr),
+        )
+        if output is not None:
+            bench.write_csv(report, output)
+    show.report(json, report, bench.render(report))
+    if report.refused:
+        raise typer.Exit(1)
+
+
+@app.command("demo")
+def demo_command() -> None:
+    """The demo in the browser (not in this version)."""
+    raise BadInput(
+        f"the demo is not in vlmfix {__version__}; "
+        "`vlmfix generate emoji:1 'Describe the image.' --method var --compare` shows base and "
+        "method side by side in the terminal"
+    )
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()

@@ -1,0 +1,60 @@
+"""The arguments and options of the command line; a name ending in _ is one command's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+MODEL_HELP = "Hub id, local folder, or 'emoji' (bundled)."
+
+Model = Annotated[str, Option("--model", "-m", help=MODEL_HELP)]
+ModelArgument = Annotated[str, Argument(metavar="[MODEL]", help=MODEL_HELP)]
+Methods = Annotated[
+    str | None,
+    Option(
+        "--method",
+        help="Alternatives after commas, stacks with +, options after a colon: "
+        "'var,pai:alpha=0.3,var+pai'.",
+    ),
+]
+Json = Annotated[bool, Option("--json", help="Print one JSON document, nothing else.")]
+Dtype = Annotated[str | None, Option(help="bfloat16, float16 or float32.")]
+Device = Annotated[str | None, Option(help="cpu, cuda, cuda:1; CUDA if there is one.")]
+Threads = Annotated[int | None, Option(min=1, help="Torch threads on the CPU.")]
+NewTokens = Annotated[int | None, Option(min=1, help="Longest answer; by task if absent.")]
+
+MethodName = Annotated[str | None, Argument(metavar="[NAME]", help="One method, in full.")]
+Save = Annotated[bool, Option(help="Keep it for later runs.")]
+
+Image = Annotated[str, Argument(help="Image file, data: URL, or emoji:N, the N-th bundled image.")]
+Prompt = Annotated[str, Argument(help="What to ask about the image.")]
+AnswerTokens = Annotated[int, Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
+Compare = Annotated[bool, Option("--compare", help="Also answer without any method, side by side.")]
+
+Task = Annotated[str | None, Argument(metavar="TASK[,TASK]", help="What to evaluate.")]
+Tasks = Annotated[str | None, Option("--tasks", help="Same as TASK; 'list' lists them.")]
+ListTasks = Annotated[bool, Option("--list", help="List the tasks and stop.")]
+Data = Annotated[
+    Path | None, Option(help="Folder or .zip in COCO format; bundled images if absent.")
+]
+Limit = Annotated[int | None, Option(min=1, help="Only the first N images.")]
+ResultFolder = Annotated[
+    Path | None,
+    Option("--output", "--output-path", "--output_path", help="Folder for the results."),
+]
+BatchSize = Annotated[int, Option("--batch-size", "--batch_size", min=1, help="Rows at a time.")]
+Seed = Annotated[int, Option(help="Of the choice of images, the questions and the intervals.")]
+PromptStyle = Annotated[str, Option(help="Wording of yes/no questions.")]
+Parser = Annotated[str, Option(help="How yes/no answers are read.")]
+Truncate = Annotated[str, Option(help="'sentence' drops the sentence that the limit cut.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace earlier results in --output.")]
+
+BenchModels = Annotated[str, Option("--model", "-m", help="emoji, llava-300m, or both.")]
+BenchDtypes = Annotated[str, Option(help="bfloat16, float32, or both.")]
+Rounds = Annotated[int, Option(min=1, help="Timed turns of every arm.")]
+BenchTokens = Annotated[int, Option("--new-tokens", min=3, help="Tokens per turn.")]
+CsvFile = Annotated[Path | None, Option("--output", help="Append the rows to this csv file.")]
+Quick = Annotated[bool, Option("--quick", help="Small and short; the numbers mean little.")]
+BenchThreads = Annotated[int, Option(min=1, help="Torch threads on the CPU.")]

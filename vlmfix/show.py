@@ -1,0 +1,149 @@
+"""What the command line prints: JSON, or rich renderables made from plain data. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from vlmfix.registry import MethodInfo
+
+__all__ = [
+    "answers",
+    "changed_words",
+    "doctor",
+    "facts",
+    "method",
+    "methods",
+    "only_stderr",
+    "report",
+    "to_json",
+]
+
+
+def report(as_json: bool, data: Any, shown: RenderableType) -> None:
+    """Print `data` as JSON, or what is to be seen of it."""
+    if as_json:
+        print(to_json(data))
+    else:
+        Console().print(shown, markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def only_stderr(active: bool) -> Iterator[None]:
+    """Keep what libraries print out of stdout, which is for the JSON document alone."""
+    with contextlib.redirect_stdout(sys.stderr) if active else contextlib.nullcontext():
+        yield
+
+
+def to_json(value: Any) -> str:
+    """One JSON document: dataclasses as objects, numbers that are not finite as null."""
+    return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def methods(rows: Sequence[MethodInfo]) -> RenderableType:
+    """The table of methods."""
+    table = _table("name", "stage", "what it does", "needs", "paper")
+    for row in rows:
+        name = ", ".join((row.name, *row.aliases))
+        table.add_row(name, row.stage, row.summary, "; ".join(row.needs) or "-", row.paper)
+    return table
+
+
+def method(info: Mapping[str, Any]) -> RenderableType:
+    """One method: its documentation, options and presets."""
+    options = _table("option", "default", "type", "what it is")
+    for option in info["options"]:
+        cells = (option["name"], option["default"], option["type"], option["help"])
+        options.add_row(*(Text(str(cell)) for cell in cells))
+    head = Text.assemble((info["name"], "bold"), f" - {info['title']}\n{info['paper']}")
+    parts: list[RenderableType] = [head, Text("\n" + info["doc"] + "\n"), options]
+    if info["presets"]:
+        parts.append(Text("\npresets"))
+        parts += [Text("  " + _sentence(preset)) for preset in info["presets"]]
+    return Group(*parts)
+
+
+def doctor(report: Mapping[str, Any]) -> RenderableType:
+    """What `vlmfix doctor` found: the model's facts, then which methods fit."""
+    rest = {key: value for key, value in report.items() if key != "methods"}
+    fits = _table("method", "fits", "why")
+    for row in report.get("methods", ()):
+        mark = Text("yes", "green") if row["fits"] else Text("no", "red")
+        fits.add_row(row["name"], mark, Text(str(row["why"] or "")))
+    return Group(facts(rest), fits)
+
+
+def facts(values: Mapping[str, Any]) -> RenderableType:
+    """Names and values, one per line."""
+    table = Table.grid(padding=(0, 2))
+    for key, value in values.items():
+        table.add_row(Text(key.replace("_", " "), "bold"), Text(_sentence(value)))
+    return table
+
+
+def answers(arms: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Answers side by side; words that differ from the first arm's stand out.
+
+    Args:
+        arms: Each with "method", "answer" and "last_call"; the first is the base.
+    """
+    table = Table(show_lines=True)
+    for arm in arms:
+        table.add_column(Text(arm["method"]), overflow="fold", ratio=1)
+    base = arms[0]["answer"]
+    table.add_row(*(changed_words(base, arm["answer"]) for arm in arms))
+    table.add_row(*(Text(_sentence(arm["last_call"] or "untouched"), "dim") for arm in arms))
+    return table
+
+
+def changed_words(base: str, answer: str) -> Text:
+    """The answer, its words that the base does not have at that place in bold."""
+    old, new = base.split(), answer.split()
+    text = Text()
+    matcher = difflib.SequenceMatcher(a=old, b=new, autojunk=False)
+    for what, _, _, start, stop in matcher.get_opcodes():
+        style = "" if what == "equal" else "bold yellow"
+        for word in new[start:stop]:
+            text.append(" " if text else "").append(word, style)
+    return text
+
+
+def _table(*columns: str) -> Table:
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _sentence(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_sentence(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(_sentence, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
