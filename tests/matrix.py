@@ -1,0 +1,90 @@
+"""Which methods are tested on which families in which modes: adding a row here tests it.
+
+Every method is given twice: `strong`, so that a tiny random model shows its effect beyond doubt,
+and `identity`, which must leave the model bit for bit alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tiny import FAMILIES, TinyFamily, build
+
+from vlmfix.method import Method
+from vlmfix.methods.pai import PayAttentionToImage
+from vlmfix.methods.var import VisualAttentionRedistribution
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of the matrix."""
+
+    name: str
+    strong: Method
+    identity: Method
+    families: tuple[str, ...] = FAMILIES
+
+
+# Tiny models have neither trained sinks nor a fifth layer: many channels, a low threshold, and
+# the last layer too.
+_SINKS: dict[str, Any] = {
+    "sink_channels": tuple(range(8)),
+    "tau": 1.5,
+    "rho": 0.2,
+    "minimum_visual_mass": 0.02,
+    "last_layer": "official",
+}
+
+ROWS = (
+    Row(
+        "pai",
+        PayAttentionToImage(alpha=0.5, start_layer=0),
+        PayAttentionToImage(alpha=0.0, start_layer=0),
+    ),
+    Row(
+        "var",
+        VisualAttentionRedistribution(keep=0.1, **_SINKS),
+        VisualAttentionRedistribution(keep=1.0, **_SINKS),
+    ),
+)
+
+#: Generation modes: arguments of generate() on top of tiny.generate_kwargs().
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beam": {"num_beams": 3},
+    "sampling": {"do_sample": True, "temperature": 0.9},
+    "returns": {"num_beams": 3, "num_return_sequences": 2},
+    "no cache": {"use_cache": False},
+    "static cache": {"cache_implementation": "static", "disable_compile": True},
+}
+
+CELLS = [(row, family) for row in ROWS for family in row.families]
+IDS = [f"{row.name}-{family}" for row, family in CELLS]
+
+# Text tokens after the image, per row. Gemma's sliding layer is where a method edits a tiny one,
+# and its window of 8 keys must still hold the image.
+_LENGTHS = {"gemma3": (1, 2, 3)}
+
+_built: dict[str, TinyFamily] = {}
+
+
+def family(name: str) -> TinyFamily:
+    """The tiny model of a family, built once; tests leave it unwrapped."""
+    if name not in _built:
+        _built[name] = build(name)
+    return _built[name]
+
+
+def prompt(tiny: TinyFamily, batch: int = 3) -> dict[str, Any]:
+    """A ragged, left-padded batch on which every method of the matrix has something to edit."""
+    lengths = _LENGTHS.get(tiny.name)
+    return tiny.inputs(batch, lengths=None if lengths is None else lengths[:batch])
+
+
+def logits(model: Any, inputs: dict[str, Any], **kwargs: Any) -> torch.Tensor:
+    """Next-token logits (B, V) of one forward."""
+    with torch.no_grad():
+        output: torch.Tensor = model(**inputs, **kwargs).logits[:, -1]
+    return output

@@ -1,0 +1,143 @@
+"""Methods x families x generation modes on tiny random models."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from matrix import CELLS, IDS, MODES, ROWS, Row, family, logits, prompt
+from tiny import FAMILIES, generate_kwargs
+
+import vlmfix
+
+cells = pytest.mark.parametrize(("row", "name"), CELLS, ids=IDS)
+
+
+def _generate(model: Any, inputs: dict[str, Any], mode: str = "greedy") -> torch.Tensor:
+    torch.manual_seed(7)  # sampling draws from the global generator
+    with warnings.catch_warnings():
+        # transformers warns of its own argument names when a mode is asked for by keyword.
+        warnings.simplefilter("ignore", UserWarning)
+        output: torch.Tensor = model.generate(**inputs, **generate_kwargs(**MODES[mode]))
+    return output
+
+
+@cells
+def test_cell_is_not_empty(row: Row, name: str) -> None:
+    tiny = family(name)
+    inputs = prompt(tiny)
+    plain = logits(tiny.model, inputs)
+    with vlmfix.wrapped(tiny.model, row.strong):
+        edited = logits(tiny.model, inputs)
+        assert vlmfix.last_call(tiny.model).edited_rows > 0
+        _generate(tiny.model, inputs)
+        report = vlmfix.last_call(tiny.model)
+    assert ((edited - plain).abs().amax(1) > 1e-3).any()
+    assert report.edited_rows > 0
+    assert report.new_tokens == report.passes == 6
+    assert report.prompt_length == inputs["input_ids"].shape[1]
+
+
+@cells
+def test_identity_is_bit_identical(row: Row, name: str) -> None:
+    tiny = family(name)
+    inputs = prompt(tiny)
+    plain, tokens = logits(tiny.model, inputs), _generate(tiny.model, inputs)
+    with vlmfix.wrapped(tiny.model, row.identity):
+        assert torch.equal(logits(tiny.model, inputs), plain)
+        assert torch.equal(_generate(tiny.model, inputs), tokens)
+        assert vlmfix.last_call(tiny.model).edited_rows == 0
+
+
+@cells
+@pytest.mark.parametrize("mode", ["greedy", "beam"])
+def test_left_padded_batch_equals_singles(row: Row, name: str, mode: str) -> None:
+    tiny = family(name)
+    inputs = prompt(tiny)
+    assert (inputs["attention_mask"] == 0).any()
+    length = inputs["input_ids"].shape[1]
+    with vlmfix.wrapped(tiny.model, row.strong):
+        batch = _generate(tiny.model, inputs, mode)[:, length:]
+        together = logits(tiny.model, inputs)
+        for index in range(len(batch)):
+            alone = tiny.single(inputs, index)
+            tokens = _generate(tiny.model, alone, mode)[0, alone["input_ids"].shape[1] :]
+            assert torch.equal(batch[index], tokens)
+            assert torch.allclose(together[index], logits(tiny.model, alone)[0], atol=1e-4)
+
+
+@cells
+@pytest.mark.parametrize("mode", ["no cache", "static cache"])
+def test_other_caches_equal_the_dynamic_cache(row: Row, name: str, mode: str) -> None:
+    tiny = family(name)
+    inputs = prompt(tiny)
+    with vlmfix.wrapped(tiny.model, row.strong):
+        assert torch.equal(_generate(tiny.model, inputs), _generate(tiny.model, inputs, mode))
+
+
+@cells
+@pytest.mark.parametrize("mode", ["sampling", "returns"])
+def test_modes_equal_without_cache(row: Row, name: str, mode: str) -> None:
+    """Rows that a mode copies and reorders see the same edits as a full recomputation."""
+    tiny = family(name)
+    inputs = prompt(tiny)
+    with vlmfix.wrapped(tiny.model, row.strong):
+        cached = _generate(tiny.model, inputs, mode)
+        torch.manual_seed(7)
+        kwargs = generate_kwargs(**MODES[mode], use_cache=False)
+        assert torch.equal(cached, tiny.model.generate(**inputs, **kwargs))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_streaming_and_prompt_lookup_equal_greedy(row: Row, name: str) -> None:
+    from transformers.generation.streamers import BaseStreamer
+
+    class Collect(BaseStreamer):
+        def __init__(self) -> None:
+            self.ids: list[int] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.ids += value.flatten().tolist()
+
+        def end(self) -> None:
+            pass
+
+    tiny = family(name)
+    inputs = tiny.single(prompt(tiny), 1)
+    with vlmfix.wrapped(tiny.model, row.strong):
+        greedy = _generate(tiny.model, inputs)
+        collect = Collect()
+        tiny.model.generate(**inputs, streamer=collect, **generate_kwargs())
+        drafted = tiny.model.generate(
+            **inputs, prompt_lookup_num_tokens=3, **generate_kwargs(max_new_tokens=6)
+        )
+    assert collect.ids == greedy[0].tolist()
+    assert torch.equal(drafted, greedy)
+
+
+@cells
+def test_chunked_prefill_equals_one_prefill(row: Row, name: str) -> None:
+    if name in ("gemma3", "paligemma"):
+        pytest.skip("plain transformers gives other logits: chunks cut its bidirectional image")
+    tiny = family(name)
+    inputs = prompt(tiny)
+    with vlmfix.wrapped(tiny.model, row.strong):
+        whole = _generate(tiny.model, inputs)
+        chunked = tiny.model.generate(**inputs, prefill_chunk_size=5, **generate_kwargs())
+    assert torch.equal(chunked, whole)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stack_of_both_differs_from_each(name: str) -> None:
+    tiny = family(name)
+    inputs = prompt(tiny)
+    strong = [row.strong for row in ROWS]
+    outputs = []
+    for stack in (*strong, strong):
+        with vlmfix.wrapped(tiny.model, stack):
+            outputs.append(logits(tiny.model, inputs))
+    both = outputs.pop()
+    assert all((both - single).abs().max() > 1e-3 for single in outputs)
