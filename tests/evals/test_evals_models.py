@@ -1,0 +1,95 @@
+"""The adapter between the harness and a real model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+import vlmfix
+from vlmfix.evals.models import TransformersModel, count_passes
+from vlmfix.evals.tasks import Sample
+
+
+class Decoder(torch.nn.Module):
+    def forward(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        return inputs_embeds
+
+
+class Tiny(torch.nn.Module):
+    """Prefill and two decoding steps; `streams` copies of every row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = Decoder()
+        self.streams = 1
+
+    def get_decoder(self) -> torch.nn.Module:
+        return self.decoder
+
+    def steps(self, rows: int) -> None:
+        for _ in range(3):
+            self.decoder(inputs_embeds=torch.zeros(rows * self.streams, 1, 4))
+
+
+@dataclass
+class Detail:
+    text: str
+    prompt_tokens: int = 7
+    new_tokens: int = 3
+    finish: str = "eos"
+
+
+def test_passes_count_rows_and_the_hook_goes_away() -> None:
+    model = Tiny()
+    with count_passes(model) as counter:
+        model.steps(4)
+        assert (counter.calls, counter.rows) == (3, 12)
+        counter.reset()
+        model.decoder(torch.zeros(2, 1, 4))
+        assert counter.rows == 2
+    model.steps(1)
+    assert counter.rows == 2
+    assert not model.decoder._forward_pre_hooks
+
+
+def test_adapter_asks_one_chat_per_sample_and_sees_a_second_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[dict[str, Any]] = []
+
+    @contextmanager
+    def wrapped(model: Tiny, method: Any) -> Iterator[Tiny]:
+        model.streams = 2
+        yield model
+        model.streams = 1
+
+    def generate(model: Tiny, processor: Any, chats: Any, **kwargs: Any) -> list[Detail]:
+        model.steps(len(chats))
+        calls.append({"chats": chats, **kwargs})
+        return [Detail(chat[0]["content"][1]["text"].upper()) for chat in chats]
+
+    monkeypatch.setattr(vlmfix, "wrapped", wrapped, raising=False)
+    monkeypatch.setattr(vlmfix, "generate", generate, raising=False)
+    asked = TransformersModel(Tiny(), "processor", name="tiny")
+    assert asked.facts["model"] == "tiny" and asked.facts["model_class"] == "Tiny"
+    asked.check(["vcd"])
+    samples = [Sample("pope", "s", str(i), f"{i}.png", i, f"q{i}", "yes") for i in range(3)]
+    passes = {}
+    for method in (None, "vcd"):
+        with asked.arm(method, {"max_new_tokens": 16}, lambda name: f"<{name}>") as answer:
+            replies = answer(samples)
+        assert [reply.text for reply in replies] == ["Q0", "Q1", "Q2"]
+        assert (replies[0].prompt_tokens, replies[0].new_tokens) == (7, 3)
+        passes[method] = replies[0].passes
+    # The second stream shares the calls of the first, and must show all the same.
+    assert passes == {None: 3.0, "vcd": 6.0}
+    assert calls[0]["max_new_tokens"] == 16 and calls[0]["return_details"] is True
+    assert calls[0]["chats"][2][0]["content"] == [
+        {"type": "image", "image": "<2.png>"},
+        {"type": "text", "text": "q2"},
+    ]

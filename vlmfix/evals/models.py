@@ -1,0 +1,109 @@
+"""A transformers model as the harness sees it: plain or wrapped, with its passes counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from vlmfix.evals.runner import Answerer
+from vlmfix.evals.tasks import Answer, Sample
+
+__all__ = ["PassCounter", "TransformersModel", "count_passes"]
+
+
+class PassCounter:
+    """Forward passes of the language model, counted in rows.
+
+    Counting rows instead of calls makes a method visible that runs a second stream inside the same
+    batch: its calls carry twice the rows.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.rows = 0
+
+    def reset(self) -> None:
+        """Start again from zero."""
+        self.calls = self.rows = 0
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Forward pre-hook."""
+        inputs = [kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args]
+        first = next((x for x in inputs if hasattr(x, "shape")), None)
+        self.calls += 1
+        self.rows += int(first.shape[0]) if first is not None else 1
+
+
+@contextmanager
+def count_passes(model: Any) -> Iterator[PassCounter]:
+    """Count the forward passes of the model's decoder while the context lasts."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    counter = PassCounter()
+    handle = decoder.register_forward_pre_hook(counter, with_kwargs=True)
+    try:
+        yield counter
+    finally:
+        handle.remove()
+
+
+class TransformersModel:
+    """A loaded model and its processor; methods are applied by `vlmfix.wrapped`.
+
+    Args:
+        model: a vision-language model, not wrapped.
+        processor: its processor.
+        name: how the results call it.
+    """
+
+    def __init__(self, model: Any, processor: Any, name: str | None = None) -> None:
+        self._model, self._processor = model, processor
+        self._name = name or getattr(model, "name_or_path", "") or type(model).__name__
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Model id, class, dtype, device and attention implementation."""
+        config = getattr(self._model, "config", None)
+        return {
+            "model": str(self._name),
+            "model_class": type(self._model).__name__,
+            "dtype": str(getattr(self._model, "dtype", "")).removeprefix("torch."),
+            "device": str(getattr(self._model, "device", "")),
+            "attention": getattr(config, "_attn_implementation", None),
+        }
+
+    def check(self, methods: Sequence[Any]) -> None:
+        """Wrap and unwrap once per method, so that what cannot work fails before any answer."""
+        import vlmfix
+
+        for method in methods:
+            with vlmfix.wrapped(self._model, method):
+                pass
+
+    @contextmanager
+    def arm(
+        self, method: Any | None, gen_kwargs: Mapping[str, Any], image: Callable[[str], Any]
+    ) -> Iterator[Answerer]:
+        """See `runner.ModelUnderTest.arm`."""
+        import vlmfix
+
+        state = nullcontext() if method is None else vlmfix.wrapped(self._model, method)
+        with state, count_passes(self._model) as counter:
+
+            def answer(batch: Sequence[Sample]) -> list[Answer]:
+                counter.reset()
+                chats = [_chat(image(sample.image), sample.prompt) for sample in batch]
+                details = vlmfix.generate(
+                    self._model, self._processor, chats, return_details=True, **gen_kwargs
+                )
+                passes = counter.rows / len(batch)
+                return [
+                    Answer(d.text, d.prompt_tokens, d.new_tokens, d.finish, passes) for d in details
+                ]
+
+            yield answer
+
+
+def _chat(picture: Any, prompt: str) -> list[dict[str, Any]]:
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]
+    return [{"role": "user", "content": content}]

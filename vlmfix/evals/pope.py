@@ -1,0 +1,221 @@
+"""POPE: yes/no questions about objects that are, and are not, in an image.
+
+Paper: Li et al. 2023 (arXiv 2305.10355). Reference: RUCAIBox/POPE evaluate.py. Where we differ from
+it: answers are paired with questions by id, not by order; a zero denominator gives 0.0 and a flag
+instead of an exception; unparsed answers are wrong and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from vlmfix.errors import BadInput
+from vlmfix.evals.chair_objects import category_of, ordered_objects
+from vlmfix.evals.coco import CocoData
+from vlmfix.evals.metrics import Arm, Ratio, counts_table, summarise
+from vlmfix.evals.parsers import Parser, get_parser
+from vlmfix.evals.pope_builder import (
+    OBJECTS_PER_IMAGE,
+    STRATEGIES,
+    Question,
+    build_questions,
+    select_images,
+)
+from vlmfix.evals.pope_files import load_questions, pair_answers
+from vlmfix.evals.tasks import Answer, Column, Options, Sample
+
+__all__ = ["PROMPT_STYLES", "Pope", "score_answers"]
+
+PROMPT_STYLES: dict[str, str] = {
+    "bare": "",
+    "lmms": "\nAnswer the question using a single word or phrase.",
+    "vcd": " Please answer this question with one word.",
+    "clearsight": " Please just answer yes or no.",
+}
+
+COUNTS = ("n", "correct", "tp", "fp", "tn", "fn", "yes", "unparsed", "empty")
+RATIOS = (
+    Ratio("accuracy", {"correct": 1}, {"n": 1}, proportion=True),
+    Ratio("precision", {"tp": 1}, {"tp": 1, "fp": 1}, proportion=True),
+    Ratio("recall", {"tp": 1}, {"tp": 1, "fn": 1}, proportion=True),
+    # 2PR/(P+R) without its detour; undefined where P + R is 0, that is, without a true positive.
+    Ratio("f1", {"tp": 2}, {"tp": 2, "fp": 1, "fn": 1}, defined_if=("tp",)),
+    Ratio("yes_ratio", {"yes": 1}, {"n": 1}, proportion=True),
+)
+
+
+def _count(answer: str | None, label: str, parser: Parser) -> dict[str, float]:
+    verdict = parser(answer, label)
+    yes = verdict == "yes"
+    miss = verdict == "no" or (verdict is None and parser.unparsed_is_miss)
+    return {
+        "n": 1,
+        "correct": verdict == label,
+        "tp": yes and label == "yes",
+        "fp": yes and label == "no",
+        "tn": verdict == "no" and label == "no",
+        "fn": miss and label == "yes",
+        "yes": yes,
+        "unparsed": verdict is None,
+        "empty": not (answer or "").strip(),
+    }
+
+
+def _arm(answers: Sequence[str | None], labels: Sequence[str], parser: Parser) -> Arm:
+    rows = [_count(answer, label, parser) for answer, label in zip(answers, labels, strict=True)]
+    return Arm(counts_table(rows, COUNTS), [bool(row["correct"]) for row in rows])
+
+
+def score_answers(
+    questions: Mapping[str, Sequence[Question]],
+    answers: Mapping[str, Sequence[Mapping[str, Any]]],
+    parser: str = "official",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Score one set of answers without any model.
+
+    Args:
+        questions: split -> questions.
+        answers: split -> answer rows, as `pair_answers` takes them.
+        parser: a key of `parsers.PARSERS`.
+        seed: of the bootstrap.
+
+    Returns:
+        {"scores", "counts", "flags"} as `metrics.summarise` gives them for one arm.
+
+    Raises:
+        BadInput: unknown parser, a split without answers, or answers that do not fit.
+    """
+    rule = get_parser(parser)
+    if absent := sorted(set(questions) - set(answers)):
+        raise BadInput(f"POPE: no answers for the splits {', '.join(absent)}: pass all of them")
+    rows = [(split, q) for split, split_questions in questions.items() for q in split_questions]
+    texts = [text for split in questions for text in pair_answers(questions[split], answers[split])]
+    arm = _arm(texts, [q.label for _, q in rows], rule)
+    scored = summarise(
+        {parser: arm}, COUNTS, RATIOS, [s for s, _ in rows], [q.image for _, q in rows], seed=seed
+    )
+    entry: dict[str, Any] = scored[parser]
+    return entry
+
+
+class Pope:
+    """The POPE task: three splits over the same images, built from the data or read from files."""
+
+    name = "pope"
+    max_new_tokens = 16
+    columns = (
+        Column("accuracy", "accuracy", tested=True),
+        Column("f1", "F1"),
+        Column("yes_ratio", "yes"),
+    )
+
+    def __init__(self, data: CocoData, options: Options) -> None:
+        if options.prompt_style not in PROMPT_STYLES:
+            raise BadInput(
+                f"no prompt style {options.prompt_style!r}: choose from {', '.join(PROMPT_STYLES)}"
+            )
+        self.parser = get_parser(options.parser)
+        self._options = options
+        self._data = data
+        self._splits, self._source = self._read() if options.questions else self._build()
+        self._images = list(dict.fromkeys(q.image for qs in self._splits.values() for q in qs))
+
+    def _build(self) -> tuple[dict[str, list[Question]], dict[str, str]]:
+        data, options = self._data, self._options
+        objects = ordered_objects(data)
+        chosen = select_images(objects, options.n_images, options.seed, OBJECTS_PER_IMAGE)
+        images = [(data.files[image], objects[image]) for image in chosen]
+        splits = {
+            # Another seed than the selection's, or both would replay the same draws.
+            strategy: build_questions(images, strategy, options.seed + 1)
+            for strategy in STRATEGIES
+        }
+        known = set(data.categories.values()) <= set(category_of())
+        truth = "instances+captions" if data.captions and known else "instances"
+        return splits, dict.fromkeys(STRATEGIES, f"built from {truth}")
+
+    def _read(self) -> tuple[dict[str, list[Question]], dict[str, str]]:
+        assert self._options.questions is not None
+        read = {split: load_questions(path) for split, path in self._options.questions.items()}
+        return (
+            {split: file.questions for split, file in read.items()},
+            {split: file.variant for split, file in read.items()},
+        )
+
+    @property
+    def partial(self) -> bool:
+        """Whether the limit left out images."""
+        limit = self._options.limit
+        return limit is not None and limit < len(self._images)
+
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """Questions of the selected images, split by split."""
+        asked = set(self._images[: self._options.limit])
+        ids = {name: image for image, name in self._data.files.items()}
+        suffix = PROMPT_STYLES[self._options.prompt_style]
+        return [
+            Sample(
+                task=self.name,
+                split=split,
+                sample_id=f"{split}:{q.question_id}",
+                image=q.image,
+                image_id=ids.get(q.image, q.image),
+                prompt=q.text + suffix,
+                target=q.label,
+            )
+            for split, questions in self._splits.items()
+            for q in questions
+            if q.image in asked
+        ]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Prompt style, parser and where the questions come from."""
+        return {
+            "prompt_style": self._options.prompt_style,
+            "parser": self.parser.name,
+            "questions": self._source,
+        }
+
+    def parse(self, sample: Sample, answer: Answer) -> tuple[str | None, bool]:
+        """The parser's verdict and whether it is the label."""
+        verdict = self.parser(answer.text, sample.target)
+        return verdict, verdict == sample.target
+
+    def score(
+        self, samples: Sequence[Sample], arms: Mapping[str, Sequence[Answer]]
+    ) -> dict[str, Any]:
+        """Scores by the chosen parser, with those of the strict one beside them."""
+        result = self._score(samples, arms, self.parser)
+        strict = self._score(samples, arms, get_parser("strict"))
+        for arm, entry in result.items():
+            entry["n_unparsed"] = _total(entry, "unparsed")
+            entry["strict"] = {**strict[arm], "n_unparsed": _total(strict[arm], "unparsed")}
+        return result
+
+    def _score(
+        self, samples: Sequence[Sample], arms: Mapping[str, Sequence[Answer]], parser: Parser
+    ) -> dict[str, Any]:
+        labels = [sample.target for sample in samples]
+        scored = {
+            arm: _arm([answer.text for answer in answers], labels, parser)
+            for arm, answers in arms.items()
+        }
+        return summarise(
+            scored,
+            COUNTS,
+            RATIOS,
+            splits=[sample.split for sample in samples],
+            clusters=[sample.image for sample in samples],
+            seed=self._options.seed,
+            requests=[(sample.image, sample.prompt) for sample in samples],
+        )
+
+
+def _total(entry: Mapping[str, Any], count: str) -> int:
+    counts = entry["counts"]
+    return int(sum(place[count] for name, place in counts.items() if name != "pooled"))

@@ -1,0 +1,181 @@
+"""Samples to answers: batched, each (image, prompt) once, every answer on disk as soon as it is.
+
+The runner knows no model: it is given a function from samples to answers.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from vlmfix.evals.tasks import Answer, Sample, Task
+
+__all__ = ["Answerer", "ArmRun", "ModelUnderTest", "Recorder", "distinct_requests", "run_arm"]
+
+Answerer = Callable[[Sequence[Sample]], Sequence[Answer]]
+"""A batch of samples in, one answer per sample out, in order."""
+
+
+@runtime_checkable
+class ModelUnderTest(Protocol):
+    """What the harness asks of a model."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Model id, dtype, device: what a reader must know to repeat the run."""
+
+    def check(self, methods: Sequence[Any]) -> None:
+        """Raise now what applying any of the methods would raise later."""
+
+    def arm(
+        self, method: Any | None, gen_kwargs: Mapping[str, Any], image: Callable[[str], Any]
+    ) -> AbstractContextManager[Answerer]:
+        """The model under `method` (None: plain) for as long as the context lasts.
+
+        Args:
+            method: as the caller of `evaluate` named it.
+            gen_kwargs: of generate, the same for every arm.
+            image: file name -> picture.
+        """
+
+
+@dataclass(frozen=True)
+class ArmRun:
+    """All answers of one arm to one task.
+
+    Args:
+        answers: aligned with the samples.
+        cost: forward passes, tokens and seconds.
+    """
+
+    answers: list[Answer]
+    cost: dict[str, float]
+
+
+class Recorder:
+    """Appends one JSON line per sample, flushed at once, so that a crash loses nothing finished.
+
+    Args:
+        path: the .jsonl file.
+        task: reads the answers.
+        common: keys that all records of the file share.
+    """
+
+    def __init__(self, path: Path, task: Task, common: Mapping[str, Any]) -> None:
+        self._task, self._common = task, common
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+
+    def write(self, sample: Sample, answer: Answer, latency: float) -> None:
+        """Record one answer; `latency` in seconds, of the batch that held it."""
+        failed = answer.error is not None
+        parsed, correct = (None, None) if failed else self._task.parse(sample, answer)
+        record = {
+            **self._common,
+            "task": sample.task,
+            "split": sample.split,
+            "sample_id": sample.sample_id,
+            "image": sample.image,
+            "prompt": sample.prompt,
+            "target": sample.target,
+            "response": None if failed else answer.text,
+            "n_prompt_tokens": answer.prompt_tokens,
+            "n_new_tokens": answer.new_tokens,
+            "finish": "error" if failed else answer.finish,
+            "latency_s": round(latency, 4),
+            "error": answer.error,
+            "parsed": parsed,
+            "correct": correct,
+        }
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+
+def distinct_requests(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Samples grouped by (image, prompt), groups of one image side by side.
+
+    POPE asks about the same objects in all three splits; under one method and greedy decoding the
+    answer is the same, so it is asked for once.
+    """
+    by_image: dict[str, dict[str, list[Sample]]] = {}
+    for sample in samples:
+        by_image.setdefault(sample.image, {}).setdefault(sample.prompt, []).append(sample)
+    return [group for prompts in by_image.values() for group in prompts.values()]
+
+
+def run_arm(
+    samples: Sequence[Sample],
+    answer: Answerer,
+    batch_size: int,
+    recorder: Recorder,
+    advance: Callable[[int], None] = lambda n: None,
+) -> ArmRun:
+    """Answer all samples.
+
+    A batch that fails is recorded as errors of its samples, and the run goes on.
+
+    Args:
+        samples: of one task.
+        answer: the model under one method.
+        batch_size: distinct requests per call of `answer`.
+        recorder: where the answers go.
+        advance: told the number of requests done, after every batch.
+    """
+    groups = distinct_requests(samples)
+    found: dict[str, Answer] = {}
+    batches: list[tuple[float, list[Answer]]] = []
+    for start in range(0, len(groups), batch_size):
+        batch = groups[start : start + batch_size]
+        began = time.perf_counter()
+        answers = _answer([group[0] for group in batch], answer)
+        seconds = time.perf_counter() - began
+        for group, reply in zip(batch, answers, strict=True):
+            for sample in group:
+                recorder.write(sample, reply, seconds)
+                found[sample.sample_id] = reply
+        if answers[0].error is None:
+            batches.append((seconds, answers))
+        advance(len(batch))
+    return ArmRun([found[sample.sample_id] for sample in samples], _cost(batches))
+
+
+def _answer(batch: Sequence[Sample], answer: Answerer) -> list[Answer]:
+    try:
+        answers = list(answer(batch))
+        if len(answers) != len(batch):
+            raise RuntimeError(f"{len(answers)} answers came back for {len(batch)} samples")
+    except Exception as error:
+        # Whatever it was (an image, memory, a method), the other batches may be fine.
+        return [Answer("", error=f"{type(error).__name__}: {error}")] * len(batch)
+    return answers
+
+
+def _cost(batches: Sequence[tuple[float, list[Answer]]]) -> dict[str, float]:
+    """Cost of the batches that went well; the first is left out of speed, as warm-up."""
+    answers = [answer for _, batch in batches for answer in batch]
+    timed = batches[1:] or batches
+    seconds = sum(s for s, _ in timed)
+    tokens = sum(answer.new_tokens for _, batch in timed for answer in batch)
+    latencies = [s for s, batch in timed for _ in batch]
+    p50, p95 = np.quantile(latencies, [0.5, 0.95]).tolist() if latencies else (0.0, 0.0)
+    return {
+        "answers": len(answers),
+        "passes_per_answer": sum(a.passes for a in answers) / len(answers) if answers else 0.0,
+        "new_tokens": sum(a.new_tokens for a in answers),
+        "seconds": sum(s for s, _ in batches),
+        "tokens_per_second": tokens / seconds if seconds else 0.0,
+        "latency_p50_s": p50,
+        "latency_p95_s": p95,
+    }

@@ -1,0 +1,122 @@
+"""Intervals and tests: Wilson, the image-clustered bootstrap, exact McNemar, Holm.
+
+Sources: Wilson 1927 (JASA 22); Efron and Tibshirani 1993, chapters 8 and 13 (percentile bootstrap,
+resampling whole clusters); McNemar 1947 in its exact binomial form; Holm 1979.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["McNemar", "Resamples", "holm", "mcnemar", "percentile_interval", "wilson"]
+
+Floats = NDArray[np.float64]
+
+REPLICATES = 2000
+LEVEL = 0.95
+
+
+def wilson(successes: float, trials: float, level: float = LEVEL) -> tuple[float, float]:
+    """Wilson score interval of a proportion; (0, 1) without trials."""
+    if trials <= 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    share = successes / trials
+    centre = share + z * z / (2 * trials)
+    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    # At the edges the formula gives 0 and 1 up to rounding.
+    low = (centre - spread) / scale if successes > 0 else 0.0
+    high = (centre + spread) / scale if successes < trials else 1.0
+    return low, high
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Discordant pairs and the exact two-sided p value.
+
+    Args:
+        better: items that only the method gets right.
+        worse: items that only the base gets right.
+        p: two-sided exact binomial p value; 1.0 without discordant pairs.
+    """
+
+    better: int
+    worse: int
+    p: float
+
+
+def mcnemar(base: Sequence[bool], method: Sequence[bool]) -> McNemar:
+    """Exact McNemar test of two paired lists of right/wrong.
+
+    Args:
+        base: one flag per item, in the order of `method`.
+        method: one flag per item.
+
+    Raises:
+        ValueError: the lists differ in length.
+    """
+    pairs = list(zip(base, method, strict=True))
+    better = sum(1 for b, m in pairs if m and not b)
+    worse = sum(1 for b, m in pairs if b and not m)
+    total = better + worse
+    tail = sum(math.comb(total, j) for j in range(min(better, worse) + 1))
+    # Whole numbers until the last division: 2 ** total overflows a float beyond 1023 pairs.
+    return McNemar(better, worse, min(1.0, 2 * tail / 2**total) if total else 1.0)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjusted p values, in the order given."""
+    adjusted = [1.0] * len(p_values)
+    running = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = running
+    return adjusted
+
+
+class Resamples:
+    """Bootstrap resamples of whole clusters, shared by everything that is compared.
+
+    All arms, splits and metrics see the same resamples, so differences between arms are paired.
+
+    Args:
+        clusters: (items,) the cluster of every item: its image.
+        replicates: number of resamples, R.
+        seed: of the generator that draws them.
+    """
+
+    def __init__(
+        self, clusters: Sequence[object], replicates: int = REPLICATES, seed: int = 0
+    ) -> None:
+        number: dict[object, int] = {}
+        self._cluster_of = np.array(
+            [number.setdefault(cluster, len(number)) for cluster in clusters], dtype=np.intp
+        )
+        self.n_clusters = len(number)
+        n = self.n_clusters
+        generator = np.random.default_rng(seed)
+        # How often each cluster is drawn: (R, clusters), rows sum to the number of clusters.
+        self._weights: Floats = (
+            generator.multinomial(n, np.full(n, 1 / n), size=replicates).astype(np.float64)
+            if n
+            else np.zeros((replicates, 0))
+        )
+
+    def sums(self, counts: Floats) -> Floats:
+        """Sums of item counts in every resample: (items, ...) -> (R, ...)."""
+        per_cluster = np.zeros((self.n_clusters, *counts.shape[1:]))
+        np.add.at(per_cluster, self._cluster_of, counts)
+        return np.tensordot(self._weights, per_cluster, axes=1)
+
+
+def percentile_interval(replicates: Floats, level: float = LEVEL) -> tuple[float, float]:
+    """Percentile interval of one statistic's replicates: (R,) -> (low, high)."""
+    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -1,0 +1,158 @@
+"""What a task is, and the table of tasks.
+
+A task turns data into samples and scores their answers; it never sees a model. To add one, write a
+class with the methods of `Task` in its own file and add its row to `TASKS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from vlmfix.errors import UnknownTask
+from vlmfix.evals.coco import CocoData
+
+__all__ = ["TASKS", "Answer", "Column", "Options", "Sample", "Task", "get_task"]
+
+TASKS: dict[str, str] = {
+    "chair": "vlmfix.evals.chair:Chair",
+    "pope": "vlmfix.evals.pope:Pope",
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One item to answer.
+
+    Args:
+        task: name of the task.
+        split: name of its split.
+        sample_id: unique within the task.
+        image: file name of the picture.
+        image_id: its id; items of one image form one cluster.
+        prompt: what the model is asked, suffix included.
+        target: what the answer is scored against, as the task understands it.
+        meta: further facts for the record.
+    """
+
+    task: str
+    split: str
+    sample_id: str
+    image: str
+    image_id: int | str
+    prompt: str
+    target: Any
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to one sample.
+
+    Args:
+        text: the answer.
+        prompt_tokens: length of the prompt.
+        new_tokens: length of the answer.
+        finish: "eos", or "length" when it was cut by max_new_tokens, or "error".
+        passes: forward passes of the language model that this answer took part in; a second stream
+            in the same batch counts as a second pass.
+        error: what went wrong; the text then means nothing.
+    """
+
+    text: str
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    finish: str = "eos"
+    passes: float = 0.0
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller chose; tasks read what concerns them.
+
+    Args:
+        seed: of every selection and of the bootstrap.
+        limit: ask about the first so many selected images only; None asks about all.
+        n_images: how many images a task selects; None takes all that are eligible.
+        prompt_style: wording of yes/no questions, a key of `pope.PROMPT_STYLES`.
+        parser: rule for yes/no answers, a key of `parsers.PARSERS`.
+        max_new_tokens: overrides the task's own limit.
+        truncate: "none", or "sentence" to drop the sentence that the token limit cut.
+        questions: ready-made question files by split, instead of building them.
+    """
+
+    seed: int = 0
+    limit: int | None = None
+    n_images: int | None = 500
+    prompt_style: str = "lmms"
+    parser: str = "official"
+    max_new_tokens: int | None = None
+    truncate: str = "none"
+    questions: Mapping[str, Path] | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric as the table shows it.
+
+    Args:
+        metric: name of the ratio.
+        title: heading.
+        percent: shown times 100.
+        delta: followed by its difference to the base.
+        tested: followed by McNemar's p value.
+    """
+
+    metric: str
+    title: str
+    percent: bool = True
+    delta: bool = True
+    tested: bool = False
+
+
+class Task(Protocol):
+    """One evaluation."""
+
+    name: str
+    max_new_tokens: int
+    columns: tuple[Column, ...]
+
+    def __init__(self, data: CocoData, options: Options) -> None:
+        """Check the options and the data; raises BadInput before any model is asked."""
+
+    @property
+    def samples(self) -> Sequence[Sample]:
+        """The items, in a fixed order, already limited."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What a reader must know to repeat the run; goes into the results."""
+
+    @property
+    def partial(self) -> bool:
+        """Whether the limit left out images of the full protocol."""
+
+    def parse(self, sample: Sample, answer: Answer) -> tuple[Any, bool | None]:
+        """How one answer reads (JSON-able), and whether it is right (None: no such notion)."""
+
+    def score(
+        self, samples: Sequence[Sample], arms: Mapping[str, Sequence[Answer]]
+    ) -> dict[str, Any]:
+        """Arm -> results; `samples` and every arm's answers are aligned and free of errors."""
+
+
+def get_task(name: str) -> type[Task]:
+    """The class of a task.
+
+    Raises:
+        UnknownTask: no task has that name; the message lists them.
+    """
+    if name not in TASKS:
+        raise UnknownTask(f"no evaluation task {name!r}: choose from {', '.join(sorted(TASKS))}")
+    module, _, attribute = TASKS[name].partition(":")
+    task: type[Task] = getattr(import_module(module), attribute)
+    return task
