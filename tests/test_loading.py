@@ -77,7 +77,7 @@ def test_a_processor_that_needs_torchvision_says_so(tmp_path: Path) -> None:
         "processor_class": "Qwen2_5_VLProcessor",
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(kinds))
-    with pytest.raises(MissingDependency, match="pip install torchvision.*LLaVA-NeXT"):
+    with pytest.raises(MissingDependency, match="pip install torchvision torch==.*LLaVA-NeXT"):
         load(folder)
 
 
@@ -199,3 +199,12 @@ def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch, limit:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(BadInput, match="too large"):
         load_image(data)
+
+
+def test_bundled_images_by_number() -> None:
+    first, second = load_image("emoji:1"), load_image("emoji:2")
+    assert first.mode == "RGB"
+    assert first.tobytes() != second.tobytes()
+    for name in ("emoji:0", "emoji:x", "emoji:999999"):
+        with pytest.raises(BadInput, match="emoji:1 to emoji:"):
+            load_image(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import os
 import re
 import statistics
@@ -13,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
 
 import vlmfix
 from vlmfix import registry
@@ -102,7 +105,30 @@ def test_names_and_aliases_are_unique() -> None:
     assert len(names) == len(set(names))
 
 
-APP = {"cli", "__main__", "show", "bench", "bench_models"}
+def test_the_method_that_the_docs_show_edits_a_model(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "add-a-method.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    path = tmp_path / "example_method.py"
+    path.write_text(code)
+    spec = importlib.util.spec_from_file_location("example_method", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["example_method"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    family = tiny.build("llava")
+    inputs = family.inputs(batch=2)
+    with torch.no_grad():
+        plain = family.model(**inputs).logits[:, -1]
+        logits = {}
+        for factor in (1.0, 4.0):
+            with vlmfix.wrapped(family.model, module.ScaleImage(factor=factor)) as model:
+                logits[factor] = model(**inputs).logits[:, -1]
+                edited = vlmfix.last_call(model).edited_rows
+                assert (edited > 0) == (factor != 1)
+    assert torch.equal(logits[1.0], plain)
+    assert (logits[4.0] - plain).abs().max() > 1e-3
+
+
+APP = {"cli", "cli_options", "__main__", "show", "bench", "bench_models"}
 ALLOWED = {
     "kernels": {"kernels", "errors"},
     "emoji": {"emoji", "errors"},

@@ -10,6 +10,7 @@ import base64
 import binascii
 import os
 import struct
+import zipfile
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +84,8 @@ def load_image(source: str | bytes | os.PathLike[str] | Image) -> Image:
     """Read an image upright and in RGB.
 
     Args:
-        source: A path, a `data:` URL, the bytes of an image file, or a PIL image.
+        source: A path, a `data:` URL, the bytes of an image file, a PIL image, or "emoji:1" for
+            the first image of the bundled evaluation split.
 
     Returns:
         A PIL image of mode RGB, turned as its EXIF orientation says; the first frame of several.
@@ -130,6 +132,8 @@ def _open(source: Any) -> tuple[str, Path | BytesIO | Image]:
         return f"the image ({len(source)} bytes)", BytesIO(source)
     if isinstance(source, str) and source.startswith("data:"):
         return "the image in the data: URL", BytesIO(_data_url(source))
+    if isinstance(source, str) and source.startswith("emoji:"):
+        return source, BytesIO(_bundled_image(source))
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         raise BadInput(f"{source} is a web address: download the image and pass the file")
     if not isinstance(source, (str, os.PathLike)):
@@ -157,10 +161,22 @@ def _data_url(url: str) -> bytes:
         raise BadInput(f"the data: URL is not valid base64: {error}") from error
 
 
+def _bundled_image(source: str) -> bytes:
+    from vlmfix.emoji import evaluation_split
+
+    with zipfile.ZipFile(evaluation_split()) as split:
+        names = sorted(name for name in split.namelist() if name.startswith("images/"))
+        number = source.partition(":")[2]
+        if not number.isdecimal() or not 1 <= int(number) <= len(names):
+            raise BadInput(f"no bundled image {source!r}: there are emoji:1 to emoji:{len(names)}")
+        return split.read(names[int(number) - 1])
+
+
 def _bundled(dtype: Any, device: Any) -> tuple[Any, Any]:
     from vlmfix.emoji import load as load_bundled
 
-    model, processor = load_bundled(as_dtype(dtype))
+    kind = as_dtype(dtype)
+    model, processor = load_bundled(kind) if kind else load_bundled()
     return model.to(as_device(device)), processor
 
 
@@ -227,10 +243,10 @@ def _processor(name: str, config: Any) -> Any:
     except (ImportError, ValueError, OSError) as error:
         if "torchvision" in str(error).lower():
             raise MissingDependency(
-                f"the processor of {name} ({config.model_type}) needs torchvision: install the "
-                "build that belongs to your torch with `pip install torchvision`. Qwen-VL, GLM-V, "
-                "InternVL, SmolVLM, Mistral 3 and LLaVA-OneVision need it; LLaVA, LLaVA-NeXT, "
-                "Gemma 3, PaliGemma, Idefics 3 and Aya Vision do not"
+                f"the processor of {name} ({config.model_type}) needs torchvision, in the build "
+                f"that belongs to your torch: `pip install torchvision torch=={_torch_version()}`. "
+                "Qwen-VL, GLM-V, InternVL, SmolVLM, Mistral 3 and LLaVA-OneVision need it; LLaVA, "
+                "LLaVA-NeXT, Gemma 3, PaliGemma, Idefics 3 and Aya Vision do not"
             ) from error
         if isinstance(error, ImportError):
             raise MissingDependency(
@@ -286,6 +302,12 @@ _SYMPTOMS: tuple[tuple[tuple[str, ...], type[VlmfixError], str], ...] = (
         "the hub has no model {name}, or it is private; " + _WAY_OUT,
     ),
 )
+
+
+def _torch_version() -> str:
+    import torch
+
+    return torch.__version__.split("+")[0]
 
 
 def _place(name: str) -> str:
