@@ -73,6 +73,9 @@ class FakeModel:
             if method not in self.known:
                 raise UnknownMethod(f"no method {method!r}: choose from {', '.join(self.known)}")
 
+    def describe(self, method: Any | None) -> Any:
+        return method and [{"method": method}]
+
     @contextmanager
     def arm(
         self, method: Any | None, gen_kwargs: Mapping[str, Any], image: Callable[[str], Any]

@@ -78,6 +78,8 @@ def test_adapter_asks_one_chat_per_sample_and_sees_a_second_stream(
     asked = TransformersModel(Tiny(), "processor", name="tiny")
     assert asked.facts["model"] == "tiny" and asked.facts["model_class"] == "Tiny"
     asked.check(["vcd"])
+    assert asked.describe(None) is None
+    assert asked.describe("pai:alpha=0.3")[0]["alpha"] == 0.3
     samples = [Sample("pope", "s", str(i), f"{i}.png", i, f"q{i}", "yes") for i in range(3)]
     passes = {}
     for method in (None, "vcd"):

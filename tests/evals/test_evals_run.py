@@ -13,6 +13,7 @@ import pytest
 import rich.console
 from evals_worlds import FakeModel, write_world, zip_of
 
+import vlmfix
 import vlmfix.evals
 from vlmfix.errors import BadInput, UnknownMethod, UnknownTask
 from vlmfix.evals.arms import named_arms
@@ -103,6 +104,7 @@ def test_records_are_complete(world: Path, tmp_path: Path) -> None:
         for row in rows:
             assert set(row) == set(RECORD_KEYS.split())
             assert row["run_id"] == results["run_id"] and row["method"] == arm
+            assert row["method_cfg"] == ([{"method": "var"}] if arm == "var" else None)
             assert row["seed"] == 3 and row["finish"] == "eos" and row["error"] is None
             assert row["correct"] == (row["parsed"] == row["target"])
 
@@ -242,6 +244,18 @@ def test_refusals_come_first_and_leave_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_misspelt_method_fails_before_the_model_loads(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(vlmfix, "load", load)
+    with pytest.raises(UnknownMethod, match="vra"):
+        run("emoji", world, tmp_path / "out", methods=["vra"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_data_that_cannot_be_used(world: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no data at"):
         CocoData(tmp_path / "absent")
@@ -324,7 +338,7 @@ def test_table_fits_120_columns_and_shows_cost_beside_quality(world: Path, tmp_p
     markdown = vlmfix.evals.to_markdown(results)
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in rows if "accuracy" in line or "base" in line}) <= 2
-    assert "| random | base | 50.0±" in markdown
+    assert "| random | base | 50.0 |" in markdown
 
 
 def test_progress_goes_to_stderr(

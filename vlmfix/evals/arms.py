@@ -44,11 +44,7 @@ def arm_name(method: Any) -> str:
 
 
 def plain(method: Any) -> Any:
-    """A method as JSON-able facts."""
-    if method is None or isinstance(method, str):
-        return method
-    if isinstance(method, (list, tuple)):
-        return [plain(part) for part in method]
+    """A method object and its options as JSON-able facts."""
     if is_dataclass(method) and not isinstance(method, type):
         options = json.loads(json.dumps(asdict(method), default=str))
         return {"method": arm_name(method), **options}

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmfix._version import __version__
 from vlmfix.errors import BadInput
-from vlmfix.evals.arms import BASE, file_name, named_arms, plain
+from vlmfix.evals.arms import BASE, file_name, named_arms
 from vlmfix.evals.coco import CocoData
 from vlmfix.evals.report import write_json
 from vlmfix.evals.runner import ArmRun, ModelUnderTest, Recorder, distinct_requests, run_arm
@@ -105,8 +105,9 @@ def evaluate(
     ready = {name: task_type(opened, options) for name, task_type in task_types.items()}
     pictures = [sample.image for task in ready.values() for sample in task.samples]
     opened.require_images(list(dict.fromkeys(pictures)))
-    asked = _model(model, dtype, device)
-    asked.check([method for method in arms.values() if method is not None])
+    applied = [method for method in arms.values() if method is not None]
+    asked = _model(model, applied, dtype, device)
+    asked.check(applied)
 
     folder.mkdir(parents=True, exist_ok=True)
     for stale in [folder / "results.json", *folder.glob("samples_*.jsonl")]:
@@ -121,7 +122,7 @@ def evaluate(
         "errors": 0,
         "config": {
             **asked.facts,
-            "methods": {arm: plain(method) for arm, method in arms.items()},
+            "methods": {arm: asked.describe(method) for arm, method in arms.items()},
             "data": opened.source.name,
             "data_sha256": opened.sha256,
             "limit": limit,
@@ -147,7 +148,7 @@ def evaluate(
                 common = {
                     "run_id": run_id,
                     "method": arm,
-                    "method_cfg": plain(method),
+                    "method_cfg": asked.describe(method),
                     "gen_kwargs": gen_kwargs,
                     "seed": seed,
                     "rank": 0,
@@ -238,13 +239,18 @@ def _bundled_data() -> Path:
     return Path(emoji.evaluation_split())
 
 
-def _model(model: Any, dtype: Any, device: Any) -> ModelUnderTest:
+def _model(model: Any, methods: Sequence[Any], dtype: Any, device: Any) -> ModelUnderTest:
     from vlmfix.evals.models import TransformersModel
 
     if isinstance(model, ModelUnderTest):
         return model
     if isinstance(model, (str, Path)):
         import vlmfix
+        from vlmfix.registry import build_stack
+
+        # A misspelt method should not cost the minutes that a large model takes to load.
+        for method in methods:
+            build_stack(method)
 
         return TransformersModel(*vlmfix.load(model, dtype=dtype, device=device), name=str(model))
     if isinstance(model, tuple) and len(model) == 2:

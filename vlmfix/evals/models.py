@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from vlmfix.evals.arms import plain
 from vlmfix.evals.runner import Answerer
 from vlmfix.evals.tasks import Answer, Sample
 
@@ -79,6 +80,12 @@ class TransformersModel:
         for method in methods:
             with vlmfix.wrapped(self._model, method):
                 pass
+
+    def describe(self, method: Any | None) -> Any:
+        """The methods of a stack with all of their options; None for the plain model."""
+        from vlmfix.registry import build_stack
+
+        return [plain(part) for part in build_stack(method)] or None
 
     @contextmanager
     def arm(

@@ -178,9 +178,10 @@ def _cells(
 
 def _figure(score: Mapping[str, Any], scale: int, sign: bool = False) -> str:
     value = f"{score['value'] * scale:{'+' if sign else ''}.1f}"
-    if score["ci"] is None:
+    low, high = score["ci"] or (0.0, 0.0)
+    # No spread between resamples is no certainty; only a difference can be exactly none.
+    if score["ci"] is None or (low == high and not sign):
         return value
-    low, high = score["ci"]
     return f"{value}±{(high - low) / 2 * scale:.1f}"
 
 

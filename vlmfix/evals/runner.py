@@ -34,6 +34,9 @@ class ModelUnderTest(Protocol):
     def check(self, methods: Sequence[Any]) -> None:
         """Raise now what applying any of the methods would raise later."""
 
+    def describe(self, method: Any | None) -> Any:
+        """A method with all of its options, as JSON-able facts."""
+
     def arm(
         self, method: Any | None, gen_kwargs: Mapping[str, Any], image: Callable[[str], Any]
     ) -> AbstractContextManager[Answerer]:
