@@ -134,7 +134,9 @@ def parse_spec(text: str) -> list[list[str]]:
         else:
             alternatives.append(part.strip())
     stacks = [[single.strip() for single in _STACK.split(part)] for part in alternatives]
-    if not text.strip() or any(not single for stack in stacks for single in stack):
+    if not text.strip() or any(
+        not single or single.endswith("+") for stack in stacks for single in stack
+    ):
         raise BadInput(
             f"cannot read the methods {text!r}: a name is missing. Write for example "
             '"var,pai" for two alternatives, "var:keep=0.4" for an option, "var+pai" for a stack.'

@@ -1,0 +1,240 @@
+"""The primitives of the attention function, on tensors and inside a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import pytest
+import torch
+from matrix import ROWS, family, logits, prompt
+from tiny import generate_kwargs
+
+import vlmfix
+import vlmfix.attention
+from vlmfix.families import ModelInfo, describe_model
+from vlmfix.kernels import reference
+from vlmfix.method import AttentionMethod, Keys, Plan
+
+
+def _exact(q: Any, k: Any, v: Any, mask: Any, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention as the textbook writes it, in float64, key heads repeated."""
+    group = q.shape[1] // k.shape[1]
+    q, k, v = q.double(), k.double(), v.double()
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = scaling * q @ k.mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1)
+    return weights, weights @ v
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(8, 8), (8, 2), (7, 1)])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_path_against_float64(heads: int, key_heads: int, rows: int, dtype: Any) -> None:
+    generator = torch.Generator().manual_seed(heads + rows)
+    batch, keys, width = 2, 77, 20
+    q = torch.randn(batch, rows, heads, width, generator=generator).to(dtype).transpose(1, 2)
+    k, v = (torch.randn(batch, key_heads, 2 * keys, width, generator=generator) for _ in "kv")
+    k, v = k.to(dtype)[:, :, :keys], v.to(dtype)[:, :, :keys]  # views of a larger cache
+    mask = torch.rand(batch, 1, rows, keys, generator=generator) > 0.3
+    weights, expected = _exact(q, k, v, mask, 0.21)
+    scores = reference.row_scores(q, k, 0.21)
+    got_weights = reference.mask_scores(scores, mask).softmax(-1)
+    got = reference.attend(got_weights, v)
+    assert got.shape == expected.shape and got.dtype == dtype
+    tolerance = 2e-6 if dtype == torch.float32 else 3e-2
+    assert (got_weights - weights).abs().max() < tolerance
+    assert (got - expected).abs().max() < tolerance
+    additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    assert torch.equal(reference.mask_scores(scores, additive).softmax(-1) == 0, got_weights == 0)
+
+
+def test_softcap() -> None:
+    q, k = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 9, 8)
+    plain = reference.row_scores(q, k, 3.0)
+    assert torch.allclose(reference.row_scores(q, k, 3.0, 5.0), 5 * torch.tanh(plain / 5))
+
+
+# -- inside a model --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Everywhere(AttentionMethod):
+    """Base of the test methods: all layers, all samples, nothing prepared."""
+
+    name: ClassVar[str] = "everywhere"
+
+    def layers(self, info: ModelInfo) -> Sequence[int]:
+        return range(info.num_layers)
+
+    def plan(self, keys: Keys) -> Plan | None:
+        return Plan((), [True] * keys.kinds.shape[0])
+
+
+@dataclass(frozen=True)
+class Probe(Everywhere):
+    """Row probe and head-output probe."""
+
+    weights: dict[int, list[torch.Tensor]] = field(default_factory=dict, hash=False, compare=False)
+    heads: dict[int, list[torch.Tensor]] = field(default_factory=dict, hash=False, compare=False)
+
+    def observe_weights(self, layer: int, weights: torch.Tensor) -> None:
+        self.weights.setdefault(layer, []).append(weights)
+
+    def observe_heads(self, layer: int, outputs: torch.Tensor) -> None:
+        self.heads.setdefault(layer, []).append(outputs)
+
+
+@dataclass(frozen=True)
+class NoOp(Everywhere):
+    """A row edit that changes nothing, on every text row: the row path against the model's own."""
+
+    rows: ClassVar[Literal["predicting", "text"]] = "text"
+
+    def edit_weights(
+        self, weights: torch.Tensor, *plan: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return weights, torch.ones_like(weights[..., 0], dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Scale(Everywhere):
+    """Head scale: doubles the first head, decided from the head outputs."""
+
+    factor: float = 2.0
+
+    def head_scale(self, outputs: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
+        scale = torch.ones_like(outputs[..., 0])
+        scale[:, 0] = self.factor
+        return scale
+
+
+@dataclass(frozen=True)
+class ScaleStep(Scale):
+    head_scale_from: ClassVar[Literal["prompt", "step"]] = "step"
+
+
+FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "paligemma")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_row_path_equals_the_models_own_attention(name: str) -> None:
+    tiny = family(name)
+    inputs = prompt(tiny)
+    plain, tokens = logits(tiny.model, inputs), tiny.model.generate(**inputs, **generate_kwargs())
+    with vlmfix.wrapped(tiny.model, NoOp()):
+        assert torch.allclose(logits(tiny.model, inputs), plain, atol=1e-4)
+        assert vlmfix.last_call(tiny.model).edited_rows > 0
+        assert torch.equal(tiny.model.generate(**inputs, **generate_kwargs()), tokens)
+
+
+def test_rows_are_edited_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = family("llava")
+    inputs = prompt(tiny)
+    strong = next(row.strong for row in ROWS if row.name == "var")
+    with vlmfix.wrapped(tiny.model, strong):
+        whole = logits(tiny.model, inputs)
+        rows = vlmfix.last_call(tiny.model).edited_rows
+        row_bytes = 4 * 3 * 4 * inputs["input_ids"].shape[1]
+        monkeypatch.setattr(vlmfix.attention, "_CHUNK_BYTES", 2 * row_bytes)
+        assert torch.allclose(logits(tiny.model, inputs), whole, atol=1e-6)
+        assert vlmfix.last_call(tiny.model).edited_rows == rows > 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_row_probe_gives_the_attention_that_eager_gives(name: str) -> None:
+    tiny = family(name)
+    inputs = prompt(tiny)
+    keep = inputs["attention_mask"].bool()
+    probe = Probe()
+    plain = logits(tiny.model, inputs)
+    with vlmfix.wrapped(tiny.model, probe):
+        assert torch.allclose(logits(tiny.model, inputs), plain, atol=1e-4)
+    text = tiny.model.config.get_text_config()
+    before = text._attn_implementation
+    tiny.model.set_attn_implementation({"text_config": "eager"})
+    with torch.no_grad():
+        eager = tiny.model(**inputs, output_attentions=True).attentions
+    tiny.model.set_attn_implementation({"text_config": before})
+    assert sorted(probe.weights) == list(range(len(eager)))
+    for layer, rows in probe.weights.items():
+        got, expected = rows[0][:, :, -1], eager[layer][:, :, -1]
+        assert torch.allclose(got.sum(-1), torch.ones(()), atol=1e-5)
+        valid = keep[:, None].expand_as(got)
+        assert torch.allclose(got[valid], expected[valid], atol=1e-5)
+
+
+def test_head_probe_sees_what_enters_o_proj() -> None:
+    tiny = family("llava")
+    inputs = prompt(tiny)
+    info = describe_model(tiny.model)
+    entered: dict[int, torch.Tensor] = {}
+    handles = []
+    for layer, module in info.attention.items():
+        o_proj: Any = module.o_proj
+        handles.append(
+            o_proj.register_forward_pre_hook(
+                lambda m, args, layer=layer: entered.update({layer: args[0][:, -1]})
+            )
+        )
+    probe = Probe()
+    with vlmfix.wrapped(tiny.model, probe):
+        logits(tiny.model, inputs)
+    for handle in handles:
+        handle.remove()
+    for layer, outputs in probe.heads.items():
+        assert outputs[0].shape == (3, info.num_heads, 1, info.head_dim)
+        assert torch.equal(outputs[0].flatten(1), entered[layer])
+    assert len(probe.heads) == info.num_layers
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_head_scale_equals_scaled_columns_of_o_proj(name: str, use_cache: bool) -> None:
+    """o_proj(scale * heads) = heads through o_proj whose columns of that head are scaled."""
+    tiny = family(name)
+    inputs = prompt(tiny)
+    info = describe_model(tiny.model)
+    kwargs = generate_kwargs(use_cache=use_cache)
+    plain = logits(tiny.model, inputs)
+    with vlmfix.wrapped(tiny.model, Scale()):
+        got, tokens = logits(tiny.model, inputs), tiny.model.generate(**inputs, **kwargs)
+        report = vlmfix.last_call(tiny.model)
+    weights = [module.o_proj.weight for module in info.attention.values()]  # type: ignore[union-attr]
+    with torch.no_grad():
+        for weight in weights:
+            weight[:, : info.head_dim] *= 2
+        expected = logits(tiny.model, inputs)
+        expected_tokens = tiny.model.generate(**inputs, **kwargs)
+        for weight in weights:
+            weight[:, : info.head_dim] /= 2
+    assert torch.allclose(got, expected, atol=1e-4)
+    assert torch.equal(tokens, expected_tokens) and (got - plain).abs().max() > 1e-3
+    assert report.edited_rows > 0
+
+
+def test_head_scale_per_step_touches_predicting_rows_only() -> None:
+    tiny = family("llava")
+    inputs = prompt(tiny)
+    with vlmfix.wrapped(tiny.model, ScaleStep()), torch.no_grad():
+        scaled = tiny.model(**inputs).logits
+        batch = tiny.model.generate(**inputs, **generate_kwargs())
+        uncached = tiny.model.generate(**inputs, **generate_kwargs(use_cache=False))
+    with torch.no_grad():
+        plain = tiny.model(**inputs).logits
+    valid = inputs["attention_mask"][:, :-1].bool()
+    assert torch.equal(scaled[:, :-1][valid], plain[:, :-1][valid])
+    assert (scaled[:, -1] - plain[:, -1]).abs().max() > 1e-3
+    assert torch.equal(batch, uncached)
+
+
+def test_head_scale_from_the_prompt_refuses_a_prefill_in_chunks() -> None:
+    tiny = family("llava")
+    with (
+        vlmfix.wrapped(tiny.model, Scale()),
+        pytest.raises(vlmfix.CompositionError, match="prefill_chunk_size"),
+    ):
+        tiny.model.generate(**prompt(tiny), prefill_chunk_size=5, **generate_kwargs())
