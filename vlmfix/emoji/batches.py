@@ -35,21 +35,23 @@ def to_pixels(pictures: list[Image]) -> torch.Tensor:
     return (torch.from_numpy(array).permute(0, 3, 1, 2).float() / 255 - _MEAN) / _STD
 
 
-def _first_patch(edge: int) -> int:
-    """First patch whose centre is not before `edge`, less a margin of 3 px.
+def _patches(low: int, high: int) -> slice:
+    """Patches along one axis that an object from `low` to `high` px owns.
 
-    With that margin on both sides the smallest object owns at least one patch centre.
+    Those whose centre it covers, give or take 3 px, and always the one that holds its middle.
     """
-    return max(0, -(-(edge - 3 - PATCH // 2) // PATCH))
+    middle = (low + high) // 2 // PATCH
+    first = max(0, -(-(low - 3 - PATCH // 2) // PATCH))
+    behind = (high + 2 - PATCH // 2) // PATCH + 1
+    return slice(min(first, middle), max(behind, middle + 1))
 
 
 def class_grid(items: tuple[Item, ...]) -> np.ndarray[Any, np.dtype[np.int64]]:
     """(64,) class of each patch, row by row: the topmost object near its centre, or BLANK."""
     grid = np.full((PATCHES, PATCHES), BLANK)
     for item in items:
-        left, top = _first_patch(item.box[0]), _first_patch(item.box[1])
-        right, bottom = _first_patch(item.box[2] + 6), _first_patch(item.box[3] + 6)
-        grid[top:bottom, left:right] = _CLASS[item.name]
+        left, top, right, bottom = item.box
+        grid[_patches(top, bottom), _patches(left, right)] = _CLASS[item.name]
     return grid.reshape(-1)
 
 

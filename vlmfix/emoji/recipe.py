@@ -65,7 +65,7 @@ class Recipe:
 
 RECIPE = Recipe(
     seed=1,
-    text=StageRecipe(800, 24, 1.5e-3, 100, 0.05, 0.01),
+    text=StageRecipe(1500, 16, 2.5e-3, 150, 0.05, 0.0),
     vision=StageRecipe(2600, 32, 1.2e-3, 100, 0.03, 0.01),
     joint=StageRecipe(2600, 24, 8e-4, 150, 0.02, 0.02),
     questions=4,
