@@ -1,22 +1,30 @@
-"""The command line through its real entry point."""
+"""The command line: through its real entry point, and in this process where that takes long."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
+import zipfile
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import tiny
 import tiny_folders
+import torch
 from PIL import Image
 from rich.console import Console
 
 from vlmfix import show
+from vlmfix.cli import main
+from vlmfix.emoji import evaluation_split
 
 ROOT = Path(__file__).resolve().parents[1]
 FORCED_VAR = "var:sink_channels=0;tau=1"
@@ -33,15 +41,35 @@ def vlmfix(*arguments: object, timeout: float = 240) -> subprocess.CompletedProc
     )
 
 
-def document(*arguments: object) -> Any:
+def inside(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has paid for importing torch already."""
+    out, err = StringIO(), StringIO()
+    code: Any = 0
+    with (
+        mock.patch.object(sys, "argv", ["vlmfix", *map(str, arguments)]),
+        mock.patch.dict(os.environ, COLUMNS="120", NO_COLOR="1"),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+    return subprocess.CompletedProcess(arguments, code or 0, out.getvalue(), err.getvalue())
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def document(*arguments: object, run: Run = vlmfix) -> Any:
     """The one JSON document that a command prints, and nothing else."""
-    done = vlmfix(*arguments, "--json")
+    done = run(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def refused(*arguments: object, says: str) -> None:
-    done = vlmfix(*arguments)
+def refused(*arguments: object, says: str, run: Run = vlmfix) -> None:
+    done = run(*arguments)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
@@ -97,25 +125,25 @@ def test_methods() -> None:
 def test_one_method() -> None:
     info = document("methods", "var")
     assert "keep" in {option["name"] for option in info["options"]}
-    shown = vlmfix("methods", "var").stdout
+    shown = inside("methods", "var").stdout
     assert "keep" in shown
     assert info["doc"].splitlines()[0] in shown
 
 
 def test_doctor(tmp_path: Path) -> None:
     folder = tiny_folders.save("qwen2_5_vl", tmp_path)
-    report = document("doctor", folder, "--device", "cpu")
+    report = document("doctor", folder, "--device", "cpu", run=inside)
     assert report["model_type"] == "qwen2_5_vl"
     assert report["layers"] == 3
     assert {"var", "pai"} <= {row["name"] for row in report["methods"]}
-    shown = vlmfix("doctor", folder)
+    shown = inside("doctor", folder)
     assert shown.returncode == 0, shown.stderr
     assert "qwen2_5_vl" in shown.stdout
 
 
 def test_generate_prints_the_answer_alone(llava: Path, picture: Path) -> None:
     command = ("generate", picture, "is there a dog ?", "--model", llava, "--max-new-tokens", 5)
-    answers = document(*command)["answers"]
+    answers = document(*command, run=inside)["answers"]
     assert [arm["method"] for arm in answers] == ["base"]
     plain = vlmfix(*command)
     assert plain.returncode == 0, plain.stderr
@@ -129,7 +157,7 @@ def test_generate_compares_base_and_methods(llava: Path, picture: Path) -> None:
     assert [arm["method"] for arm in answers] == ["base", "pai:alpha=3", f"{FORCED_VAR}+pai"]
     assert answers[0]["last_call"] is None
     assert all(arm["last_call"]["edited_rows"] > 0 for arm in answers[1:])
-    shown = vlmfix(*command, *methods)
+    shown = inside(*command, *methods)
     assert shown.returncode == 0, shown.stderr
     assert "pai:alpha=3" in shown.stdout
 
@@ -202,4 +230,58 @@ def test_the_demo_is_not_there_yet() -> None:
 def test_the_list_of_tasks() -> None:
     names = {row["name"] for row in document("eval", "--list")}
     assert {"chair", "pope"} <= names
-    assert document("eval", "--tasks", "list") == document("eval", "--list")
+    assert document("eval", "--tasks", "list", run=inside) == document("eval", "--list", run=inside)
+
+
+def test_eval_compares_base_and_method(llava: Path, tmp_path: Path) -> None:
+    command = ("eval", "pope", "--model", llava, "--method", "pai:alpha=3", "--limit", 2)
+    results = document(*command, "--output", tmp_path / "one")
+    assert set(results["tasks"]["pope"]["arms"]) == {"base", "pai:alpha=3"}
+    assert results["errors"] == 0
+    assert (tmp_path / "one" / "results.json").is_file()
+    shown = inside(*command, "--output_path", tmp_path / "two")
+    assert shown.returncode == 0, shown.stderr
+    assert "PARTIAL" in shown.stdout
+    assert str(tmp_path / "two") in shown.stdout
+    refused(*command, "--output", tmp_path / "one", says="--overwrite", run=inside)
+
+
+def test_eval_fails_if_an_item_failed(llava: Path, tmp_path: Path) -> None:
+    data = tmp_path / "damaged.zip"
+    with zipfile.ZipFile(evaluation_split()) as good, zipfile.ZipFile(data, "w") as bad:
+        for name in good.namelist():
+            whole = good.read(name)
+            bad.writestr(name, whole[:60] if name.startswith("images/") else whole)
+    command = ("eval", "--tasks", "pope", "--model", llava, "--limit", 1, "--data", data)
+    done = inside(*command, "--output", tmp_path / "out", "--json")
+    assert done.returncode == 1, done.stderr
+    assert json.loads(done.stdout)["errors"] > 0
+
+
+def test_calibration_makes_var_fit(tmp_path: Path) -> None:
+    model = tiny.build("llava").model
+    with torch.no_grad():
+        # One massive channel at the first token, as trained models have.
+        model.get_input_embeddings().weight[1, 5] = 40
+    model.save_pretrained(tmp_path)
+    tiny_folders.processor().save_pretrained(tmp_path)
+    command = ("eval", "pope", "--model", tmp_path, "--method", "var")
+    refused(*command, says="vlmfix calibrate", run=inside)
+    assert not _fits(tmp_path)["var"]
+    found = document("calibrate", tmp_path, run=inside)
+    assert 5 in found["sink_channels"]
+    assert Path(found["path"]).is_file()
+    assert _fits(tmp_path)["var"]
+
+
+def _fits(folder: Path) -> dict[str, bool]:
+    return {row["name"]: row["fits"] for row in document("doctor", folder, run=inside)["methods"]}
+
+
+def test_bench(tmp_path: Path) -> None:
+    path = tmp_path / "bench.csv"
+    command = ("bench", "--model", "llava-300m", "--quick", "--dtype", "float32", "--output", path)
+    report = document(*command, run=inside)
+    assert [row["arm"] for row in report["rows"]] == ["plain", "var", "pai"]
+    assert len(path.read_text().splitlines()) == 4
+    refused("bench", "--model", "gpt", says="llava-300m", run=inside)

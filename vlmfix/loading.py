@@ -1,4 +1,4 @@
-"""From a name to a model and its processor, from a path or bytes to an image.
+"""From a name to a model and its processor; images are read by images.py.
 
 No code of a checkpoint is ever run (`trust_remote_code` stays off), and the bundled model needs no
 network.
@@ -6,21 +6,15 @@ network.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
-import struct
-import zipfile
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote_to_bytes
 
 from vlmfix.errors import BadInput, MissingDependency, UnsupportedModel, VlmfixError
+from vlmfix.images import load_image, one_line
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
 
 __all__ = ["load", "load_image", "load_model"]
 
@@ -80,98 +74,6 @@ def load_model(
     return _weights(text, dtype, device)
 
 
-def load_image(source: str | bytes | os.PathLike[str] | Image) -> Image:
-    """Read an image upright and in RGB.
-
-    Args:
-        source: A path, a `data:` URL, the bytes of an image file, a PIL image, or "emoji:1" for
-            the first image of the bundled evaluation split.
-
-    Returns:
-        A PIL image of mode RGB, turned as its EXIF orientation says; the first frame of several.
-
-    Raises:
-        BadInput: Nothing there, not an image, a damaged image, or too many pixels.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    label, opened = _open(source)
-    try:
-        image = Image.open(opened) if isinstance(opened, (Path, BytesIO)) else opened
-        limit = Image.MAX_IMAGE_PIXELS
-        # The header alone is read so far: a bomb is refused before it goes off.
-        if limit is not None and image.width * image.height > limit:
-            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-        if image.mode == "F" or image.mode.startswith("I"):
-            raise BadInput(
-                f"{label} has {image.mode} grey levels, which would turn white in 8 bits: "
-                "scale it to 8 bits first"
-            )
-        if image.mode == "P":
-            image = image.convert("RGBA")
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except BadInput:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadInput(
-            f"{label} is too large ({error}); scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS"
-        ) from error
-    except UnidentifiedImageError as error:
-        raise BadInput(f"{label} is not an image that Pillow can read") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise BadInput(f"{label} is damaged: {_one_line(error)}; fetch it again") from error
-
-
-def _open(source: Any) -> tuple[str, Path | BytesIO | Image]:
-    """What to call the source in a message, and something to read it from."""
-    from PIL import Image
-
-    if isinstance(source, Image.Image):
-        return "the image", source
-    if isinstance(source, (bytes, bytearray)):
-        return f"the image ({len(source)} bytes)", BytesIO(source)
-    if isinstance(source, str) and source.startswith("data:"):
-        return "the image in the data: URL", BytesIO(_data_url(source))
-    if isinstance(source, str) and source.startswith("emoji:"):
-        return source, BytesIO(_bundled_image(source))
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        raise BadInput(f"{source} is a web address: download the image and pass the file")
-    if not isinstance(source, (str, os.PathLike)):
-        raise BadInput(
-            f"cannot read an image from {type(source).__name__}: "
-            "pass a path, a data: URL, bytes or a PIL image"
-        )
-    path = Path(source).expanduser()
-    if path.is_dir():
-        raise BadInput(f"{path} is a folder: pass one image file")
-    if not path.exists():
-        raise BadInput(f"no image file {path}: check the path")
-    return str(path), path
-
-
-def _data_url(url: str) -> bytes:
-    header, comma, body = url.partition(",")
-    if not comma:
-        raise BadInput("the data: URL has no comma, so it holds no data")
-    if not header.endswith(";base64"):
-        return unquote_to_bytes(body)
-    try:
-        return base64.b64decode(body, validate=True)
-    except binascii.Error as error:
-        raise BadInput(f"the data: URL is not valid base64: {error}") from error
-
-
-def _bundled_image(source: str) -> bytes:
-    from vlmfix.emoji import evaluation_split
-
-    with zipfile.ZipFile(evaluation_split()) as split:
-        names = sorted(name for name in split.namelist() if name.startswith("images/"))
-        number = source.partition(":")[2]
-        if not number.isdecimal() or not 1 <= int(number) <= len(names):
-            raise BadInput(f"no bundled image {source!r}: there are emoji:1 to emoji:{len(names)}")
-        return split.read(names[int(number) - 1])
-
-
 def _bundled(dtype: Any, device: Any) -> tuple[Any, Any]:
     from vlmfix.emoji import load as load_bundled
 
@@ -222,7 +124,7 @@ def _weights(name: str, dtype: Any, device: Any) -> Any:
         )
     except SafetensorError as error:
         raise BadInput(
-            f"the weights of {name} are damaged: {_one_line(error)}; download them again"
+            f"the weights of {name} are damaged: {one_line(error)}; download them again"
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise _explained(name, error) from error
@@ -250,7 +152,7 @@ def _processor(name: str, config: Any) -> Any:
             ) from error
         if isinstance(error, ImportError):
             raise MissingDependency(
-                f"the processor of {name} needs a package: {_one_line(error)}"
+                f"the processor of {name} needs a package: {one_line(error)}"
             ) from error
         if Path(name).is_dir():
             raise BadInput(
@@ -273,7 +175,7 @@ def _explained(name: str, error: Exception) -> VlmfixError:
     for symptoms, kind, message in _SYMPTOMS:
         if any(symptom in text for symptom in symptoms):
             return kind(message.format(name=name))
-    return BadInput(f"cannot load {name}: {_one_line(error)}; {_WAY_OUT}")
+    return BadInput(f"cannot load {name}: {one_line(error)}; {_WAY_OUT}")
 
 
 _FETCH = "download it where there is a network (`hf download NAME`) and pass the folder"
@@ -313,11 +215,6 @@ def _torch_version() -> str:
 def _place(name: str) -> str:
     folder = Path(name).expanduser()
     return str(folder) if folder.is_dir() else name
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")[:200]
 
 
 def as_dtype(dtype: Any) -> Any:
