@@ -131,6 +131,31 @@ def test_row_path_equals_the_models_own_attention(name: str) -> None:
         assert torch.equal(tiny.model.generate(**inputs, **generate_kwargs()), tokens)
 
 
+def test_rows_of_text_are_those_after_the_image() -> None:
+    tiny = family("llava")
+    inputs = prompt(tiny)
+    info = describe_model(tiny.model)
+    with vlmfix.wrapped(tiny.model, NoOp()):
+        logits(tiny.model, inputs)
+        report = vlmfix.last_call(tiny.model)
+    after = (inputs["input_ids"] == 90).flip(1).int().argmax(1)  # text tokens behind the image
+    assert report.edited_rows == int(after.sum()) * info.num_heads * info.num_layers
+    assert (inputs["input_ids"][:, 0] != 90).all()  # there is text before it, too
+
+
+def test_each_method_of_a_stack_edits_its_own_rows_only() -> None:
+    """The window of a stack is the union of its rows; PAI must not spread to VAR's rows."""
+    tiny = family("llava")
+    inputs = prompt(tiny)
+    valid = inputs["attention_mask"][:, :-1].bool()
+    outputs = []
+    for stack in ([NoOp()], [NoOp(), "pai:alpha=0.5;start_layer=0"]):
+        with vlmfix.wrapped(tiny.model, stack), torch.no_grad():
+            outputs.append(tiny.model(**inputs).logits)
+    assert torch.equal(outputs[0][:, :-1][valid], outputs[1][:, :-1][valid])
+    assert (outputs[0][:, -1] - outputs[1][:, -1]).abs().max() > 1e-3
+
+
 def test_rows_are_edited_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = family("llava")
     inputs = prompt(tiny)

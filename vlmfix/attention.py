@@ -184,7 +184,7 @@ def _rows(
             edited = edit.method.edit_scores(scores, *plan)
             scores = edited if chosen is None else _where(chosen, edited, scores)
             frame.call.count(slot.layer, _row_count(edit, chosen, query))
-    visible = _row_mask(frame, module, mask, first, rows, keys, offset, query.device, kwargs)
+    visible = _row_mask(frame, module, mask, first, rows, keys, query.device, kwargs)
     weights = torch.softmax(reference.mask_scores(scores, visible), dim=-1)
     for (edit, chosen), plan in zip(edits, plans, strict=True):
         if edit.weights:
@@ -220,7 +220,6 @@ def _row_mask(
     first: int,
     rows: int,
     keys: int,
-    offset: int,
     device: torch.device,
     kwargs: dict[str, Any],
 ) -> torch.Tensor | None:
@@ -233,8 +232,8 @@ def _row_mask(
         causal = getattr(module, "is_causal", True)
     if frame.queries == 1 or not causal:
         return None
-    # transformers passes no mask where plain causal attention is meant.
-    position = torch.arange(first, first + rows, device=device) + (frame.past - offset)
+    # transformers leaves the mask out only where queries and keys both start at the first token.
+    position = torch.arange(first, first + rows, device=device)
     return (torch.arange(keys, device=device)[None, :] <= position[:, None])[None, None]
 
 

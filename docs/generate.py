@@ -1,0 +1,88 @@
+"""Fill the generated parts of README.md and docs/methods from the registry and from result files.
+
+    python docs/generate.py           write them
+    python docs/generate.py --check   exit 1 and name the files that are out of date
+
+A generated part stands between `<!-- generated: WHAT -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from vlmfix.evals import to_markdown
+from vlmfix.registry import describe, list_methods
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results" / "emoji"
+_PART = re.compile(r"(<!-- generated: ([^>]*) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def methods() -> str:
+    """The table of methods."""
+    rows = [
+        f"| [`{row.name}`](docs/methods/{row.name}.md) | {row.summary} | {row.paper} |"
+        for row in list_methods()
+    ]
+    return "\n".join(["| method | what it does | paper |", "|---|---|---|", *rows]) + "\n"
+
+
+def method(name: str) -> str:
+    """The head of a method's page: summary, paper, options, presets."""
+    facts = describe(name)
+    lines = [
+        facts["summary"],
+        "",
+        f"Paper: {facts['paper']}. Stage: {facts['stage']}. Code: `{facts['target']}`.",
+        "",
+        "| option | default | |",
+        "|---|---|---|",
+        *(f"| `{o['name']}` | `{o['default']}` | {o['help']} |" for o in facts["options"]),
+    ]
+    if facts["presets"]:
+        lines += ["", "| preset for | values | source |", "|---|---|---|"]
+        for preset in facts["presets"]:
+            values = ", ".join(f"{key} {value}" for key, value in preset["values"].items())
+            lines.append(f"| {preset['model']} | {values} | {preset['source']} |")
+    return "\n".join(lines) + "\n"
+
+
+def results() -> str:
+    """The committed evaluation of the bundled model."""
+    return to_markdown(json.loads((RESULTS / "results.json").read_text()))
+
+
+PARTS: dict[str, Callable[..., str]] = {"methods": methods, "method": method, "results": results}
+
+
+def filled(text: str) -> str:
+    """The text with every generated part made anew."""
+
+    def part(match: re.Match[str]) -> str:
+        what, *arguments = match[2].split()
+        return match[1] + PARTS[what](*arguments) + match[3]
+
+    return _PART.sub(part, text)
+
+
+def main(check: bool) -> int:
+    """Write or check all files; the exit code."""
+    stale = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs" / "methods").glob("*.md"))]:
+        before = path.read_text()
+        after = filled(before)
+        if before != after:
+            stale.append(path.relative_to(ROOT))
+            if not check:
+                path.write_text(after)
+    for path in stale:
+        print(("out of date: " if check else "wrote ") + str(path))
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))
