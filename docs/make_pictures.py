@@ -1,0 +1,108 @@
+"""Draw the README's picture: three bundled images, and what base and methods say about them.
+
+    python docs/make_pictures.py [METHOD ...]
+
+Needs the extra `eval` (matplotlib). The images are the first three of the evaluation split, not
+chosen for their answers.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+
+import vlmfix
+from vlmfix import emoji
+from vlmfix.evals.chair_objects import category_of, ground_truth, mentions
+from vlmfix.evals.coco import CocoData
+
+TARGET = Path(__file__).resolve().parent / "pictures" / "compare.png"
+PROMPT = "Please describe this image in detail."
+IMAGES = 3
+PRESENT, ABSENT, OTHER = "#1a7f37", "#cf222e", "#24292f"
+COLUMN, LINE = 46, 0.075  # characters per line, height of a line in axes units
+
+
+def main(methods: list[str]) -> None:
+    """Ask every arm about every image and draw the answers."""
+    matplotlib.use("Agg")
+    data = CocoData(emoji.evaluation_split())
+    truth = ground_truth(data)
+    model, processor = vlmfix.load("emoji")
+    names = sorted(data.names.items())[:IMAGES]
+    arms = ["base", *methods]
+    figure, axes = plt.subplots(
+        IMAGES, len(arms) + 1, figsize=(3.1 * (len(arms) + 0.7), 2.15 * IMAGES),
+        width_ratios=[0.7] + [1.0] * len(arms), squeeze=False,
+    )  # fmt: skip
+    vlmfix.wrap(model, None)
+    for row, (image_id, name) in enumerate(names):
+        picture = data.image(name)
+        axes[row][0].imshow(picture)
+        axes[row][0].axis("off")
+        for column, arm in enumerate(arms, start=1):
+            content = [{"type": "image", "image": picture}, {"type": "text", "text": PROMPT}]
+            with vlmfix.using(model, None if arm == "base" else arm):
+                text = vlmfix.generate(
+                    model, processor, [{"role": "user", "content": content}],
+                    max_new_tokens=120, do_sample=False,
+                )  # fmt: skip
+            _caption(axes[row][column], text, truth[image_id], arm if row == 0 else "")
+    figure.suptitle(
+        "green: the object is there    red: it is not", fontsize=9, color=OTHER, y=0.995
+    )
+    figure.tight_layout()
+    TARGET.parent.mkdir(exist_ok=True)
+    figure.savefig(TARGET, dpi=110)
+    print(f"wrote {TARGET.relative_to(TARGET.parents[2])}")
+
+
+def _caption(axis: Any, text: str, truth: frozenset[str], title: str) -> None:
+    """Write a caption word by word, objects in colour."""
+    axis.axis("off")
+    axis.set_title(title, fontsize=10, loc="left", fontweight="bold")
+    renderer = axis.figure.canvas.get_renderer()
+    x, y, used = 0.0, 0.97, 0
+    for piece in _pieces(text):
+        if used + len(piece) > COLUMN:
+            x, y, used = 0.0, y - LINE * 1.25, 0
+        drawn = axis.text(
+            x, y, piece, fontsize=7.5, color=_colour(piece, truth), va="top",
+            transform=axis.transAxes,
+        )  # fmt: skip
+        box = drawn.get_window_extent(renderer).transformed(axis.transAxes.inverted())
+        x, used = box.x1 + 0.012, used + len(piece) + 1
+
+
+def _pieces(text: str) -> list[str]:
+    """Words of a text; the two words of an object such as "hot dog" stay together."""
+    words = text.split()
+    pieces: list[str] = []
+    while words:
+        pair = " ".join(words[:2])
+        size = 2 if len(words) > 1 and len(mentions(_bare(pair)).words) == 1 and (
+            " " in mentions(_bare(pair)).words[0]
+        ) else 1  # fmt: skip
+        pieces.append(" ".join(words[:size]))
+        del words[:size]
+    return pieces
+
+
+def _bare(piece: str) -> str:
+    return re.sub(r"[^\w\s]", "", piece)
+
+
+def _colour(piece: str, truth: frozenset[str]) -> str:
+    objects = mentions(_bare(piece)).objects
+    if not objects:
+        return OTHER
+    return PRESENT if set(objects) <= {category_of().get(o, o) for o in truth} else ABSENT
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or ["var", "pai"])
