@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import vlmfix
+import vlmfix.evals
+from vlmfix.emoji.build import build_model, build_processor
+from vlmfix.emoji.recipe import QUICK
 from vlmfix.evals.models import TransformersModel, count_passes
 from vlmfix.evals.tasks import Sample
 
@@ -95,3 +100,32 @@ def test_adapter_asks_one_chat_per_sample_and_sees_a_second_stream(
         {"type": "image", "image": "<2.png>"},
         {"type": "text", "text": "q2"},
     ]
+
+
+def test_the_bundled_world_end_to_end(tmp_path: Path) -> None:
+    """Real generate, wrap and pictures; the weights are fresh, so only the plumbing counts."""
+    processor = build_processor()
+    torch.manual_seed(0)
+    model = build_model(QUICK, processor.tokenizer).eval()
+    results = vlmfix.evals.evaluate(
+        ["pope", "chair"],
+        model=(model, processor),
+        methods=["pai:alpha=0.9"],
+        limit=1,
+        max_new_tokens=3,
+        output=tmp_path / "out",
+        quiet=True,
+    )
+    assert results["errors"] == 0 and results["partial"]
+    for task, items in (("pope", 18), ("chair", 1)):
+        arms = results["tasks"][task]["arms"]
+        assert list(arms) == ["base", "pai:alpha=0.9"]
+        for arm in arms:
+            path = tmp_path / "out" / f"samples_{task}_{arm.replace(':', '_')}.jsonl"
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            assert len(rows) == items
+            longest = max(row["n_new_tokens"] for row in rows)
+            # One pass over the prompt gives the first token, and each further token costs one.
+            assert arms[arm]["cost"]["passes_per_answer"] == longest
+    assert results["config"]["methods"]["pai:alpha=0.9"][0]["alpha"] == 0.9
+    assert results["config"]["dtype"] == "float32"

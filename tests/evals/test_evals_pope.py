@@ -102,6 +102,14 @@ def test_question_files_in_every_spelling(
     assert file.variant == "2 rows, no published size; 1 rows read 'imange'"
 
 
+@pytest.mark.parametrize(("rows", "named"), [(3000, "full split"), (2910, "OPERA/LLaVA random")])
+def test_published_variants_are_known_by_their_size(tmp_path: Path, rows: int, named: str) -> None:
+    path = tmp_path / "pope.json"
+    row = '{"image": "a.png", "text": "?", "label": "no"}\n'
+    path.write_text(row * rows)
+    assert load_questions(path).variant.startswith(named)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -165,6 +173,9 @@ def test_zero_denominators_give_zero_and_a_flag() -> None:
     values = {name: score["value"] for name, score in scored["scores"]["s"].items()}
     assert values == {"accuracy": 1, "precision": 0, "recall": 0, "f1": 0, "yes_ratio": 0}
     assert scored["flags"] == [f"s.{m}: zero denominator" for m in ("precision", "recall", "f1")]
+    wrong = score_answers({"s": questions}, {"s": [{**row, "answer": "Yes"} for row in answers]})
+    # 2PR / (P + R) with P = 0 and no R; its short form would hide that behind a denominator of 2.
+    assert "s.f1: zero denominator" in wrong["flags"]
     # All answers are right, so resampling shows no spread; Wilson's interval still does.
     assert scored["scores"]["s"]["accuracy"]["ci_method"] == "wilson"
     assert scored["scores"]["s"]["accuracy"]["ci"][0] < 0.5
@@ -196,6 +207,7 @@ def test_unparsed_is_wrong_and_never_yes() -> None:
         ("<answer>yes</answer>", "yes"),
         ("Yeah, sure", "yes"),
         ("nope", "no"),
+        ("Cannot determine", "no"),
         ("N", "no"),
         ("There isn\u2019t one.", "no"),
         ("It is a yes", "yes"),

@@ -18,6 +18,7 @@ import vlmfix.evals
 from vlmfix.errors import BadInput, UnknownMethod, UnknownTask
 from vlmfix.evals.arms import named_arms
 from vlmfix.evals.coco import CocoData
+from vlmfix.evals.report import write_json
 from vlmfix.evals.tasks import Answer, Sample
 
 RECORD_KEYS = """run_id task split sample_id image prompt target response n_prompt_tokens
@@ -117,8 +118,21 @@ def test_answers_are_on_disk_as_soon_as_they_are_given(world: Path, tmp_path: Pa
         seen.append(len(path.read_text().splitlines()))
         return "Yes"
 
-    run(FakeModel(reply), world, tmp_path / "out")
-    assert seen[0] == 0 and seen[7] >= 7 and seen[-1] > 100
+    model = FakeModel(reply)
+    run(model, world, tmp_path / "out")
+    done = {(sample.image, sample.prompt) for sample in model.batches["base"][0]}
+    rows = records(tmp_path / "out", "pope", "base")
+    assert seen[:7] == [0] * 7
+    assert seen[7] == sum((row["image"], row["prompt"]) in done for row in rows)
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": 2, "b": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_a_failing_batch_is_recorded_and_its_items_count_for_no_arm(
