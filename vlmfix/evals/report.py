@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 from vlmfix.evals.tasks import Column, get_task
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.table import Table
 
 __all__ = ["render", "to_markdown", "write_json"]
+
+
+_ARM_WIDTH = 16
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -31,18 +35,36 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def render(results: Mapping[str, Any]) -> RenderableType:
-    """Results as rich tables, one per task, for a terminal of 120 columns."""
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
+    """Results as rich tables, one per task.
 
-    parts: list[RenderableType] = []
-    for name, entry in results["tasks"].items():
-        headings, sections = _table(name, entry)
+    Made for 120 columns; in a narrower terminal the differences go below the values.
+    """
+    from rich.console import Group
+
+    return Group(*(_TaskTable(results, name, entry) for name, entry in results["tasks"].items()))
+
+
+class _TaskTable:
+    """A rich renderable that fits its layout to the width it gets."""
+
+    def __init__(self, results: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> None:
+        self._results, self._name, self._entry = results, name, entry
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        wide = self._layout(stacked=False)
+        # A table that is too wide would lose digits, not columns.
+        fits = console.measure(wide, options=options.update(width=1000)).maximum
+        yield wide if fits <= options.max_width else self._layout(stacked=True)
+
+    def _layout(self, stacked: bool) -> Table:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        headings, sections = _table(self._name, self._entry, stacked)
         table = Table(
-            title=Text(_title(results, name, entry)),
-            caption=Text(_caption(results, name, entry), justify="left"),
+            title=Text(_title(self._results, self._name, self._entry)),
+            caption=Text(_caption(self._results, self._name, self._entry), justify="left"),
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
             pad_edge=False,
@@ -50,19 +72,17 @@ def render(results: Mapping[str, Any]) -> RenderableType:
             caption_justify="left",
         )
         for i, heading in enumerate(headings):
-            # Only the name of an arm may be long, so only it may wrap.
+            # What does not fit goes on in the next line; nothing is ever cut off.
             table.add_column(
                 heading,
                 justify="left" if i < 2 else "right",
-                no_wrap=i != 1,
                 overflow="fold",
-                min_width=min(14, max(map(len, entry["arms"]))) if i == 1 else None,
+                max_width=_ARM_WIDTH if i == 1 else None,
             )
         for rows in sections:
             for i, row in enumerate(rows):
                 table.add_row(*map(Text, row), end_section=i == len(rows) - 1)
-        parts.append(table)
-    return Group(*parts)
+        return table
 
 
 def to_markdown(results: Mapping[str, Any]) -> str:
@@ -111,69 +131,73 @@ _FACTS = ("prompt_style", "parser", "engine", "ground_truth", "truncate")
 _COUNTS = {"n_errors": "failed", "n_unparsed": "unparsed", "n_empty": "empty"}
 
 
-def _table(name: str, entry: Mapping[str, Any]) -> tuple[list[str], list[list[list[str]]]]:
-    """Headings, and per place one section of rows, one row per arm."""
+def _table(
+    name: str, entry: Mapping[str, Any], stacked: bool = False
+) -> tuple[list[str], list[list[list[str]]]]:
+    """Headings, and per place one section of rows, one row per arm.
+
+    Args:
+        name: of the task.
+        entry: its results.
+        stacked: differences and p values below the values instead of in columns of their own.
+    """
     columns = get_task(name).columns
     arms = entry["arms"]
     headings = ["split", "arm"]
     for column in columns:
         headings.append(column.title + (" %" if column.percent else ""))
-        headings += ["Δ"] if column.delta else []
-        headings += ["p"] if column.tested else []
+        headings += [] if stacked else _extras(column, "Δ", "p")
     headings += ["passes", "tok/s"]
-    sections = [
-        [
-            [place if arm == "base" else "", arm]
-            + [
-                cell
-                for column in columns
-                for cell in _cells(
-                    column, scored["scores"][place], scored.get("delta", {}).get(place)
-                )
-            ]
-            + [
-                f"{scored['cost']['passes_per_answer']:.1f}",
-                f"{scored['cost']['tokens_per_second']:.0f}",
-            ]
-            for arm, scored in arms.items()
-        ]
-        for place in arms["base"]["scores"]
-    ]
+    sections = []
+    for place in arms["base"]["scores"]:
+        rows = []
+        for arm, scored in arms.items():
+            delta = scored.get("delta", {}).get(place)
+            cost = scored["cost"]
+            rows.append(
+                [
+                    place if arm == "base" else "",
+                    arm,
+                    *_cells(columns, scored["scores"][place], delta, stacked),
+                    f"{cost['passes_per_answer']:.1f}",
+                    f"{cost['tokens_per_second']:.0f}",
+                ]
+            )
+        sections.append(rows)
     for arm, scored in arms.items():
-        if "matched_length" in scored:
-            sections.append(list(_matched(columns, arm, scored["matched_length"])))
+        for place, base in scored.get("matched_length", {}).get("base", {}).items():
+            matched = scored["matched_length"]
+            method = _cells(columns, matched["method"][place], matched["delta"][place], stacked)
+            sections.append(
+                [
+                    ["same length", "base", *_cells(columns, base, None, stacked), "", ""],
+                    ["", arm, *method, "", ""],
+                ]
+            )
     return headings, sections
 
 
-def _matched(
-    columns: tuple[Column, ...], arm: str, matched: Mapping[str, Any]
-) -> Iterator[list[str]]:
-    """Two rows: base and method, both cut to the shorter caption of each image."""
-    for label, side, delta in (("base", "base", None), (arm, "method", matched["delta"])):
-        yield [
-            "same length" if side == "base" else "",
-            label,
-            *(
-                cell
-                for column in columns
-                for place, scores in matched[side].items()
-                for cell in _cells(column, scores, delta and delta[place])
-            ),
-            "",
-            "",
-        ]
+def _extras(column: Column, delta: str, p: str) -> list[str]:
+    return ([delta] if column.delta else []) + ([p] if column.tested else [])
 
 
 def _cells(
-    column: Column, scores: Mapping[str, Any], delta: Mapping[str, Any] | None
+    columns: tuple[Column, ...],
+    scores: Mapping[str, Any],
+    delta: Mapping[str, Any] | None,
+    stacked: bool,
 ) -> Iterator[str]:
-    scale = 100 if column.percent else 1
-    plain = scores[column.metric]["value"]
-    yield _figure(scores[column.metric], scale) if column.percent else f"{plain:.1f}"
-    if column.delta:
-        yield _figure(delta[column.metric], scale, sign=True) if delta else ""
-    if column.tested:
-        yield _p(delta["mcnemar"]["p"]) if delta and "mcnemar" in delta else ""
+    for column in columns:
+        scale = 100 if column.percent else 1
+        score = scores[column.metric]
+        value = _figure(score, scale) if column.percent else f"{score['value']:.1f}"
+        change = _figure(delta[column.metric], scale, sign=True) if delta else ""
+        p = _p(delta["mcnemar"]["p"]) if delta and "mcnemar" in delta else ""
+        if stacked:
+            below = _extras(column, change, p and f"p {p}")
+            yield "\n".join([value, *filter(None, below)])
+        else:
+            yield from [value, *_extras(column, change, p)]
 
 
 def _figure(score: Mapping[str, Any], scale: int, sign: bool = False) -> str:
