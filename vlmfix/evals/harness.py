@@ -9,25 +9,22 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from secrets import token_hex
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlmfix._version import __version__
 from vlmfix.errors import BadInput
 from vlmfix.evals.arms import BASE, file_name, named_arms
 from vlmfix.evals.coco import CocoData
+from vlmfix.evals.progress import progress_bar
 from vlmfix.evals.report import write_json
 from vlmfix.evals.runner import ArmRun, ModelUnderTest, Recorder, distinct_requests, run_arm
 from vlmfix.evals.tasks import Options, Task, get_task
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["evaluate"]
 
@@ -136,7 +133,7 @@ def evaluate(
     }
     image = lru_cache(maxsize=64)(opened.image)
     steps = len(arms) * sum(len(distinct_requests(task.samples)) for task in ready.values())
-    with _progress(steps, quiet) as advance:
+    with progress_bar(steps, quiet) as advance:
         for name, task in ready.items():
             gen_kwargs = {
                 "max_new_tokens": max_new_tokens or task.max_new_tokens,
@@ -273,30 +270,3 @@ def _versions() -> dict[str, str | None]:
 def _threads() -> int | None:
     torch = sys.modules.get("torch")
     return int(torch.get_num_threads()) if torch is not None else None
-
-
-@contextmanager
-def _progress(steps: int, quiet: bool) -> Iterator[Callable[[int, str], None]]:
-    if quiet:
-        yield lambda n, label: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("loading", total=steps)
-        yield lambda n, label: progress.update(bar, advance=n, description=label)

@@ -66,7 +66,10 @@ def mcnemar(base: Sequence[bool], method: Sequence[bool]) -> McNemar:
     better = sum(1 for b, m in pairs if m and not b)
     worse = sum(1 for b, m in pairs if b and not m)
     total = better + worse
-    tail = sum(math.comb(total, j) for j in range(min(better, worse) + 1))
+    tail, ways = 0, 1
+    for j in range(min(better, worse) + 1):
+        tail += ways
+        ways = ways * (total - j) // (j + 1)
     # Whole numbers until the last division: 2 ** total overflows a float beyond 1023 pairs.
     return McNemar(better, worse, min(1.0, 2 * tail / 2**total) if total else 1.0)
 
