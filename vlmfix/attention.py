@@ -109,18 +109,21 @@ def _edited_attention(
             "the row path does not model. No method that edits attention can run on this model."
         )
     batch, heads, queries, _ = query.shape
-    # Sample-wise masks of the edited rows, None where every row of the window is edited.
-    windows = [frame.window(edit.method.rows) for edit in edits]
-    start = min((window.start for window in windows if window is not None), default=queries)
-    on_rows = [
-        (edit, window.mask_from(start))
-        for edit, window in zip(edits, windows, strict=True)
-        if window is not None and edit.needs_rows
-    ]
-    whole = start == 0 and bool(on_rows) and any(rows is None for _, rows in on_rows)
+    # Each edit with the rows (B, R) that it edits from `start` on; None for all of them.
+    on_rows: list[tuple[Edit, torch.Tensor | None]]
+    if frame.decoding:
+        start, on_rows = 0, [(edit, None) for edit in edits if edit.needs_rows]
+    else:
+        windows = [frame.window(edit.method.rows) for edit in edits]
+        start = min((window.start for window in windows if window is not None), default=queries)
+        on_rows = [
+            (edit, window.mask_from(start))
+            for edit, window in zip(edits, windows, strict=True)
+            if window is not None and edit.needs_rows
+        ]
     result: torch.Tensor
     base_weights: torch.Tensor | None = None
-    if whole:
+    if frame.decoding and on_rows:
         result = _rows(slot, frame, on_rows, module, query, key, value, mask, 0, kwargs)
     else:
         result, base_weights = slot.base(module, query, key, value, mask, **kwargs)
@@ -193,7 +196,7 @@ def _rows(
                 edited = _where(chosen, edited, weights)
                 changed = changed & chosen[:, None, :]
             weights = edited
-            frame.call.count(slot.layer, changed.sum())
+            frame.call.count(slot.layer, changed)
         if edit.sees_weights:
             edit.method.observe_weights(slot.layer, weights)
     return reference.attend(weights, value).transpose(1, 2)
@@ -268,8 +271,7 @@ def _heads(slot: Slot, frame: Frame, edit: Edit, result: torch.Tensor, keys: int
             stored = method.head_scale(outputs, *plan)[:, :, 0]
             frame.ledger.scales[method, slot.layer] = stored
         factors = stored[:, None, :].to(result.dtype)
-    changed = (factors != 1).sum()
-    frame.call.count(slot.layer, changed * (1 if factors.shape[1] > 1 else result.shape[1]))
+    frame.call.count(slot.layer, (factors != 1).expand(result.shape[:-1]))
     return result * factors[..., None]
 
 

@@ -53,12 +53,12 @@ class Call:
     passes: int = 0
     seconds: float | None = None
     started: float = field(default_factory=time.perf_counter)
-    counts: dict[int, torch.Tensor | int] = field(default_factory=dict)
+    counts: dict[int, list[torch.Tensor | int]] = field(default_factory=dict)
     notes: dict[str, dict[str, dict[int, list[int]]]] = field(default_factory=dict)
 
     def count(self, layer: int, rows: torch.Tensor | int) -> None:
-        """Add edited rows (an int, or a 0-d tensor that is not read now)."""
-        self.counts[layer] = self.counts[layer] + rows if layer in self.counts else rows
+        """Add edited rows: a number, or a bool tensor that is summed when somebody asks."""
+        self.counts.setdefault(layer, []).append(rows)
 
     def note(self, method: str, layer: int, notes: dict[str, list[int]]) -> None:
         """Keep the counts that a plan found in a layer."""
@@ -73,7 +73,10 @@ class Call:
 
     def report(self) -> CallReport:
         """Read the counts (this waits for the device) and freeze them."""
-        by_layer = {layer: int(rows) for layer, rows in sorted(self.counts.items())}
+        by_layer = {
+            layer: sum(int(rows.sum()) if isinstance(rows, torch.Tensor) else rows for rows in all_)
+            for layer, all_ in sorted(self.counts.items())
+        }
         return CallReport(
             methods=self.methods,
             batch=self.batch,

@@ -96,12 +96,10 @@ class Frame:
         self.stack, self.call, self.ledger = stack, call, ledger
         self.past, self.queries, self.offsets = past, queries, offsets
         self.rescales = rescales  # a forward without a cache decides everything afresh
+        #: Every row of this forward belongs to a generated token, so every row is edited.
+        self.decoding = past >= ledger.prompt_length
         self.reached: set[int] = set()
         self._windows: dict[str, Window | None] = {}
-
-    @property
-    def holds_prompt(self) -> bool:
-        return self.past < self.ledger.prompt_length
 
     def offset(self, layer: int) -> int:
         """Position of the first key that a sliding layer still holds; 0 elsewhere."""
@@ -139,7 +137,7 @@ class Frame:
 
     def _window(self, rule: str) -> Window | None:
         ledger = self.ledger
-        if self.past >= ledger.prompt_length:
+        if self.decoding:
             return Window(0, None)
         kinds = ledger.kinds[:, self.past : self.past + self.queries]
         positions = torch.arange(self.past, self.past + self.queries, device=kinds.device)
@@ -242,7 +240,7 @@ class Session:
     def _hook_input(self, layer: int) -> None:
         def flag(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             frame = self.frame
-            if frame is None or not frame.holds_prompt:
+            if frame is None or frame.decoding:
                 return
             hidden = args[0] if args else kwargs["hidden_states"]
             for method in frame.stack.by_layer.get(layer, ()):

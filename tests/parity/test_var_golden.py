@@ -39,7 +39,7 @@ def test_rows_equal_the_authors_code(golden: Path, number: int) -> None:
     # The prefill edits the rows after the image; the rows before it stay.
     first = start + length
     rows = data["prefill_attention"][:, :, first:]
-    edited, changed = method.edit_weights(rows, plan.tensors[0][:, :prompt])
+    edited, changed = method.edit_weights(rows, *(t[:, :prompt] for t in plan.tensors))
     expected = data["prefill_expected"]
     assert torch.allclose(edited, expected[:, :, first:], atol=1e-5)
     assert torch.equal(data["prefill_attention"][:, :, :first], expected[:, :, :first])
@@ -48,6 +48,6 @@ def test_rows_equal_the_authors_code(golden: Path, number: int) -> None:
 
     for step in range(3):
         row = data[f"decode{step}_attention"]
-        edited, _ = method.edit_weights(row, plan.tensors[0][:, : row.shape[-1]])
+        edited, _ = method.edit_weights(row, *(t[:, : row.shape[-1]] for t in plan.tensors))
         assert torch.allclose(edited, data[f"decode{step}_expected"], atol=1e-5)
         assert (edited - row).abs().max() > 1e-3

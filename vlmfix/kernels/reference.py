@@ -10,6 +10,16 @@ import torch
 
 __all__ = ["attend", "mask_scores", "row_scores"]
 
+#: Keys or values of at most so many numbers are cast up first: below it, what a half-precision
+#: product costs to start on a CPU is more than what the cast costs.
+_SMALL = 2**16
+
+
+def _operand(tensor: torch.Tensor) -> torch.Tensor:
+    half = tensor.dtype in (torch.float16, torch.bfloat16)
+    small = half and tensor.device.type == "cpu" and tensor.numel() <= _SMALL
+    return tensor.float() if small else tensor
+
 
 def row_scores(
     query: torch.Tensor, key: torch.Tensor, scaling: float, softcap: float | None = None
@@ -27,6 +37,8 @@ def row_scores(
     """
     batch, heads, rows, width = query.shape
     key_heads, keys = key.shape[1], key.shape[2]
+    key = _operand(key)
+    query = query.to(key.dtype)
     packed = query.reshape(batch * key_heads, heads // key_heads * rows, width)
     flat = key.reshape(batch * key_heads, keys, width)
     scores = torch.baddbmm(query.new_zeros(1, 1, 1), packed, flat.mT, beta=0, alpha=scaling)
@@ -48,10 +60,11 @@ def mask_scores(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor
 def attend(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Head outputs of few rows: weights (B, H, R, K), value (B, Hkv, K, D) -> (B, H, R, D).
 
-    The weights are cast to the values' dtype first, as in every eager implementation.
+    The result has the values' dtype; the weights are cast to it first, unless the values are few.
     """
     batch, heads, rows, keys = weights.shape
     key_heads, width = value.shape[1], value.shape[3]
-    packed = weights.to(value.dtype).reshape(batch * key_heads, heads // key_heads * rows, keys)
-    output = torch.bmm(packed, value.reshape(batch * key_heads, keys, width))
-    return output.view(batch, heads, rows, width)
+    operand = _operand(value)
+    packed = weights.to(operand.dtype).reshape(batch * key_heads, heads // key_heads * rows, keys)
+    output = torch.bmm(packed, operand.reshape(batch * key_heads, keys, width))
+    return output.view(batch, heads, rows, width).to(value.dtype)

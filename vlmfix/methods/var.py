@@ -16,20 +16,15 @@ from vlmfix.ledger import IMAGE, TEXT
 from vlmfix.massive import DEFAULT_FRACTION, magnitude
 from vlmfix.method import AttentionMethod, Keys, Plan, Preset, check_range, find_preset
 
-__all__ = ["VisualAttentionRedistribution", "redistribute"]
+__all__ = ["VisualAttentionRedistribution", "redistribute", "rules"]
 
 
-def redistribute(
-    weights: torch.Tensor,
-    groups: torch.Tensor,
-    keep: float,
-    rho: float,
-    minimum_visual_mass: float,
+def rules(
+    groups: torch.Tensor, keep: float, rho: float, minimum_visual_mass: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move attention within softmax rows; every row keeps its sum.
+    """What `redistribute` needs to know of every key, once per prompt and layer.
 
     Args:
-        weights: (B, H, R, K) softmax rows.
         groups: (B, K, 3) indicator of text sinks, visual sinks, and visual tokens that are not
             sinks. Keys in none of them keep their exact weight.
         keep: share of its attention that a sink keeps.
@@ -37,19 +32,34 @@ def redistribute(
         minimum_visual_mass: and where it puts at least this mass on the image.
 
     Returns:
-        The edited rows, and (B, H, R) bool: which rows were edited.
+        sums (B, K, 4): a row times these gives what its sinks give up, by how much it passes the
+        two rules (as softmax rows sum to one), and its mass off the sinks;
+        moves (B, K, 2): relative change of a key, as a sink and as one that gains.
+    """
+    text_sinks, visual_sinks, rest = groups.unbind(-1)
+    given = (1 - keep) * (text_sinks + visual_sinks)
+    visual = visual_sinks + rest
+    margins = (visual - minimum_visual_mass, (1 - rho) * visual - visual_sinks)
+    return torch.stack((given, *margins, rest), dim=-1), torch.stack((-given, rest), dim=-1)
+
+
+def redistribute(
+    weights: torch.Tensor, sums: torch.Tensor, moves: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move attention within softmax rows (B, H, R, K); every row keeps its sum.
+
+    `sums` and `moves` come from `rules`. Returns the edited rows, and (B, H, R) bool: which rows
+    were edited. Few operations on purpose: a decode step does this in every layer.
     """
     batch, heads, rows, keys = weights.shape
-    groups = groups.to(weights.dtype)
-    masses = torch.bmm(weights.reshape(batch, heads * rows, keys), groups)
-    text_sinks, visual_sinks, rest = masses.view(batch, heads, rows, 3).unbind(-1)
-    visual = visual_sinks + rest
-    edited = (visual >= minimum_visual_mass) & (visual_sinks <= (1 - rho) * visual) & (rest > 0)
-    given = torch.where(edited, 1 - keep, 0.0).to(weights.dtype)
-    gained = given * (text_sinks + visual_sinks) / rest.clamp_min(1e-30)
-    change = torch.stack((-given, -given, gained), dim=-1).view(batch, heads * rows, 3)
-    change = torch.bmm(change, groups.mT).view(weights.shape)
-    return torch.addcmul(weights, weights, change), edited
+    sums, moves = sums.to(weights.dtype), moves.to(weights.dtype)
+    totals = torch.bmm(weights.reshape(batch, heads * rows, keys), sums)
+    rest = totals[..., 3]
+    edited = (totals[..., 1:].amin(-1) >= 0) & (rest > 0)
+    gained = edited * (totals[..., 0] / rest.clamp_min(1e-30))
+    change = torch.bmm(torch.stack((edited.to(weights.dtype), gained), dim=-1), moves.mT)
+    moved = torch.addcmul(weights, weights, change.view(weights.shape))
+    return moved, edited.view(batch, heads, rows)
 
 
 @dataclass(frozen=True)
@@ -189,10 +199,11 @@ class VisualAttentionRedistribution(AttentionMethod):
         # A sample without a visual sink in this layer is left alone, text sinks or not.
         groups &= visual_sinks.any(1)[:, None, None]
         notes = {"visual_sinks": counts, "text_sinks": text_sinks.sum(1).tolist()}
-        return Plan((groups.float(),), [count > 0 for count in counts], notes)
+        assert self.keep is not None
+        tensors = rules(groups.float(), self.keep, self.rho, self.minimum_visual_mass)
+        return Plan(tensors, [count > 0 for count in counts], notes)
 
     def edit_weights(
         self, weights: torch.Tensor, *plan: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self.keep is not None
-        return redistribute(weights, plan[0], self.keep, self.rho, self.minimum_visual_mass)
+        return redistribute(weights, *plan)
