@@ -15,6 +15,7 @@ from tiny import FAMILIES, build, generate_kwargs
 from transformers import DynamicCache
 
 import vlmfix
+import vlmfix.ledger
 from vlmfix.errors import (
     BadInput,
     CompositionError,
@@ -230,6 +231,31 @@ def test_second_turn_on_the_same_cache_equals_one_without(tiny: Any) -> None:
             report = vlmfix.last_call(tiny.model)
         assert again.shape[1] == turn.shape[1] + 6
         assert report.edited_rows > 0 and report.prompt_length == turn.shape[1]
+
+
+def test_reset_cache_starts_a_new_prompt(tiny: Any) -> None:
+    first, second = tiny.inputs(1, seed=1), tiny.inputs(1, seed=2, lengths=[12])
+    for row in ROWS:
+        with vlmfix.wrapped(tiny.model, row.strong):
+            expected = logits(tiny.model, second)
+            cache = DynamicCache(config=tiny.model.config.get_text_config())
+            logits(tiny.model, first, past_key_values=cache)
+            cache.reset()
+            assert torch.equal(logits(tiny.model, second, past_key_values=cache), expected)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_ledger_grows_with_a_long_answer_and_covers_a_static_cache(
+    tiny: Any, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = tiny.inputs(2)
+    kwargs = generate_kwargs(cache_implementation=cache, disable_compile=True)
+    for row in ROWS:
+        with vlmfix.wrapped(tiny.model, row.strong):
+            expected = tiny.model.generate(**inputs, **kwargs)
+            monkeypatch.setattr(vlmfix.ledger, "_GROWTH", 1)
+            assert torch.equal(tiny.model.generate(**inputs, **kwargs), expected)
+            monkeypatch.undo()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # flex on CPU
