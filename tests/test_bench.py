@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +34,24 @@ def test_one_row_per_arm(report: bench.Report) -> None:
         assert (row["batch"], row["prompt"], row["visual_tokens"]) == (2, 68, 36)
         speeds = [row[f"tokens_per_second_p{p}"] for p in bench.PERCENTILES]
         assert 0 < speeds[0] <= speeds[1] <= speeds[2]
+
+
+def test_speeds_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    def turn(subject: object, stack: object, new_tokens: int) -> tuple[float, int]:
+        return (0.5, 0) if stack is None else (1.0, new_tokens)
+
+    monkeypatch.setattr(bench, "_turn", turn)
+    plain, var = bench.run(**TINY, methods=(("var",),), rounds=2, batch=2).rows
+    assert (plain["tokens_per_second_p50"], plain["over_plain_p50"]) == (4, 1)
+    assert (var["tokens_per_second_p50"], var["over_plain_p50"]) == (2, 0.5)
+
+
+def test_prefill_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The prompt is handed over at 0, the first token at 10, then one token per second.
+    clock = iter([0.0, 10.0, 11.0, 12.0, 13.0])
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    made = subject("llava-tiny", "float32", "cpu", 1)
+    assert bench._decode(made, 4) == 1
 
 
 def test_a_method_that_edits_nothing_is_refused() -> None:

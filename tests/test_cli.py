@@ -20,7 +20,6 @@ import tiny
 import tiny_folders
 import torch
 from PIL import Image
-from rich.console import Console
 
 from vlmfix import show
 from vlmfix.cli import main
@@ -176,11 +175,22 @@ def test_json_has_no_nan() -> None:
     }
 
 
-def test_markup_in_an_answer_is_not_obeyed() -> None:
-    console = Console(width=80, record=True, file=StringIO())
+def test_markup_in_an_answer_is_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
     arm = {"method": "base", "answer": "[red]dog[/red]", "last_call": None}
-    console.print(show.answers([arm, arm]))
-    assert "[red]dog[/red]" in console.export_text()
+    show.report(False, None, show.answers([arm, arm]))
+    show.report(False, None, "[red]cat[/red]")
+    shown = capsys.readouterr().out
+    assert "[red]dog[/red]" in shown
+    assert "[red]cat[/red]" in shown
+
+
+def test_what_libraries_print_stays_out_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    for active in (True, False):
+        with show.only_stderr(active):
+            print("loading")
+        captured = capsys.readouterr()
+        assert (captured.err, captured.out)[not active] == "loading\n"
+        assert (captured.out, captured.err)[not active] == ""
 
 
 def test_an_unknown_method(picture: Path) -> None:

@@ -6,6 +6,7 @@ import base64
 import importlib.util
 import json
 import shutil
+import warnings
 from io import BytesIO
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import tiny
 import tiny_folders
 import torch
+import transformers
 from PIL import Image
 
 from vlmfix.errors import BadInput, MissingDependency, UnsupportedModel
@@ -81,10 +83,17 @@ def test_a_processor_that_needs_torchvision_says_so(tmp_path: Path) -> None:
         load(folder)
 
 
-def test_a_tokenizer_is_not_a_processor(copy: Path) -> None:
+def test_a_folder_without_image_processor(copy: Path) -> None:
     (copy / "processor_config.json").unlink()
     with pytest.raises(BadInput, match="processor.save_pretrained"):
         load(copy)
+
+
+def test_a_bare_tokenizer_is_not_a_processor(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = tiny_folders.tokenizer()
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *a, **k: bare)
+    with pytest.raises(BadInput, match="no image processor"):
+        load(llava)
 
 
 def test_a_text_only_model_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
@@ -164,8 +173,11 @@ def test_exif_turns_the_image(tmp_path: Path) -> None:
 
 
 def test_palette_with_transparency_and_grey() -> None:
-    palette = Image.new("P", (2, 2))
-    data = encoded(palette, transparency=b"\x00\xff")
+    palette = Image.new("P", (3, 1))
+    palette.putdata([0, 1, 2])
+    palette.putpalette(list(range(9)))
+    # Pillow warns of such an image when it goes to RGB directly.
+    data = encoded(palette, transparency=b"\x00\x80\x07")
     assert load_image(data).mode == "RGB"
     assert load_image(Image.new("L", (2, 2), 7)).getpixel((0, 0)) == (7, 7, 7)
 
@@ -197,6 +209,8 @@ def test_images_that_cannot_be_used(tmp_path: Path) -> None:
 def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     data = encoded(Image.new("RGB", (10, 20)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    # Outside the tests the warning of Pillow, up to twice the limit, stops nothing.
+    warnings.simplefilter("ignore")
     with pytest.raises(BadInput, match="too large"):
         load_image(data)
 
