@@ -259,7 +259,7 @@ def _heads(slot: Slot, frame: Frame, edit: Edit, result: torch.Tensor, keys: int
         factors[:, window.start :] = scale.transpose(1, 2).to(result.dtype)
     else:
         stored = frame.ledger.scales.get((method, slot.layer))
-        if stored is None or frame.rescales:
+        if stored is None:
             row = frame.last_prompt_row()
             if row is None:
                 raise CompositionError(

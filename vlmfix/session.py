@@ -91,11 +91,9 @@ class Frame:
         past: int,
         queries: int,
         offsets: dict[int, int],
-        rescales: bool,
     ) -> None:
         self.stack, self.call, self.ledger = stack, call, ledger
         self.past, self.queries, self.offsets = past, queries, offsets
-        self.rescales = rescales  # a forward without a cache decides everything afresh
         #: Every row of this forward belongs to a generated token, so every row is edited.
         self.decoding = past >= ledger.prompt_length
         self.reached: set[int] = set()
@@ -397,7 +395,7 @@ class Session:
             ledger.write(past, kinds, prompt_length)
         ledger.reserve(max(past + queries, _capacity(cache)))
         offsets = _sliding_offsets(cache, queries)
-        return Frame(stack, call, ledger, past, queries, offsets, rescales=cache is None)
+        return Frame(stack, call, ledger, past, queries, offsets)
 
     def _kinds(self, ids: torch.Tensor, past: int, kwargs: dict[str, Any]) -> torch.Tensor:
         """Kinds (B, Q) of the prompt tokens in this forward."""
