@@ -119,14 +119,15 @@ def test_streaming_and_prompt_lookup_equal_greedy(row: Row, name: str) -> None:
 
 
 @cells
-def test_chunked_prefill_equals_one_prefill(row: Row, name: str) -> None:
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_chunked_prefill_equals_one_prefill(row: Row, name: str, chunk: int) -> None:
     if name in ("gemma3", "paligemma"):
         pytest.skip("plain transformers gives other logits: chunks cut its bidirectional image")
     tiny = family(name)
     inputs = prompt(tiny)
     with vlmfix.wrapped(tiny.model, row.strong):
         whole = _generate(tiny.model, inputs)
-        chunked = tiny.model.generate(**inputs, prefill_chunk_size=5, **generate_kwargs())
+        chunked = tiny.model.generate(**inputs, prefill_chunk_size=chunk, **generate_kwargs())
     assert torch.equal(chunked, whole)
 
 

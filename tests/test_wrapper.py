@@ -398,8 +398,14 @@ def test_cache_filled_without_the_method_is_refused(tiny: Any) -> None:
         cache = DynamicCache(config=tiny.model.config.get_text_config())
         with vlmfix.using(tiny.model, None):
             tiny.model(**inputs, past_key_values=cache)
-        with pytest.raises(StateError, match="not seen"):
+        with pytest.raises(StateError, match="no method has seen"):
             tiny.model(**step, past_key_values=cache)
+        longer = torch.nn.functional.pad(inputs["input_ids"], (0, 3), value=7)
+        with pytest.raises(StateError, match="no method has seen"):
+            tiny.model.generate(
+                input_ids=longer, attention_mask=torch.ones_like(longer), past_key_values=cache,
+                **generate_kwargs(),
+            )  # fmt: skip
         cache = DynamicCache(config=tiny.model.config.get_text_config())
         with vlmfix.using(tiny.model, STRONG["pai"]):
             tiny.model(**inputs, past_key_values=cache)

@@ -371,10 +371,10 @@ class Session:
         ledger = self._ledgers.get(cache) if cache is not None else None
         call: Call | None = getattr(self.local, "call", None)
         if ledger is None or past == 0:
-            if past and call is None and prompt_length is None:
+            if past:
                 raise StateError(
-                    f"this KV cache holds {past} positions that vlmfix has not seen. Prefill it "
-                    "while the model is wrapped, with the same cache object."
+                    f"this KV cache holds {past} positions that no method has seen. Start from "
+                    "the prompt with an empty cache, or prefill the cache under the same methods."
                 )
             ledger = Ledger(batch, past + queries, ids.device)
             if cache is not None:
@@ -392,6 +392,8 @@ class Session:
         call.batch = max(call.batch, batch)
         if past < prompt_length:
             kinds = self._kinds(ids, past, kwargs)
+            if past == 0 and queries >= prompt_length:
+                self._require_image(kinds, kwargs)
             ledger.write(past, kinds, prompt_length)
         ledger.reserve(max(past + queries, _capacity(cache)))
         offsets = _sliding_offsets(cache, queries)
@@ -400,19 +402,13 @@ class Session:
     def _kinds(self, ids: torch.Tensor, past: int, kwargs: dict[str, Any]) -> torch.Tensor:
         """Kinds (B, Q) of the prompt tokens in this forward."""
         kinds = torch.full(ids.shape, TEXT, dtype=torch.uint8, device=ids.device)
-        if any(_given(kwargs.get(name)) for name in _VISION):
+        if _carries_vision(kwargs):
             for kind, tokens in (
                 (IMAGE, self.info.image_token_ids),
                 (VIDEO, self.info.video_token_ids),
             ):
                 for token in tokens:
                     kinds[ids == token] = kind
-            if past == 0 and bool((kinds == TEXT).all()):
-                raise BadInput(
-                    "images were passed, but the prompt holds no image token (id "
-                    f"{', '.join(map(str, self.info.image_token_ids))}). Build the prompt with "
-                    "the model's processor, or use vlmfix.generate()."
-                )
         mask = kwargs.get("attention_mask")
         if isinstance(mask, dict):
             mask = mask.get("full_attention")
@@ -423,6 +419,15 @@ class Session:
             elif mask.dtype == torch.bool:  # already expanded, as for a static cache
                 kinds[~mask[:, 0, -1, window]] = PAD
         return kinds
+
+    def _require_image(self, kinds: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        """Refuse a whole prompt that carries images and shows no place for them."""
+        if _carries_vision(kwargs) and not bool(((kinds == IMAGE) | (kinds == VIDEO)).any()):
+            raise BadInput(
+                "images were passed, but the prompt holds no image token (id "
+                f"{', '.join(map(str, self.info.image_token_ids))}). Build the prompt with the "
+                "model's processor, or use vlmfix.generate()."
+            )
 
     def _check(
         self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any
@@ -444,8 +449,9 @@ class Session:
         self.local.frame = None
 
 
-def _given(value: Any) -> bool:
-    return value is not None and (not isinstance(value, dict) or bool(value))
+def _carries_vision(kwargs: dict[str, Any]) -> bool:
+    values = [kwargs.get(name) for name in _VISION]
+    return any(bool(v) if isinstance(v, dict) else v is not None for v in values)
 
 
 def _capacity(cache: Cache | None) -> int:
