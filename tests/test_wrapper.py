@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -268,8 +269,12 @@ def test_other_attention_implementations(implementation: str) -> None:
     tiny.model.set_attn_implementation({"text_config": implementation})
     logits(tiny.model, inputs)
     before = _fingerprint(tiny.model)
-    with vlmfix.wrapped(tiny.model, STRONG["pai"]):
-        edited = logits(tiny.model, inputs)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with vlmfix.wrapped(tiny.model, STRONG["pai"]):
+            edited = logits(tiny.model, inputs)
+    told = any("runs 'flex_attention' attention" in str(entry.message) for entry in caught)
+    assert told == (implementation == "flex_attention")
     assert _same(_fingerprint(tiny.model), before)
     with vlmfix.wrapped(family("llava").model, STRONG["pai"]):
         assert torch.allclose(edited, logits(family("llava").model, inputs), atol=1e-4)

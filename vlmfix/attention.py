@@ -86,7 +86,7 @@ def attention_forward(
     frame = slot.session.frame
     if frame is None:
         return slot.base(module, query, key, value, attention_mask, **kwargs)
-    edits = frame.edits(slot.layer)
+    edits = frame.edits(slot.layer, query.device)
     if not edits:
         return slot.base(module, query, key, value, attention_mask, **kwargs)
     return _edited_attention(slot, frame, edits, module, query, key, value, attention_mask, kwargs)
@@ -117,7 +117,7 @@ def _edited_attention(
         windows = [frame.window(edit.method.rows) for edit in edits]
         start = min((window.start for window in windows if window is not None), default=queries)
         on_rows = [
-            (edit, window.mask_from(start))
+            (edit, _to(window.mask_from(start), query.device))
             for edit, window in zip(edits, windows, strict=True)
             if window is not None and edit.needs_rows
         ]
@@ -146,6 +146,11 @@ def _edited_attention(
         if edit.heads or edit.sees_heads:
             result = _heads(slot, frame, edit, result, key.shape[2])
     return result, base_weights
+
+
+def _to(mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """A mask on the device of a layer, which may not be that of the token ids."""
+    return None if mask is None else mask.to(device)
 
 
 def _choose(
@@ -254,7 +259,8 @@ def _heads(slot: Slot, frame: Frame, edit: Edit, result: torch.Tensor, keys: int
         outputs = result[:, window.start :].transpose(1, 2)
         scale = method.head_scale(outputs, *plan)  # (B, H, R)
         if window.chosen is not None:
-            scale = torch.where(window.chosen[:, None, :], scale, torch.ones_like(scale))
+            chosen = window.chosen[:, None, :].to(scale.device)
+            scale = torch.where(chosen, scale, torch.ones_like(scale))
         factors = torch.ones_like(result[..., 0])
         factors[:, window.start :] = scale.transpose(1, 2).to(result.dtype)
     else:
@@ -266,7 +272,7 @@ def _heads(slot: Slot, frame: Frame, edit: Edit, result: torch.Tensor, keys: int
                     f"{method.name} chooses heads at the last prompt token, but this forward ends "
                     "before it (chunked prefill). Generate without prefill_chunk_size."
                 )
-            index = row[:, None, None, None].expand(-1, 1, *result.shape[2:])
+            index = row.to(result.device)[:, None, None, None].expand(-1, 1, *result.shape[2:])
             outputs = result.gather(1, index).transpose(1, 2)
             stored = method.head_scale(outputs, *plan)[:, :, 0]
             frame.ledger.scales[method, slot.layer] = stored

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,18 +104,21 @@ class Frame:
         """Position of the first key that a sliding layer still holds; 0 elsewhere."""
         return self.offsets.get(layer, 0)
 
-    def edits(self, layer: int) -> tuple[Edit, ...]:
-        """The edits of one layer, planned once per prompt and kept in the ledger."""
+    def edits(self, layer: int, device: torch.device) -> tuple[Edit, ...]:
+        """The edits of one layer, planned once per prompt on its device, kept in the ledger."""
         self.reached.add(layer)
         methods = self.stack.by_layer.get(layer)
         if not methods:
             return ()
         plans: dict[Stack, tuple[Edit, ...]] = self.ledger.derived.setdefault(layer, {})
         if self.stack not in plans:
-            plans[self.stack] = tuple(self._plan(methods, layer))
+            plans[self.stack] = tuple(self._plan(methods, layer, device))
         return plans[self.stack]
 
-    def _plan(self, methods: tuple[AttentionMethod, ...], layer: int) -> Iterator[Edit]:
+    def _plan(
+        self, methods: tuple[AttentionMethod, ...], layer: int, device: torch.device
+    ) -> Iterator[Edit]:
+        kinds = self.ledger.kinds.to(device)
         for method in methods:
             flags = self.ledger.flags.get((method, layer))
             if flags is None and method.overrides("flag_tokens"):
@@ -122,7 +126,7 @@ class Frame:
                     f"this KV cache was filled while {method.name} was off, so what {method.name} "
                     "notes about the prompt is missing. Start from the prompt, without this cache."
                 )
-            plan = method.plan(Keys(self.ledger.kinds, flags))
+            plan = method.plan(Keys(kinds, None if flags is None else flags.to(device)))
             if plan is not None:
                 self.call.note(method.name, layer, plan.notes)
                 yield Edit.of(method, plan)
@@ -257,6 +261,11 @@ class Session:
             return
         before = text._attn_implementation
         key = next(k for k in model.config.sub_configs if getattr(model.config, k, None) is text)
+        warnings.warn(
+            f"the decoder runs {before!r} attention, whose masks vlmfix cannot read; it runs SDPA "
+            "until vlmfix.unwrap(model).",
+            stacklevel=4,
+        )
         model.set_attn_implementation({key: "sdpa"})
         self._restore_implementation = lambda: model.set_attn_implementation({key: before})
 
