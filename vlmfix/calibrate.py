@@ -63,7 +63,7 @@ class Calibration:
 
 
 def cache_folder() -> Path:
-    """Where calibrations are kept: VLMFIX_CACHE, else XDG_CACHE_HOME/vlmfix, else ~/.cache/vlmfix."""
+    """Where calibrations are kept: VLMFIX_CACHE, or `vlmfix` in XDG_CACHE_HOME or ~/.cache."""
     if own := os.environ.get("VLMFIX_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlmfix"
@@ -122,9 +122,9 @@ def calibrate(model: Any, processor: Any = None, *, save: bool = True) -> Calibr
     channels = [int(c) for c in median.argsort(descending=True) if often[c]][:_MAXIMUM_CHANNELS]
     if not channels:
         raise CalibrationNeeded(
-            f"no sink channels in this {info.model_type} model: over layers {layers[0]} to "
-            f"{layers[-1]} the largest |x_d| / rms(x) of the first token is {float(first.max()):.1f}"
-            f", the threshold {tau:.1f}. Methods that work on sinks (var) do not fit this model."
+            f"no sink channels in this {info.model_type} model: in layers {layers[0]} to "
+            f"{layers[-1]} the first token reaches |x_d| / rms(x) = {float(first.max()):.1f}, the "
+            f"threshold is {tau:.1f}. Methods that work on sinks (var) do not fit this model."
         )
     result = Calibration(
         fingerprint=fingerprint(model),
