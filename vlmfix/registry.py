@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import inspect
 import re
 import typing
 from collections.abc import Sequence
@@ -111,7 +112,7 @@ def describe(name: str) -> dict[str, Any]:
     presets = [dataclasses.asdict(preset) for preset in getattr(cls, "PRESETS", ())]
     return {
         **dataclasses.asdict(row),
-        "doc": (cls.__doc__ or "").strip(),
+        "doc": inspect.cleandoc(cls.__doc__ or ""),
         "options": options,
         "presets": presets,
     }
