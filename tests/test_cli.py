@@ -268,7 +268,8 @@ def test_eval_fails_if_an_item_failed(llava: Path, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["errors"] > 0
 
 
-def test_calibration_makes_var_fit(tmp_path: Path) -> None:
+def test_calibration_makes_var_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLMFIX_CACHE", str(tmp_path / "cache"))
     model = tiny.build("llava").model
     with torch.no_grad():
         # One massive channel at the first token, as trained models have.
