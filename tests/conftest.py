@@ -28,20 +28,10 @@ torch.set_num_threads(1)
 
 import pytest
 
-WARNINGS = (
-    "error",
-    # Raised inside torch and transformers on import or by their own internals; not ours to mend.
-    "ignore::DeprecationWarning:torch.*",
-    "ignore::DeprecationWarning:transformers.*",
-    "ignore::FutureWarning:torch.*",
-    "ignore::FutureWarning:transformers.*",
-)
-
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make warnings errors."""
-    for line in reversed(WARNINGS):
-        config.addinivalue_line("filterwarnings", line)
+    """Make warnings errors; a test that expects one says so."""
+    config.addinivalue_line("filterwarnings", "error")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -58,6 +48,14 @@ def one_thread() -> Iterator[None]:
     """Give the next test one torch thread, whatever this one set."""
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder per test: a calibration that one test stores must not help the next."""
+    folder = tmp_path / "vlmfix-cache"
+    monkeypatch.setenv("VLMFIX_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")
