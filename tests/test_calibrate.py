@@ -24,12 +24,6 @@ from vlmfix.errors import BadInput, CalibrationNeeded, StateError
 from vlmfix.massive import magnitude
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("VLMFIX_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def _with_sink(channels: tuple[int, ...] = (5, 40)) -> Any:
     """A tiny llava whose first token is massive in some channels, as in trained models."""
     model = build("llava").model
