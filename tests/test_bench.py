@@ -81,6 +81,9 @@ def test_the_table_says_what_was_not_measured(report: bench.Report) -> None:
     text = console.export_text()
     assert "llava-tiny" in text
     assert bench.NO_GPU in text
+    assert bench.SLOW_PLAIN not in report.notes
+    half = {**TINY, "dtypes": ("bfloat16",)}
+    assert bench.SLOW_PLAIN in bench.run(**half, methods=(), rounds=1, new_tokens=3).notes
 
 
 def test_bad_names_and_numbers() -> None:

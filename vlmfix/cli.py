@@ -245,7 +245,7 @@ def calibrate_command(
 def bench_command(
     model: opt.BenchModels = "emoji,llava-300m",
     method: opt.Methods = "var,pai",
-    dtype: opt.BenchDtypes = "bfloat16",
+    dtype: opt.BenchDtypes = "bfloat16,float32",
     rounds: opt.Rounds = 9,
     new_tokens: opt.BenchTokens = 32,
     batch_size: opt.BatchSize = 1,
