@@ -22,7 +22,8 @@ from vlmfix.kernels import reference
 from vlmfix.method import AttentionMethod, Plan
 
 if TYPE_CHECKING:
-    from vlmfix.session import Frame, Session
+    from vlmfix.frame import Frame
+    from vlmfix.session import Session
 
 __all__ = ["NAME", "SLOT", "Edit", "Slot", "attention_forward"]
 

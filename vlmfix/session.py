@@ -1,4 +1,4 @@
-"""One per wrapped model: what was hooked, what to restore, and the frame of the current forward.
+"""One per wrapped model: what was hooked, what to restore, which methods run in which thread.
 
 Only the frame is thread-local. State of a prompt lives with its KV cache (ledger.py), state of a
 generate call with the call (call.py); nothing counts steps.
@@ -13,156 +13,29 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vlmfix.attention import NAME, SLOT, Edit, Slot
+from vlmfix.attention import NAME, SLOT, Slot
 from vlmfix.call import Call
 from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
 from vlmfix.families import ModelInfo
-from vlmfix.ledger import GENERATED, IMAGE, PAD, TEXT, VIDEO, Ledger
-from vlmfix.method import AttentionMethod, Keys, Method
+from vlmfix.frame import (
+    Frame,
+    Stack,
+    key_capacity,
+    prompt_kinds,
+    require_image,
+    sliding_offsets,
+)
+from vlmfix.ledger import Ledger
 
-__all__ = ["SESSION", "Frame", "Session", "Stack"]
+__all__ = ["SESSION", "Session"]
 
 SESSION = "_vlmfix_session"  # where a wrapped model keeps its Session
-
-#: Keyword arguments whose presence says that a forward really carries images or video.
-_VISION = (
-    "mm_encoder_outputs",
-    "pixel_values",
-    "pixel_values_videos",
-    "pixel_values_images",
-    "image_pixel_values",
-    "image_embeds",
-    "image_hidden_states",
-)
-
-
-@dataclass(frozen=True, eq=False)
-class Stack:
-    """The methods that run together, sorted by layer. Compared by identity."""
-
-    methods: tuple[Method, ...]
-    info: ModelInfo
-
-    def __post_init__(self) -> None:
-        by_layer: dict[int, tuple[AttentionMethod, ...]] = {}
-        for method in self.methods:
-            if isinstance(method, AttentionMethod):
-                for layer in method.layers(self.info):
-                    if layer in self.info.attention:
-                        by_layer[layer] = (*by_layer.get(layer, ()), method)
-        object.__setattr__(self, "by_layer", by_layer)
-
-    by_layer: dict[int, tuple[AttentionMethod, ...]] = field(init=False, repr=False)
-
-    def specs(self) -> tuple[str, ...]:
-        return tuple(method.spec() for method in self.methods)
-
-
-@dataclass(frozen=True)
-class Window:
-    """Query rows from `start` on; `chosen` (B, Q - start) bool says which, None for all."""
-
-    start: int
-    chosen: torch.Tensor | None
-
-    def mask_from(self, start: int) -> torch.Tensor | None:
-        """The same rows as a mask over the rows from an earlier `start`."""
-        if self.start == start:
-            return self.chosen
-        if self.chosen is None:
-            raise AssertionError("a window of all rows starts where the rows start")
-        return torch.nn.functional.pad(self.chosen, (self.start - start, 0))
-
-
-class Frame:
-    """What one forward pass knows: its ledger, where its queries stand, and its edits."""
-
-    def __init__(
-        self,
-        stack: Stack,
-        call: Call,
-        ledger: Ledger,
-        past: int,
-        queries: int,
-        offsets: dict[int, int],
-    ) -> None:
-        self.stack, self.call, self.ledger = stack, call, ledger
-        self.past, self.queries, self.offsets = past, queries, offsets
-        #: Every row of this forward belongs to a generated token, so every row is edited.
-        self.decoding = past >= ledger.prompt_length
-        self.reached: set[int] = set()
-        self._windows: dict[str, Window | None] = {}
-
-    def offset(self, layer: int) -> int:
-        """Position of the first key that a sliding layer still holds; 0 elsewhere."""
-        return self.offsets.get(layer, 0)
-
-    def edits(self, layer: int, device: torch.device) -> tuple[Edit, ...]:
-        """The edits of one layer, planned once per prompt on its device, kept in the ledger."""
-        self.reached.add(layer)
-        methods = self.stack.by_layer.get(layer)
-        if not methods:
-            return ()
-        plans: dict[Stack, tuple[Edit, ...]] = self.ledger.derived.setdefault(layer, {})
-        if self.stack not in plans:
-            plans[self.stack] = tuple(self._plan(methods, layer, device))
-        return plans[self.stack]
-
-    def _plan(
-        self, methods: tuple[AttentionMethod, ...], layer: int, device: torch.device
-    ) -> Iterator[Edit]:
-        kinds = self.ledger.kinds.to(device)
-        for method in methods:
-            flags = self.ledger.flags.get((method, layer))
-            if flags is None and method.overrides("flag_tokens"):
-                raise StateError(
-                    f"this KV cache was filled while {method.name} was off, so what {method.name} "
-                    "notes about the prompt is missing. Start from the prompt, without this cache."
-                )
-            plan = method.plan(Keys(kinds, None if flags is None else flags.to(device)))
-            if plan is not None:
-                self.call.note(method.name, layer, plan.notes)
-                yield Edit.of(method, plan)
-
-    def window(self, rule: str) -> Window | None:
-        """The rows that a rule of AttentionMethod.rows chooses in this forward; None if none."""
-        if rule not in self._windows:
-            self._windows[rule] = self._window(rule)
-        return self._windows[rule]
-
-    def _window(self, rule: str) -> Window | None:
-        ledger = self.ledger
-        if self.decoding:
-            return Window(0, None)
-        kinds = ledger.kinds[:, self.past : self.past + self.queries]
-        positions = torch.arange(self.past, self.past + self.queries, device=kinds.device)
-        chosen = kinds == GENERATED
-        if rule == "predicting":
-            chosen = chosen | (positions == ledger.last_prompt[:, None])
-        else:
-            seen = ledger.visual()[:, : self.past + self.queries].cumsum(1)[:, self.past :] > 0
-            chosen = chosen | ((kinds == TEXT) & seen)
-        anywhere = chosen.any(0).nonzero()
-        if not len(anywhere):
-            return None
-        start = int(anywhere[0])
-        chosen = chosen[:, start:]
-        # Even a window of all rows keeps its mask here: `None` would promise start == 0.
-        return Window(start, chosen)
-
-    def last_prompt_row(self) -> torch.Tensor | None:
-        """(B,) index of the last prompt row within this forward; None if it is not here."""
-        row = self.ledger.last_prompt - self.past
-        if bool(((row < 0) | (row >= self.queries)).any()):
-            return None
-        return row
 
 
 class Session:
@@ -400,43 +273,13 @@ class Session:
         call.passes += 1
         call.batch = max(call.batch, batch)
         if past < prompt_length:
-            kinds = self._kinds(ids, past, kwargs)
+            kinds = prompt_kinds(self.info, ids, past, kwargs)
             if past == 0 and queries >= prompt_length:
-                self._require_image(kinds, kwargs)
+                require_image(self.info, kinds, kwargs)
             ledger.write(past, kinds, prompt_length)
-        ledger.reserve(max(past + queries, _capacity(cache)))
-        offsets = _sliding_offsets(cache, queries)
+        ledger.reserve(max(past + queries, key_capacity(cache)))
+        offsets = sliding_offsets(cache, queries)
         return Frame(stack, call, ledger, past, queries, offsets)
-
-    def _kinds(self, ids: torch.Tensor, past: int, kwargs: dict[str, Any]) -> torch.Tensor:
-        """Kinds (B, Q) of the prompt tokens in this forward."""
-        kinds = torch.full(ids.shape, TEXT, dtype=torch.uint8, device=ids.device)
-        if _carries_vision(kwargs):
-            for kind, tokens in (
-                (IMAGE, self.info.image_token_ids),
-                (VIDEO, self.info.video_token_ids),
-            ):
-                for token in tokens:
-                    kinds[ids == token] = kind
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, dict):
-            mask = mask.get("full_attention")
-        if isinstance(mask, torch.Tensor):
-            window = slice(past, past + ids.shape[1])
-            if mask.ndim == 2:
-                kinds[mask[:, window] == 0] = PAD
-            elif mask.dtype == torch.bool:  # already expanded, as for a static cache
-                kinds[~mask[:, 0, -1, window]] = PAD
-        return kinds
-
-    def _require_image(self, kinds: torch.Tensor, kwargs: dict[str, Any]) -> None:
-        """Refuse a whole prompt that carries images and shows no place for them."""
-        if _carries_vision(kwargs) and not bool(((kinds == IMAGE) | (kinds == VIDEO)).any()):
-            raise BadInput(
-                "images were passed, but the prompt holds no image token (id "
-                f"{', '.join(map(str, self.info.image_token_ids))}). Build the prompt with the "
-                "model's processor, or use vlmfix.generate()."
-            )
 
     def _check(
         self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any
@@ -456,29 +299,6 @@ class Session:
     def _after(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         # The frame holds the cache's ledger: leaving it would keep the last prompt alive.
         self.local.frame = None
-
-
-def _carries_vision(kwargs: dict[str, Any]) -> bool:
-    values = [kwargs.get(name) for name in _VISION]
-    return any(bool(v) if isinstance(v, dict) else v is not None for v in values)
-
-
-def _capacity(cache: Cache | None) -> int:
-    """Keys that a preallocated cache shows to attention from the start; 0 for a growing one."""
-    if cache is None or not len(cache.layers) or not cache.is_compileable:
-        return 0
-    return int(cache.get_max_length())
-
-
-def _sliding_offsets(cache: Cache | None, queries: int) -> dict[int, int]:
-    """{layer: position of its first key} of the sliding layers, before the cache is updated."""
-    if cache is None:
-        return {}
-    return {
-        index: int(layer.get_mask_sizes(queries)[1])
-        for index, layer in enumerate(cache.layers)
-        if getattr(layer, "is_sliding", False)
-    }
 
 
 def _base_attention(module: Any) -> Any:

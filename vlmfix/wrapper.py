@@ -11,8 +11,9 @@ import torch
 from vlmfix.call import CallReport
 from vlmfix.errors import BadInput, CompositionError, StateError, VlmfixError
 from vlmfix.families import ModelInfo, describe_model
+from vlmfix.frame import Stack
 from vlmfix.registry import MethodSpec, build_stack
-from vlmfix.session import SESSION, Session, Stack
+from vlmfix.session import SESSION, Session
 
 __all__ = ["last_call", "suspended", "unwrap", "using", "wrap", "wrapped"]
 

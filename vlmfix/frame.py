@@ -1,0 +1,221 @@
+"""What one forward pass knows: which methods run, what its keys are, which rows they edit.
+
+A frame lives for one forward and is thread-local (session.py). Whatever has to outlive it is in
+the ledger of the KV cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from vlmfix.attention import Edit
+from vlmfix.call import Call
+from vlmfix.errors import BadInput, StateError
+from vlmfix.families import ModelInfo
+from vlmfix.ledger import GENERATED, IMAGE, PAD, TEXT, VIDEO, Ledger
+from vlmfix.method import AttentionMethod, Keys, Method
+
+__all__ = [
+    "Frame",
+    "Stack",
+    "Window",
+    "key_capacity",
+    "prompt_kinds",
+    "require_image",
+    "sliding_offsets",
+]
+
+#: Keyword arguments whose presence says that a forward really carries images or video.
+_VISION = (
+    "mm_encoder_outputs",
+    "pixel_values",
+    "pixel_values_videos",
+    "pixel_values_images",
+    "image_pixel_values",
+    "image_embeds",
+    "image_hidden_states",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """The methods that run together, sorted by layer. Compared by identity."""
+
+    methods: tuple[Method, ...]
+    info: ModelInfo
+
+    def __post_init__(self) -> None:
+        by_layer: dict[int, tuple[AttentionMethod, ...]] = {}
+        for method in self.methods:
+            if isinstance(method, AttentionMethod):
+                for layer in method.layers(self.info):
+                    if layer in self.info.attention:
+                        by_layer[layer] = (*by_layer.get(layer, ()), method)
+        object.__setattr__(self, "by_layer", by_layer)
+
+    by_layer: dict[int, tuple[AttentionMethod, ...]] = field(init=False, repr=False)
+
+    def specs(self) -> tuple[str, ...]:
+        return tuple(method.spec() for method in self.methods)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Query rows from `start` on; `chosen` (B, Q - start) bool says which, None for all."""
+
+    start: int
+    chosen: torch.Tensor | None
+
+    def mask_from(self, start: int) -> torch.Tensor | None:
+        """The same rows as a mask over the rows from an earlier `start`."""
+        if self.start == start:
+            return self.chosen
+        if self.chosen is None:
+            raise AssertionError("a window of all rows starts where the rows start")
+        return torch.nn.functional.pad(self.chosen, (self.start - start, 0))
+
+
+class Frame:
+    """What one forward pass knows: its ledger, where its queries stand, and its edits."""
+
+    def __init__(
+        self,
+        stack: Stack,
+        call: Call,
+        ledger: Ledger,
+        past: int,
+        queries: int,
+        offsets: dict[int, int],
+    ) -> None:
+        self.stack, self.call, self.ledger = stack, call, ledger
+        self.past, self.queries, self.offsets = past, queries, offsets
+        #: Every row of this forward belongs to a generated token, so every row is edited.
+        self.decoding = past >= ledger.prompt_length
+        self.reached: set[int] = set()
+        self._windows: dict[str, Window | None] = {}
+
+    def offset(self, layer: int) -> int:
+        """Position of the first key that a sliding layer still holds; 0 elsewhere."""
+        return self.offsets.get(layer, 0)
+
+    def edits(self, layer: int, device: torch.device) -> tuple[Edit, ...]:
+        """The edits of one layer, planned once per prompt on its device, kept in the ledger."""
+        self.reached.add(layer)
+        methods = self.stack.by_layer.get(layer)
+        if not methods:
+            return ()
+        plans: dict[Stack, tuple[Edit, ...]] = self.ledger.derived.setdefault(layer, {})
+        if self.stack not in plans:
+            plans[self.stack] = tuple(self._plan(methods, layer, device))
+        return plans[self.stack]
+
+    def _plan(
+        self, methods: tuple[AttentionMethod, ...], layer: int, device: torch.device
+    ) -> Iterator[Edit]:
+        kinds = self.ledger.kinds.to(device)
+        for method in methods:
+            flags = self.ledger.flags.get((method, layer))
+            if flags is None and method.overrides("flag_tokens"):
+                raise StateError(
+                    f"this KV cache was filled while {method.name} was off, so what {method.name} "
+                    "notes about the prompt is missing. Start from the prompt, without this cache."
+                )
+            plan = method.plan(Keys(kinds, None if flags is None else flags.to(device)))
+            if plan is not None:
+                self.call.note(method.name, layer, plan.notes)
+                yield Edit.of(method, plan)
+
+    def window(self, rule: str) -> Window | None:
+        """The rows that a rule of AttentionMethod.rows chooses in this forward; None if none."""
+        if rule not in self._windows:
+            self._windows[rule] = self._window(rule)
+        return self._windows[rule]
+
+    def _window(self, rule: str) -> Window | None:
+        ledger = self.ledger
+        if self.decoding:
+            return Window(0, None)
+        kinds = ledger.kinds[:, self.past : self.past + self.queries]
+        positions = torch.arange(self.past, self.past + self.queries, device=kinds.device)
+        chosen = kinds == GENERATED
+        if rule == "predicting":
+            chosen = chosen | (positions == ledger.last_prompt[:, None])
+        else:
+            seen = ledger.visual()[:, : self.past + self.queries].cumsum(1)[:, self.past :] > 0
+            chosen = chosen | ((kinds == TEXT) & seen)
+        anywhere = chosen.any(0).nonzero()
+        if not len(anywhere):
+            return None
+        start = int(anywhere[0])
+        chosen = chosen[:, start:]
+        # Even a window of all rows keeps its mask here: `None` would promise start == 0.
+        return Window(start, chosen)
+
+    def last_prompt_row(self) -> torch.Tensor | None:
+        """(B,) index of the last prompt row within this forward; None if it is not here."""
+        row = self.ledger.last_prompt - self.past
+        if bool(((row < 0) | (row >= self.queries)).any()):
+            return None
+        return row
+
+
+def prompt_kinds(
+    info: ModelInfo, ids: torch.Tensor, past: int, kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """Kinds (B, Q) of the prompt tokens in this forward."""
+    kinds = torch.full(ids.shape, TEXT, dtype=torch.uint8, device=ids.device)
+    if _carries_vision(kwargs):
+        for kind, tokens in (
+            (IMAGE, info.image_token_ids),
+            (VIDEO, info.video_token_ids),
+        ):
+            for token in tokens:
+                kinds[ids == token] = kind
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if isinstance(mask, torch.Tensor):
+        window = slice(past, past + ids.shape[1])
+        if mask.ndim == 2:
+            kinds[mask[:, window] == 0] = PAD
+        elif mask.dtype == torch.bool:  # already expanded, as for a static cache
+            kinds[~mask[:, 0, -1, window]] = PAD
+    return kinds
+
+
+def require_image(info: ModelInfo, kinds: torch.Tensor, kwargs: dict[str, Any]) -> None:
+    """Refuse a whole prompt that carries images and shows no place for them."""
+    if _carries_vision(kwargs) and not bool(((kinds == IMAGE) | (kinds == VIDEO)).any()):
+        raise BadInput(
+            "images were passed, but the prompt holds no image token (id "
+            f"{', '.join(map(str, info.image_token_ids))}). Build the prompt with the "
+            "model's processor, or use vlmfix.generate()."
+        )
+
+
+def _carries_vision(kwargs: dict[str, Any]) -> bool:
+    values = [kwargs.get(name) for name in _VISION]
+    return any(bool(v) if isinstance(v, dict) else v is not None for v in values)
+
+
+def key_capacity(cache: Cache | None) -> int:
+    """Keys that a preallocated cache shows to attention from the start; 0 for a growing one."""
+    if cache is None or not len(cache.layers) or not cache.is_compileable:
+        return 0
+    return int(cache.get_max_length())
+
+
+def sliding_offsets(cache: Cache | None, queries: int) -> dict[int, int]:
+    """{layer: position of its first key} of the sliding layers, before the cache is updated."""
+    if cache is None:
+        return {}
+    return {
+        index: int(layer.get_mask_sizes(queries)[1])
+        for index, layer in enumerate(cache.layers)
+        if getattr(layer, "is_sliding", False)
+    }
