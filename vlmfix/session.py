@@ -186,6 +186,15 @@ class Session:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own generate(), which knows here where the prompt ends."""
         inner = self._generate or type(self.model).generate.__get__(self.model)  # type: ignore[attr-defined]
+        with self.lock:
+            self.running += 1
+        try:
+            return self._generate_with_methods(inner, args, kwargs)
+        finally:
+            with self.lock:
+                self.running -= 1
+
+    def _generate_with_methods(self, inner: Any, args: Any, kwargs: Any) -> Any:
         stack = self.stack
         if not stack.methods:
             return inner(*args, **kwargs)
@@ -198,15 +207,11 @@ class Session:
             )
         call = Call(methods=stack.specs(), prompt_length=ids.shape[1])
         outer = getattr(self.local, "call", None)
-        with self.lock:
-            self.running += 1
         self.local.call = call
         try:
             output = inner(*args, **kwargs)
         finally:
             self.local.call = outer
-            with self.lock:
-                self.running -= 1
         call.finish(output)
         self.last = self.local.last = call
         return output
@@ -261,15 +266,12 @@ class Session:
             ledger = Ledger(batch, past + queries, ids.device)
             if cache is not None:
                 self._ledgers[cache] = ledger
-        if call is None:
+        if call is None:  # a bare forward: what it gets is prompt, unless somebody said otherwise
             call = self._calls.get(ledger) or Call(methods=stack.specs())
             self._calls[ledger] = call
             self.last = self.local.last = call
-            if prompt_length is None:
-                prompt_length = ledger.prompt_length or past + queries
-            call.prompt_length = prompt_length
-        if prompt_length is None:
-            prompt_length = call.prompt_length or past + queries
+            call.prompt_length = prompt_length or ledger.prompt_length or queries
+        prompt_length = call.prompt_length or queries
         call.passes += 1
         call.batch = max(call.batch, batch)
         if past < prompt_length:
