@@ -18,7 +18,6 @@ from vlmfix.calibrate import (
     calibrate,
     fingerprint,
     load_calibration,
-    write,
 )
 from vlmfix.errors import BadInput, CalibrationNeeded, StateError
 from vlmfix.massive import magnitude
@@ -87,13 +86,14 @@ def test_another_model_never_gets_the_calibration() -> None:
 
 def test_fingerprint_survives_saving_and_a_folder_may_carry_its_file(tmp_path: Path) -> None:
     model = _with_sink()
-    result = calibrate(model, save=False)
+    with pytest.raises(BadInput, match="not loaded from a folder"):
+        calibrate(model, beside=True)
     model.save_pretrained(tmp_path / "m")
-    write(result, tmp_path / "m" / FOLDER_FILE)
     again = type(model).from_pretrained(tmp_path / "m").eval()
-    assert fingerprint(again) == result.fingerprint
-    loaded = load_calibration(again)
-    assert loaded is not None and loaded.sink_channels == result.sink_channels
+    result = calibrate(again, beside=True)
+    assert result.path == str(tmp_path / "m" / FOLDER_FILE)
+    assert fingerprint(again) == fingerprint(model) == result.fingerprint
+    assert load_calibration(again) == result and load_calibration(model) is None
     # A file that came from another model is not believed.
     content = json.loads((tmp_path / "m" / FOLDER_FILE).read_text())
     (tmp_path / "m" / FOLDER_FILE).write_text(json.dumps({**content, "fingerprint": "0" * 32}))

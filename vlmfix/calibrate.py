@@ -12,7 +12,7 @@ import json
 import math
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,9 @@ def _stable(value: Any) -> Any:
     return [_stable(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def calibrate(model: Any, processor: Any = None, *, save: bool = True) -> Calibration:
+def calibrate(
+    model: Any, processor: Any = None, *, save: bool = True, beside: bool = False
+) -> Calibration:
     """Find the sink channels of a model: one forward over one line of text.
 
     The first token of a text is a sink in every model that has sinks. A channel counts if
@@ -103,14 +105,17 @@ def calibrate(model: Any, processor: Any = None, *, save: bool = True) -> Calibr
         model: a supported VLM, not wrapped.
         processor: its processor or tokenizer; without one, arbitrary token ids are used.
         save: write the result to the cache folder.
+        beside: write it into the model's own folder instead, so that it travels with the weights.
 
     Raises:
+        BadInput: `beside`, and the model was not loaded from a folder.
         CalibrationNeeded: no channel passes; methods that need sinks do not fit this model.
         StateError: the model is wrapped.
     """
     if "_vlmfix_session" in model.__dict__:
         raise StateError("calibrate needs the plain model; call vlmfix.unwrap(model) first.")
     info = describe_model(model)
+    target = _target(model, beside) if save or beside else None
     tau = DEFAULT_FRACTION * math.sqrt(info.hidden_size)
     ids = _text_ids(model, info, processor)
     inputs = layer_inputs(model, info, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
@@ -134,7 +139,10 @@ def calibrate(model: Any, processor: Any = None, *, save: bool = True) -> Calibr
         layers=layers,
         magnitudes={channel: round(float(median[channel]), 3) for channel in channels},
     )
-    return _save(result) if save else result
+    if target is None:
+        return result
+    write(result, target)
+    return replace(result, path=str(target))
 
 
 def _text_ids(model: Any, info: ModelInfo, processor: Any) -> torch.Tensor:
@@ -151,11 +159,22 @@ def _text_ids(model: Any, info: ModelInfo, processor: Any) -> torch.Tensor:
     return torch.tensor([ids], device=model.device)
 
 
-def _save(result: Calibration) -> Calibration:
-    folder = cache_folder() / "calibration"
-    path = folder / f"{result.fingerprint}.json"
-    write(result, path)
-    return Calibration(**{**asdict(result), "path": str(path)})
+def _target(model: Any, beside: bool) -> Path:
+    """Where the calibration of this model goes."""
+    if not beside:
+        return cache_folder() / "calibration" / f"{fingerprint(model)}.json"
+    folder = _model_folder(model)
+    if folder is None:
+        raise BadInput(
+            "this model was not loaded from a folder, so its calibration cannot go beside its "
+            "weights. Store it in the cache folder (the default), or load the model from a folder."
+        )
+    return folder / FOLDER_FILE
+
+
+def _model_folder(model: Any) -> Path | None:
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    return Path(name) if name and Path(name).is_dir() else None
 
 
 def write(result: Calibration, path: Path) -> None:
@@ -177,9 +196,9 @@ def load_calibration(model: Any) -> Calibration | None:
         BadInput: a file is there but cannot be read.
     """
     mark = fingerprint(model)
-    folder = Path(str(getattr(model.config, "_name_or_path", "") or "."))
+    folder = _model_folder(model)
     candidates = [cache_folder() / "calibration" / f"{mark}.json"]
-    if folder.is_dir() and str(folder) != ".":
+    if folder is not None:
         candidates.insert(0, folder / FOLDER_FILE)
     for path in candidates:
         if path.is_file():
