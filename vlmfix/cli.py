@@ -216,6 +216,7 @@ def eval_command(
     if not json:
         print(f"written to {results['output']}")
     if results["errors"]:
+        print(show.failure(results), file=sys.stderr)
         raise typer.Exit(1)
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -22,6 +23,7 @@ __all__ = [
     "changed_words",
     "doctor",
     "facts",
+    "failure",
     "method",
     "methods",
     "only_stderr",
@@ -101,6 +103,15 @@ def facts(values: Mapping[str, Any]) -> RenderableType:
     for key, value in values.items():
         table.add_row(Text(key.replace("_", " "), "bold"), Text(_sentence(value)))
     return table
+
+
+def failure(results: Mapping[str, Any]) -> str:
+    """How many items of an evaluation failed, and what the first of them said."""
+    folder = Path(results["output"])
+    texts = (path.read_text("utf-8") for path in sorted(folder.glob("samples_*.jsonl")))
+    reasons = (json.loads(line)["error"] for text in texts for line in text.splitlines())
+    first = next((reason for reason in reasons if reason), "not recorded")
+    return f"error: {results['errors']} items failed; the first: {first} (all: {folder})"
 
 
 def answers(arms: Sequence[Mapping[str, Any]]) -> RenderableType:
