@@ -284,6 +284,8 @@ def test_calibration_makes_var_fit(tmp_path: Path) -> None:
     assert 5 in found["sink_channels"]
     assert Path(found["path"]).is_file()
     assert _fits(tmp_path)["var"]
+    beside = document("calibrate", tmp_path, "--beside", run=inside)["path"]
+    assert Path(beside).parent == tmp_path
 
 
 def _fits(folder: Path) -> dict[str, bool]:

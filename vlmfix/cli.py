@@ -224,6 +224,7 @@ def eval_command(
 def calibrate_command(
     model: opt.ModelArgument = "emoji",
     save: opt.Save = True,
+    beside: opt.Beside = False,
     dtype: opt.Dtype = None,
     device: opt.Device = None,
     json: opt.Json = False,
@@ -235,10 +236,7 @@ def calibrate_command(
 
         _quiet_transformers()
         loaded, processor = load(model, dtype=dtype, device=device)
-        found = calibrate(loaded, processor, save=save)
-    values = found.to_dict()
-    if save:
-        values = {**values, "path": str(found.path)}
+        values = calibrate(loaded, processor, save=save, beside=beside).to_dict()
     show.report(json, values, show.facts(values))
 
 

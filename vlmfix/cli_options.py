@@ -26,7 +26,8 @@ Threads = Annotated[int | None, Option(min=1, help="Torch threads on the CPU.")]
 NewTokens = Annotated[int | None, Option(min=1, help="Longest answer; by task if absent.")]
 
 MethodName = Annotated[str | None, Argument(metavar="[NAME]", help="One method, in full.")]
-Save = Annotated[bool, Option(help="Keep it for later runs.")]
+Save = Annotated[bool, Option(help="Keep it in the cache folder for later runs.")]
+Beside = Annotated[bool, Option("--beside", help="Keep it in the model's own folder instead.")]
 
 Image = Annotated[str, Argument(help="Image file, data: URL, or emoji:N, the N-th bundled image.")]
 Prompt = Annotated[str, Argument(help="What to ask about the image.")]

@@ -109,7 +109,7 @@ def failure(results: Mapping[str, Any]) -> str:
     """How many items of an evaluation failed, and what the first of them said."""
     folder = Path(results["output"])
     texts = (path.read_text("utf-8") for path in sorted(folder.glob("samples_*.jsonl")))
-    reasons = (json.loads(line)["error"] for text in texts for line in text.splitlines())
+    reasons = (json.loads(line)["error"] for text in texts for line in text.split("\n") if line)
     first = next((reason for reason in reasons if reason), "not recorded")
     return f"error: {results['errors']} items failed; the first: {first} (all: {folder})"
 
