@@ -99,6 +99,11 @@ def test_a_prefix_rebuilds_byte_for_byte(
         assert again["images"] == instances["images"][:20]
         number = len(again["annotations"])
         assert again["annotations"] == instances["annotations"][:number]
+        name = "annotations/captions.json"
+        told, stored_told = (
+            json.loads(source.read(name))["annotations"] for source in (small, archive)
+        )
+        assert told == stored_told[: len(told)]
         for image in again["images"]:
             name = "images/" + image["file_name"]
             # Pixels, not bytes: another zlib packs the same picture differently.

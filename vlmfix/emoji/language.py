@@ -46,14 +46,14 @@ _OPENINGS = (
     "This is a {theme} scene with {things}.",
     "The picture is of a {theme} scene, and it has {things}.",
 )
+# All begin with the same word: greedy decoding weighs "stop" against each way to go on, and many
+# ways that share the probability would cut every description short.
 _CONTINUATIONS = (
     "There is also {things}.",
     "There is {things} as well.",
-    "You can also see {things}.",
-    "It also has {things}.",
-    "The image also includes {things}.",
-    "In addition, there is {things}.",
+    "There is {things} too.",
 )
+_EMPTY = "The image shows an empty scene."
 _PAIRS_OF = {"scissors": "a pair of scissors", "skis": "a pair of skis"}
 
 
@@ -107,6 +107,8 @@ def caption(rng: Random, scene: Scene) -> str:
 
     Companions are told in one breath, and so the language alone learns who comes with whom.
     """
+    if not scene.items:
+        return _EMPTY
     first: dict[str, Item] = {}
     for item in sorted(scene.items, key=lambda item: -item.area):
         first.setdefault(item.name, item)
@@ -129,7 +131,7 @@ def caption(rng: Random, scene: Scene) -> str:
 def choose_questions(
     rng: Random, scene: Scene, number: int, theme_share: float
 ) -> list[tuple[str, bool]]:
-    """Categories to ask about, with the true answer; half of them are there on average.
+    """Categories to ask about, with the true answer; half of them are there, if anything is.
 
     Args:
         theme_share: share of the absent categories that come from the scene's own theme. The
@@ -140,7 +142,7 @@ def choose_questions(
     absent_of_theme = [name for name in THEMES[scene.theme] if name not in present]
     chosen: list[tuple[str, bool]] = []
     for _ in range(number):
-        if rng.random() < 0.5:
+        if present and rng.random() < 0.5:
             chosen.append((rng.choice(present), True))
         elif rng.random() < theme_share:
             chosen.append((rng.choice(absent_of_theme), False))

@@ -36,11 +36,13 @@ class Distribution:
     objects p becomes 2p / (1 + p): both members of a pair have their companion beside them."""
     seeds: tuple[int, ...]
     """Numbers of independent objects, drawn uniformly."""
+    empty: float = 0.0
+    """Share of scenes without any object."""
 
 
 # An object of these has its companion beside it in 88 % and in 36 % of the cases. The numbers of
 # seeds make both show about 4.6 categories per scene.
-TRAINING = Distribution("training", 0.8, (2, 2, 3, 3, 3))
+TRAINING = Distribution("training", 0.8, (2, 2, 3, 3, 3), empty=0.02)
 EVALUATION = Distribution("evaluation", 0.22, (3, 4, 4, 4))
 
 
@@ -127,7 +129,8 @@ def sample_scene(rng: Random, distribution: Distribution = TRAINING) -> Scene:
         distribution: TRAINING (companions present) or EVALUATION (mostly absent).
     """
     theme = rng.choice(list(THEMES))
-    objects = _choose_objects(rng, theme, distribution)
+    empty = distribution.empty > 0 and rng.random() < distribution.empty
+    objects = [] if empty else _choose_objects(rng, theme, distribution)
     objects += [name for name in objects if rng.random() < 0.12]  # a second one of its kind
     rng.shuffle(objects)
     colour = (rng.randint(120, 245), rng.randint(120, 245), rng.randint(120, 245))
