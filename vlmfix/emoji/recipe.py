@@ -66,8 +66,8 @@ class Recipe:
 RECIPE = Recipe(
     seed=1,
     text=StageRecipe(1100, 16, 2.5e-3, 120, 0.05, 0.0),
-    vision=StageRecipe(6000, 32, 1.2e-3, 100, 0.03, 0.01),
-    joint=StageRecipe(1800, 24, 8e-4, 150, 0.02, 0.02),
+    vision=StageRecipe(5200, 32, 1.2e-3, 100, 0.03, 0.01),
+    joint=StageRecipe(1650, 24, 8e-4, 150, 0.02, 0.02),
     questions=4,
     theme_negatives=0.25,
     packed_share=0.4,
@@ -75,7 +75,7 @@ RECIPE = Recipe(
     symbol_noise=0.5,
     tower_rate=0.3,
     checkpoint_every=100,
-    evaluate_every=600,
+    evaluate_every=550,
     evaluation_images=60,
 )
 
