@@ -132,10 +132,9 @@ def evaluate(model: Any, tokenizer: Any, scenes: list[Scene]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the quick figures of a stored model; returns the exit code (2 for unusable input)."""
-    from transformers import LlavaForConditionalGeneration
+    from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
     from vlmfix.emoji import model_path
-    from vlmfix.emoji.tokenizer import build_tokenizer
 
     parser = argparse.ArgumentParser(description="Quick figures of a trained EmojiCOCO model.")
     parser.add_argument("--model", type=Path, default=model_path(), help="default: the bundled one")
@@ -150,7 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     model = LlavaForConditionalGeneration.from_pretrained(given.model, dtype=torch.float32)
-    print(json.dumps(evaluate(model, build_tokenizer(), scenes), indent=1))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(given.model)
+    print(json.dumps(evaluate(model, tokenizer, scenes), indent=1))
     return 0
 
 
