@@ -26,7 +26,8 @@ from vlmfix.cli import main
 from vlmfix.emoji import evaluation_split
 
 ROOT = Path(__file__).resolve().parents[1]
-FORCED_VAR = "var:sink_channels=0;tau=1"
+# Three layers: without the last one VAR would have none to edit.
+FORCED_VAR = "var:sink_channels=0/1/2;tau=1;last_layer=official"
 
 
 def vlmfix(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
@@ -156,9 +157,21 @@ def test_generate_compares_base_and_methods(llava: Path, picture: Path) -> None:
     assert [arm["method"] for arm in answers] == ["base", "pai:alpha=3", f"{FORCED_VAR}+pai"]
     assert answers[0]["last_call"] is None
     assert all(arm["last_call"]["edited_rows"] > 0 for arm in answers[1:])
+    assert answers[2]["last_call"]["notes"]["var"]["visual_sinks"]
     shown = inside(*command, *methods)
     assert shown.returncode == 0, shown.stderr
     assert "pai:alpha=3" in shown.stdout
+    assert "var, visual sinks by" in shown.stdout
+
+
+def test_the_bundled_model_is_the_default() -> None:
+    command = ("generate", "emoji:1", "Describe the image.", "--method", "pai", "--compare")
+    base, pai = document(*command, run=inside)["answers"]
+    assert len(base["answer"].split()) > 4
+    assert pai["last_call"]["edited_rows"] > 0
+    shown = inside(*command).stdout
+    assert f"{pai['last_call']['edited_rows']} rows edited" in shown
+    assert base["answer"].split()[0] in shown
 
 
 def test_changed_words_stand_out() -> None:

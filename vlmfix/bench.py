@@ -37,10 +37,8 @@ NO_GPU = "not measured on a GPU"
 # Seen with torch 2.13: 0.85 ms for 16 heads and 608 keys, 0.10 ms as two matrix products.
 SLOW_PLAIN = (
     "torch's own attention is slow on a CPU for one query row in half precision, and a layer with "
-    "a method avoids it: ratios above 1 come from there. Add --dtype float32 for the method's cost"
+    "a method avoids it: ratios above 1 come from there; --dtype float32 shows a method's cost"
 )
-
-
 # A random model has no massive activations. One channel and a threshold of one standard deviation
 # call about a third of its tokens sinks, so VAR edits nearly every head: more work than usual.
 FORCED = {"var": "var:sink_channels=0;tau=1"}

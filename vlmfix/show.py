@@ -125,8 +125,25 @@ def answers(arms: Sequence[Mapping[str, Any]]) -> RenderableType:
         table.add_column(Text(arm["method"]), overflow="fold", ratio=1)
     base = arms[0]["answer"]
     table.add_row(*(changed_words(base, arm["answer"]) for arm in arms))
-    table.add_row(*(Text(_sentence(arm["last_call"] or "untouched"), "dim") for arm in arms))
+    table.add_row(*(Text(_done(arm["last_call"]), "dim") for arm in arms))
     return table
+
+
+def _done(call: Mapping[str, Any] | None) -> str:
+    """What a call report says, in short."""
+    if call is None:
+        return "plain model"
+    layers = ", ".join(map(str, call["rows_by_layer"]))
+    lines = [
+        " + ".join(call["methods"]),
+        f"{call['edited_rows']} rows edited" + (f", layers {layers}" if layers else ""),
+        f"{call['new_tokens']} tokens, {call['passes']} passes, {call['seconds']:.2f} s",
+    ]
+    for method, notes in call["notes"].items():
+        for what, by_layer in notes.items():
+            counts = ", ".join(f"{layer}: {_sentence(n)}" for layer, n in by_layer.items())
+            lines.append(f"{method}, {what.replace('_', ' ')} by layer: {counts}")
+    return "\n".join(lines)
 
 
 def changed_words(base: str, answer: str) -> Text:
