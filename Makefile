@@ -8,6 +8,8 @@
 
 BASE_PYTHON ?= python3
 TORCH := torch==2.13.0
+# Not the README: ruff would take its example apart, one argument per line.
+SOURCES := vlmfix tests docs
 
 ifeq ($(origin PYTHON),undefined)
 PYTHON := .venv/bin/python
@@ -33,8 +35,8 @@ test-full: $(FOR_DEV)  ## every test; those for a GPU are skipped, by name, wher
 	$(PYTHON) -m pytest -q
 
 check: $(FOR_DEV)  ## lint, format and types
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check $(SOURCES)
+	$(PYTHON) -m ruff format --check $(SOURCES)
 	$(PYTHON) -m mypy
 
 demo: $(FOR_EVAL)  ## the demo in the browser
@@ -44,8 +46,8 @@ bench: $(FOR_EVAL)  ## speed of decoding, wrapped over plain
 	$(PYTHON) -m vlmfix bench
 
 fmt: $(FOR_DEV)  ## format the code and mend what the linter can mend
-	$(PYTHON) -m ruff check --fix .
-	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix $(SOURCES)
+	$(PYTHON) -m ruff format $(SOURCES)
 
 clean:  ## remove caches and build output; .venv and runs/ stay
 	rm -rf build dist ./*.egg-info .mypy_cache .ruff_cache .pytest_cache
