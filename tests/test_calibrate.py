@@ -76,9 +76,8 @@ def test_another_model_never_gets_the_calibration() -> None:
     model = _with_sink()
     calibrate(model)
     other = _with_sink()
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(1e-3)
+    with torch.no_grad():  # a fine-tune that moved one matrix
+        other.model.language_model.layers[1].mlp.up_proj.weight.add_(1e-3)
     assert fingerprint(other) != fingerprint(model)
     assert load_calibration(other) is None
     assert fingerprint(_with_sink()) == fingerprint(model)

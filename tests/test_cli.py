@@ -164,6 +164,14 @@ def test_generate_compares_base_and_methods(llava: Path, picture: Path) -> None:
     assert "var, visual sinks by" in shown.stdout
 
 
+def test_compare_without_methods_takes_those_that_fit(llava: Path, picture: Path) -> None:
+    command = ("generate", picture, "a dog ?", "--model", llava, "--compare", "--max-new-tokens", 4)
+    answers = document(*command)["answers"]
+    assert [arm["method"] for arm in answers] == ["base", "pai"]
+    said = vlmfix(*command)
+    assert said.returncode == 0 and "var is left out: var does not know" in said.stderr
+
+
 def test_the_bundled_model_is_the_default() -> None:
     command = ("generate", "emoji:1", "Describe the image.", "--method", "pai", "--compare")
     base, pai = document(*command, run=inside)["answers"]
@@ -254,6 +262,19 @@ def test_the_list_of_tasks() -> None:
     names = {row["name"] for row in document("eval", "--list")}
     assert {"chair", "pope"} <= names
     assert document("eval", "--tasks", "list", run=inside) == document("eval", "--list", run=inside)
+
+
+def test_eval_of_some_images_and_of_ready_made_questions(llava: Path, tmp_path: Path) -> None:
+    command = ("eval", "pope", "--model", llava, "--max-new-tokens", 2)
+    few = document(*command, "--images", 3, "--output", tmp_path / "few", run=inside)
+    assert few["tasks"]["pope"]["n_images"] == 3
+    question = {"question_id": 1, "text": "Is there a dog in the image?", "label": "no"}
+    file = tmp_path / "random.json"
+    file.write_text(json.dumps({**question, "image": "emoji_000000000001.png"}) + "\n")
+    asked = ("--questions", f"random={file}", "--output", tmp_path / "own")
+    assert document(*command, *asked, run=inside)["tasks"]["pope"]["n_samples"] == 1
+    refused(*command, "--images", "some", says="a number of images, or 'all'", run=inside)
+    refused(*command, "--questions", "random.json", says="write SPLIT=FILE", run=inside)
 
 
 def test_eval_compares_base_and_method(llava: Path, tmp_path: Path) -> None:

@@ -70,13 +70,13 @@ def cache_folder() -> Path:
 
 
 def fingerprint(model: Any) -> str:
-    """Hash of the configuration and of 64 numbers of every eighth parameter, as hex."""
+    """Hash of the configuration and of up to 128 numbers spread over every parameter, as hex."""
     config = model.config.to_dict()
     digest = hashlib.sha256(json.dumps(_stable(config), sort_keys=True, default=str).encode())
-    for index, (name, parameter) in enumerate(sorted(model.named_parameters())):
-        if index % 8 == 0:
-            sample = parameter.detach().flatten()[:64].float().cpu()
-            digest.update(name.encode() + sample.numpy().tobytes())
+    for name, parameter in sorted(model.named_parameters()):
+        numbers = parameter.detach().flatten()
+        sample = numbers[:: len(numbers) // 64 or 1][:128].float().cpu()
+        digest.update(name.encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

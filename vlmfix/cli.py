@@ -14,7 +14,7 @@ import typer
 from vlmfix import cli_options as opt
 from vlmfix import show
 from vlmfix._version import __version__
-from vlmfix.errors import BadInput, VlmfixError
+from vlmfix.errors import BadInput, CalibrationNeeded, UnsupportedModel, VlmfixError
 
 __all__ = ["app", "main"]
 
@@ -105,13 +105,16 @@ def generate_command(
     json: opt.Json = False,
 ) -> None:
     """Ask a model about an image, plain or with methods."""
-    from vlmfix.registry import parse_spec
+    from vlmfix.registry import list_methods, parse_spec
 
+    every = compare and method is None
     stacks: list[list[str]] = parse_spec(method) if method else []
+    if every:
+        stacks = [[row.name] for row in list_methods()]
     if compare or not stacks:
         stacks = [[], *stacks]
     with show.only_stderr(json):
-        arms = _answers(image, prompt, model, stacks, max_new_tokens, dtype, device)
+        arms = _answers(image, prompt, model, stacks, max_new_tokens, dtype, device, every)
     result = {"model": model, "image": image, "prompt": prompt, "answers": arms}
     shown = arms[0]["answer"] if len(arms) == 1 else show.answers(arms)
     show.report(json, result, shown)
@@ -125,8 +128,12 @@ def _answers(
     max_new_tokens: int,
     dtype: str | None,
     device: str | None,
+    skip_unfit: bool,
 ) -> list[dict[str, Any]]:
-    """One greedy answer per stack of methods, and what each stack did."""
+    """One greedy answer per stack of methods, and what each stack did.
+
+    `skip_unfit`: leave out, with a line on stderr, what does not fit the model.
+    """
     import vlmfix
     from vlmfix.loading import load, load_image
     from vlmfix.registry import build_stack
@@ -142,12 +149,17 @@ def _answers(
         arm: dict[str, Any] = {"method": "+".join(names) or "base"}
         settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
         if stack:
-            with vlmfix.wrapped(model, stack) as wrapped:
-                arm["answer"] = vlmfix.generate(wrapped, processor, messages, **settings)
-                arm["last_call"] = vlmfix.last_call(wrapped).to_dict()
-        else:
-            arm["answer"] = vlmfix.generate(model, processor, messages, **settings)
-            arm["last_call"] = None
+            try:
+                vlmfix.wrap(model, stack)
+            except (CalibrationNeeded, UnsupportedModel) as error:
+                if not skip_unfit:
+                    raise
+                print(f"{arm['method']} is left out: {error}", file=sys.stderr)
+                continue
+        arm["answer"] = vlmfix.generate(model, processor, messages, **settings)
+        arm["last_call"] = vlmfix.last_call(model).to_dict() if stack else None
+        if stack:
+            vlmfix.unwrap(model)
         arms.append(arm)
     return arms
 
@@ -161,6 +173,8 @@ def eval_command(
     method: opt.Methods = None,
     data: opt.Data = None,
     limit: opt.Limit = None,
+    images: opt.Images = "500",
+    questions: opt.Questions = None,
     output: opt.ResultFolder = None,
     batch_size: opt.BatchSize = 32,
     seed: opt.Seed = 0,
@@ -200,6 +214,8 @@ def eval_command(
             methods=methods,
             data=data,
             limit=limit,
+            n_images=_images(images),
+            questions=_questions(questions),
             output=output,
             batch_size=batch_size,
             seed=seed,
@@ -286,6 +302,24 @@ def demo_command() -> None:
         "`vlmfix generate emoji:1 'Describe the image.' --method var --compare` shows base and "
         "method side by side in the terminal"
     )
+
+
+def _images(text: str) -> int | None:
+    """How many images a task selects; None for all."""
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise BadInput(f"--images {text}: give a number of images, or 'all'")
+    return int(text)
+
+
+def _questions(pairs: list[str] | None) -> dict[str, str] | None:
+    """Question files by split, from SPLIT=FILE."""
+    if not pairs:
+        return None
+    if bad := [pair for pair in pairs if not all(pair.partition("="))]:
+        raise BadInput(f"--questions {bad[0]}: write SPLIT=FILE, e.g. random=coco_random.json")
+    return {split: file for split, _, file in (pair.partition("=") for pair in pairs)}
 
 
 def _split(text: str) -> list[str]:

@@ -32,7 +32,9 @@ Beside = Annotated[bool, Option("--beside", help="Keep it in the model's own fol
 Image = Annotated[str, Argument(help="Image file, data: URL, or emoji:N, the N-th bundled image.")]
 Prompt = Annotated[str, Argument(help="What to ask about the image.")]
 AnswerTokens = Annotated[int, Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
-Compare = Annotated[bool, Option("--compare", help="Also answer without any method, side by side.")]
+Compare = Annotated[
+    bool, Option("--compare", help="Base and methods side by side; all that fit if none is named.")
+]
 
 Task = Annotated[str | None, Argument(metavar="TASK[,TASK]", help="What to evaluate.")]
 Tasks = Annotated[str | None, Option("--tasks", help="Same as TASK; 'list' lists them.")]
@@ -41,6 +43,11 @@ Data = Annotated[
     Path | None, Option(help="Folder or .zip in COCO format; bundled images if absent.")
 ]
 Limit = Annotated[int | None, Option(min=1, help="Only the first N images.")]
+Images = Annotated[str, Option(help="How many images a task selects, or 'all'.")]
+Questions = Annotated[
+    list[str] | None,
+    Option(metavar="SPLIT=FILE", help="Ask these POPE questions instead of building some."),
+]
 ResultFolder = Annotated[
     Path | None,
     Option("--output", "--output-path", "--output_path", help="Folder for the results."),
