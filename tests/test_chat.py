@@ -1,0 +1,117 @@
+"""`vlmfix.generate`: messages with images in, text out, on the bundled model."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import vlmfix
+from vlmfix import emoji
+from vlmfix.chat import Answer
+
+PROMPT = "Describe the image."
+
+
+@pytest.fixture(scope="module")
+def bundled() -> tuple[Any, Any]:
+    return vlmfix.load("emoji")
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    return [image for _, image in emoji.example_images()][:3]
+
+
+def _chat(*images: Any, text: str = PROMPT) -> list[dict[str, Any]]:
+    parts = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def _ask(bundled: Any, messages: Any, **kwargs: Any) -> Any:
+    return vlmfix.generate(
+        *bundled, messages, **{"do_sample": False, "max_new_tokens": 40} | kwargs
+    )
+
+
+def test_one_chat_gives_text_and_a_batch_gives_what_each_gives_alone(
+    bundled: Any, pictures: list[Image.Image]
+) -> None:
+    texts = (PROMPT, "Is there a dog in the image?", "Please describe this image in detail.")
+    chats = [_chat(image, text=text) for image, text in zip(pictures, texts, strict=True)]
+    alone = [_ask(bundled, chat) for chat in chats]
+    assert all(isinstance(text, str) and text for text in alone) and len(set(alone)) == 3
+    assert _ask(bundled, chats) == alone
+    assert _ask(bundled, chats[:1]) == alone[:1]
+    with vlmfix.wrapped(bundled[0], "pai:alpha=1"):
+        edited = [_ask(bundled, chat) for chat in chats]
+        assert _ask(bundled, chats) == edited != alone
+
+
+def test_an_image_may_come_in_many_forms(
+    bundled: Any, pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.png"
+    pictures[0].save(path)
+    url = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    expected = _ask(bundled, _chat(pictures[0]))
+    for source in (path, str(path), url, path.read_bytes(), pictures[0].convert("RGBA")):
+        assert _ask(bundled, _chat(source)) == expected
+    assert _ask(bundled, _chat(pictures[1])) != expected
+
+
+def test_text_alone_and_several_turns(bundled: Any, pictures: list[Image.Image]) -> None:
+    assert isinstance(_ask(bundled, [{"role": "user", "content": "Is there a dog?"}]), str)
+    first = _chat(pictures[0])
+    answer = _ask(bundled, first)
+    again = [
+        *first,
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": "Is there a dog in the image?"},
+    ]
+    assert _ask(bundled, again) in ("Yes", "No", "Yes.", "No.")
+
+
+def test_details(bundled: Any, pictures: list[Image.Image]) -> None:
+    chats = [_chat(pictures[0]), _chat(pictures[1], text="Is there a dog in the image?")]
+    long, short = _ask(bundled, chats, return_details=True, max_new_tokens=5)
+    assert isinstance(long, Answer)
+    assert (long.finish, long.new_tokens) == ("length", 5)
+    assert short.finish == "eos" and short.new_tokens < 5
+    assert short.prompt_tokens > 64 and long.prompt_tokens != short.prompt_tokens
+    several = _ask(bundled, chats, return_details=True, num_beams=2, num_return_sequences=2)
+    assert len(several) == 4 and several[0].prompt_tokens == several[1].prompt_tokens
+    single = _ask(bundled, chats[1], return_details=True)
+    assert [answer.text for answer in single] == [short.text]
+
+
+def test_no_second_start_token(bundled: Any, pictures: list[Image.Image]) -> None:
+    model, _ = bundled
+    seen: list[torch.Tensor] = []
+    handle = model.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    _ask(bundled, _chat(pictures[0]))
+    handle.remove()
+    assert int((seen[0] == model.config.text_config.bos_token_id).sum()) == 1
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "no messages"),
+        (["describe"], "must be a mapping"),
+        ([{"role": "user"}], "'role' and 'content'"),
+        ([{"role": "user", "content": [{"type": "video", "video": "a"}]}], "'image' or 'text'"),
+        (_chat("nowhere.png"), "no image file"),
+        (_chat(None), "image"),
+        (_chat(b"not an image"), "not an image"),
+    ],
+)
+def test_bad_messages(bundled: Any, messages: Any, message: str) -> None:
+    with pytest.raises(vlmfix.BadInput, match=message):
+        _ask(bundled, messages)
