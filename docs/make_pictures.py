@@ -34,7 +34,7 @@ def main(methods: list[str]) -> None:
     data = CocoData(emoji.evaluation_split())
     truth = ground_truth(data)
     model, processor = vlmfix.load("emoji")
-    names = sorted(data.names.items())[:IMAGES]
+    names = sorted(data.files.items())[:IMAGES]
     arms = ["base", *methods]
     figure, axes = plt.subplots(
         IMAGES, len(arms) + 1, figsize=(3.1 * (len(arms) + 0.7), 2.15 * IMAGES),

@@ -1,4 +1,4 @@
-"""The documents: generated parts are up to date, every method has its page, links lead somewhere."""
+"""The documents: generated parts are fresh, every method has its page, links lead somewhere."""
 
 from __future__ import annotations
 
