@@ -25,7 +25,7 @@ TARGET = Path(__file__).resolve().parent / "pictures" / "compare.png"
 PROMPT = "Please describe this image in detail."
 IMAGES = 3
 PRESENT, ABSENT, OTHER = "#1a7f37", "#cf222e", "#24292f"
-COLUMN, LINE = 46, 0.075  # characters per line, height of a line in axes units
+DPI, SIZE, LINE = 110, 10, 0.14  # font size in points, height of a line in axes units
 
 
 def main(methods: list[str]) -> None:
@@ -36,10 +36,12 @@ def main(methods: list[str]) -> None:
     model, processor = vlmfix.load("emoji")
     names = sorted(data.files.items())[:IMAGES]
     arms = ["base", *methods]
+    # The layout is fixed before any word is placed: words are placed by their drawn width.
     figure, axes = plt.subplots(
-        IMAGES, len(arms) + 1, figsize=(3.1 * (len(arms) + 0.7), 2.15 * IMAGES),
-        width_ratios=[0.7] + [1.0] * len(arms), squeeze=False,
+        IMAGES, len(arms) + 1, figsize=(3.4 * len(arms) + 1.9, 1.75 * IMAGES + 0.35), dpi=DPI,
+        width_ratios=[0.5] + [1.0] * len(arms), squeeze=False,
     )  # fmt: skip
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=0.9, wspace=0.06, hspace=0.08)
     vlmfix.wrap(model, None)
     for row, (image_id, name) in enumerate(names):
         picture = data.image(name)
@@ -56,9 +58,8 @@ def main(methods: list[str]) -> None:
     figure.suptitle(
         "green: the object is there    red: it is not", fontsize=9, color=OTHER, y=0.995
     )
-    figure.tight_layout()
     TARGET.parent.mkdir(exist_ok=True)
-    figure.savefig(TARGET, dpi=110)
+    figure.savefig(TARGET)
     print(f"wrote {TARGET.relative_to(TARGET.parents[2])}")
 
 
@@ -67,16 +68,18 @@ def _caption(axis: Any, text: str, truth: frozenset[str], title: str) -> None:
     axis.axis("off")
     axis.set_title(title, fontsize=10, loc="left", fontweight="bold")
     renderer = axis.figure.canvas.get_renderer()
-    x, y, used = 0.0, 0.97, 0
+    space = 0.4 * SIZE / 72 * DPI / axis.get_window_extent(renderer).width
+    x, y = 0.0, 0.86
     for piece in _pieces(text):
-        if used + len(piece) > COLUMN:
-            x, y, used = 0.0, y - LINE * 1.25, 0
         drawn = axis.text(
-            x, y, piece, fontsize=7.5, color=_colour(piece, truth), va="top",
+            x, y, piece, fontsize=SIZE, color=_colour(piece, truth), va="baseline",
             transform=axis.transAxes,
         )  # fmt: skip
-        box = drawn.get_window_extent(renderer).transformed(axis.transAxes.inverted())
-        x, used = box.x1 + 0.012, used + len(piece) + 1
+        width = drawn.get_window_extent(renderer).transformed(axis.transAxes.inverted()).width
+        if x + width > 1:
+            x, y = 0.0, y - LINE
+            drawn.set_position((x, y))
+        x += width + space
 
 
 def _pieces(text: str) -> list[str]:
