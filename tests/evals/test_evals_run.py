@@ -367,6 +367,13 @@ def test_markdown(world: Path, tmp_path: Path) -> None:
     assert "| random | base | 50.0 |" in markdown
 
 
+def test_the_base_alone_has_no_columns_of_differences(world: Path, tmp_path: Path) -> None:
+    results = run(FakeModel(truthful), world, tmp_path / "o", methods=[])
+    heading = next(line for line in shown(results, 120).splitlines() if "accuracy %" in line)
+    assert "Δ" not in heading and heading.split()[-2:] == ["passes", "tok/s"]
+    assert "| split | arm | accuracy % | F1 % | yes % |" in vlmfix.evals.to_markdown(results)
+
+
 def test_progress_goes_to_stderr(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

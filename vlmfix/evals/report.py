@@ -143,6 +143,7 @@ def _table(
     """
     columns = get_task(name).columns
     arms = entry["arms"]
+    stacked = stacked or len(arms) == 1  # the base alone has no differences to head
     headings = ["split", "arm"]
     for column in columns:
         headings.append(column.title + (" %" if column.percent else ""))
