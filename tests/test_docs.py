@@ -40,6 +40,16 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+def test_quickstart_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    assert len([line for line in block[1].splitlines() if line.strip()]) <= 8
+    exec(block[1], {})
+    printed = capsys.readouterr().out
+    edited = re.search(r"edited_rows=(\d+)", printed)
+    assert printed.startswith("The ") and edited is not None and int(edited[1]) > 0
+
+
 def test_both_commands_of_the_readme_are_targets() -> None:
     readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
     for command in ("make eval", "make test"):
