@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from matrix import family, logits, prompt
+from matrix import ROWS, family, logits, prompt
 from tiny import generate_kwargs
 
 import vlmfix
@@ -16,14 +17,7 @@ from vlmfix.ledger import GENERATED, IMAGE, PAD, TEXT, VIDEO
 from vlmfix.method import Keys
 from vlmfix.methods.var import VisualAttentionRedistribution, redistribute, rules
 
-STRONG: dict[str, Any] = {
-    "sink_channels": tuple(range(8)),
-    "tau": 1.5,
-    "rho": 0.2,
-    "minimum_visual_mass": 0.02,
-    "last_layer": "official",
-    "keep": 0.1,
-}
+STRONG = next(row.strong for row in ROWS if row.name == "var")
 
 
 def _groups(text: list[int], sinks: list[int], rest: list[int], keys: int) -> torch.Tensor:
@@ -138,9 +132,9 @@ def test_nothing_to_do_is_bit_identical(options: dict[str, Any]) -> None:
     tiny = family("llava")
     inputs = prompt(tiny)
     plain = logits(tiny.model, inputs)
-    with vlmfix.wrapped(tiny.model, VisualAttentionRedistribution(**{**STRONG, **options})):
+    with vlmfix.wrapped(tiny.model, replace(STRONG, **options)):
         assert torch.equal(logits(tiny.model, inputs), plain)
-    with vlmfix.wrapped(tiny.model, VisualAttentionRedistribution(**STRONG)):
+    with vlmfix.wrapped(tiny.model, STRONG):
         assert not torch.equal(logits(tiny.model, inputs), plain)
 
 
@@ -148,7 +142,7 @@ def test_position_in_the_batch_and_padding_do_not_matter() -> None:
     tiny = family("llava")
     inputs = prompt(tiny)
     swapped = {name: value.flip(0) for name, value in inputs.items()}
-    with vlmfix.wrapped(tiny.model, VisualAttentionRedistribution(**STRONG)):
+    with vlmfix.wrapped(tiny.model, STRONG):
         one, other = logits(tiny.model, inputs), logits(tiny.model, swapped)
     assert torch.allclose(one, other.flip(0), atol=1e-5)
 
@@ -156,10 +150,9 @@ def test_position_in_the_batch_and_padding_do_not_matter() -> None:
 def test_samples_in_sequence_do_not_share_state() -> None:
     tiny = family("llava")
     first, second = tiny.inputs(1, seed=1), tiny.inputs(1, seed=2)
-    method = VisualAttentionRedistribution(**STRONG)
-    with vlmfix.wrapped(tiny.model, method):
+    with vlmfix.wrapped(tiny.model, STRONG):
         alone = tiny.model.generate(**second, **generate_kwargs())
-    with vlmfix.wrapped(tiny.model, method):
+    with vlmfix.wrapped(tiny.model, STRONG):
         tiny.model.generate(**first, **generate_kwargs())
         after = tiny.model.generate(**second, **generate_kwargs())
     assert torch.equal(alone, after)
@@ -178,8 +171,6 @@ def test_layers_and_variants() -> None:
 
 
 def test_presets_are_recognised_by_structure_and_never_guessed() -> None:
-    from dataclasses import replace
-
     info = describe_model(family("llava").model)
     llava_7b = replace(
         info, model_type="llava", text_type="llama", hidden_size=4096, num_layers=32,
@@ -219,7 +210,7 @@ def test_generated_tokens_are_never_sinks_without_a_cache_either() -> None:
     """Every position is recomputed there, so only the call knows where the prompt ended."""
     tiny = family("llava")
     inputs = prompt(tiny)
-    with vlmfix.wrapped(tiny.model, VisualAttentionRedistribution(**STRONG)):
+    with vlmfix.wrapped(tiny.model, STRONG):
         tiny.model.generate(**inputs, **generate_kwargs())
         cached = vlmfix.last_call(tiny.model).notes
         tiny.model.generate(**inputs, **generate_kwargs(use_cache=False))
