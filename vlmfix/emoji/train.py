@@ -166,7 +166,7 @@ def train(recipe: Recipe, output: Path, threads: int = 1, resume: bool = True) -
                         "head": stage.head.state_dict(),
                     },
                 )
-                if name == "joint" and not last and step % recipe.evaluate_every == 0:
+                if name in ("joint", "polish") and not last and step % recipe.evaluate_every == 0:
                     report(name, step)
                 clock = time.monotonic()
         progress.close()
