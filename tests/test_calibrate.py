@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import family
+from matrix import family, logits, prompt
 from tiny import build
 
 import vlmfix
@@ -19,6 +19,7 @@ from vlmfix.calibrate import (
     fingerprint,
     load_calibration,
 )
+from vlmfix.doctor import examine
 from vlmfix.errors import BadInput, CalibrationNeeded, StateError
 from vlmfix.massive import magnitude
 
@@ -70,6 +71,24 @@ def test_a_model_without_sinks_fails_loudly_and_writes_nothing(own_cache: Path) 
     with pytest.raises(CalibrationNeeded, match="no sink channels"):
         calibrate(family("qwen3_vl").model)
     assert not own_cache.exists()
+
+
+def test_the_finding_that_there_are_no_sinks_can_be_kept() -> None:
+    tiny = family("qwen3_vl")
+    result = calibrate(tiny.model, allow_none=True)
+    assert result.sink_channels == () and result.largest > 0
+    assert load_calibration(tiny.model) == result
+    inputs = prompt(tiny)
+    plain = logits(tiny.model, inputs)
+    with pytest.warns(UserWarning, match="var will change nothing: its calibration found no sink"):
+        vlmfix.wrap(tiny.model, "var:last_layer=official")
+    try:
+        assert torch.equal(logits(tiny.model, inputs), plain)
+        assert vlmfix.last_call(tiny.model).edited_rows == 0
+    finally:
+        vlmfix.unwrap(tiny.model)
+    fit = {row["name"]: row for row in examine(tiny.model)["methods"]}["var"]
+    assert not fit["fits"] and "would change nothing" in fit["why"]
 
 
 def test_another_model_never_gets_the_calibration() -> None:

@@ -26,7 +26,8 @@ from rich.text import Text
 from transformers.generation.streamers import BaseStreamer
 
 import vlmfix
-from vlmfix.bench_models import MODELS, SIZES, Subject, subject
+from vlmfix.bench_models import MODELS, Subject, subject
+from vlmfix.calibrate import load_calibration
 from vlmfix.errors import BadInput
 from vlmfix.registry import build_stack
 
@@ -39,8 +40,9 @@ SLOW_PLAIN = (
     "torch's own attention is slow on a CPU for one query row in half precision, and a layer with "
     "a method avoids it: ratios above 1 come from there; --dtype float32 shows a method's cost"
 )
-# A random model has no massive activations. One channel and a threshold of one standard deviation
-# call about a third of its tokens sinks, so VAR edits nearly every head: more work than usual.
+# A random model has no massive activations, nor has every trained one. One channel and a threshold
+# of one standard deviation call about a third of the tokens sinks, so VAR edits nearly every head:
+# more work than usual. The csv says which options ran.
 FORCED = {"var": "var:sink_channels=0;tau=1"}
 
 
@@ -136,7 +138,8 @@ def _measure(
     edited = {"plain": 0}
     for specs in methods:
         arm = "+".join(specs)
-        if subject.name in SIZES:
+        found = load_calibration(subject.model)
+        if found is None or not found.sink_channels:
             specs = [FORCED.get(spec, spec) for spec in specs]
         stack = build_stack(list(specs))
         # Two untimed turns: rows edited by the prompt alone, and rows edited while decoding.

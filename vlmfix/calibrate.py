@@ -43,7 +43,9 @@ class Calibration:
 
     Attributes:
         fingerprint: of the model, see `fingerprint`.
-        sink_channels: channels that are massive at the first text token, strongest first.
+        sink_channels: channels that are massive at the first text token, strongest first; empty
+            if none was found and that finding was kept.
+        largest: the largest |x_d| / rms(x) of the first text token in those layers.
         tau: the threshold on |x_d| / rms(x) that they passed.
         layers: the layers looked at.
         magnitudes: {channel: its median |x_d| / rms(x) over those layers}.
@@ -53,6 +55,7 @@ class Calibration:
     model_type: str
     sink_channels: tuple[int, ...]
     tau: float
+    largest: float
     layers: tuple[int, ...]
     magnitudes: dict[int, float]
     path: str | None = None
@@ -93,7 +96,12 @@ def _stable(value: Any) -> Any:
 
 
 def calibrate(
-    model: Any, processor: Any = None, *, save: bool = True, beside: bool = False
+    model: Any,
+    processor: Any = None,
+    *,
+    save: bool = True,
+    beside: bool = False,
+    allow_none: bool = False,
 ) -> Calibration:
     """Find the sink channels of a model: one forward over one line of text.
 
@@ -106,6 +114,8 @@ def calibrate(
         processor: its processor or tokenizer; without one, arbitrary token ids are used.
         save: write the result to the cache folder.
         beside: write it into the model's own folder instead, so that it travels with the weights.
+        allow_none: keep the finding that there are no sink channels, instead of raising. Methods
+            that work on sinks then run, say so with a warning, and change nothing.
 
     Raises:
         BadInput: `beside`, and the model was not loaded from a folder.
@@ -125,17 +135,19 @@ def calibrate(
     median = first.median(0).values
     often = (first > tau).sum(0) * 2 >= len(layers)
     channels = [int(c) for c in median.argsort(descending=True) if often[c]][:_MAXIMUM_CHANNELS]
-    if not channels:
+    if not channels and not allow_none:
         raise CalibrationNeeded(
             f"no sink channels in this {info.model_type} model: in layers {layers[0]} to "
             f"{layers[-1]} the first token reaches |x_d| / rms(x) = {float(first.max()):.1f}, the "
-            f"threshold is {tau:.1f}. Methods that work on sinks (var) do not fit this model."
+            f"threshold is {tau:.1f}. Methods that work on sinks (var) do not fit this model; "
+            "allow_none=True (--allow-none) keeps that finding."
         )
     result = Calibration(
         fingerprint=fingerprint(model),
         model_type=info.model_type,
         sink_channels=tuple(channels),
         tau=tau,
+        largest=round(float(first.max()), 3),
         layers=layers,
         magnitudes={channel: round(float(median[channel]), 3) for channel in channels},
     )

@@ -241,6 +241,7 @@ def calibrate_command(
     model: opt.ModelArgument = "emoji",
     save: opt.Save = True,
     beside: opt.Beside = False,
+    allow_none: opt.AllowNone = False,
     dtype: opt.Dtype = None,
     device: opt.Device = None,
     json: opt.Json = False,
@@ -252,7 +253,9 @@ def calibrate_command(
 
         _quiet_transformers()
         loaded, processor = load(model, dtype=dtype, device=device)
-        values = calibrate(loaded, processor, save=save, beside=beside).to_dict()
+        values = calibrate(
+            loaded, processor, save=save, beside=beside, allow_none=allow_none
+        ).to_dict()
     show.report(json, values, show.facts(values))
 
 

@@ -28,6 +28,9 @@ NewTokens = Annotated[int | None, Option(min=1, help="Longest answer; by task if
 MethodName = Annotated[str | None, Argument(metavar="[NAME]", help="One method, in full.")]
 Save = Annotated[bool, Option(help="Keep it in the cache folder for later runs.")]
 Beside = Annotated[bool, Option("--beside", help="Keep it in the model's own folder instead.")]
+AllowNone = Annotated[
+    bool, Option("--allow-none", help="Keep the finding that there are no sinks, too.")
+]
 
 Image = Annotated[str, Argument(help="Image file, data: URL, or emoji:N, the N-th bundled image.")]
 Prompt = Annotated[str, Argument(help="What to ask about the image.")]

@@ -65,6 +65,8 @@ def _fit(name: str, info: Any, model: torch.nn.Module) -> dict[str, Any]:
         prepared = build(name).prepared(info, model)
     except VlmfixError as error:
         return {"name": name, "fits": False, "why": str(error)}
+    if reason := prepared.idle():
+        return {"name": name, "fits": False, "why": f"would change nothing: {reason}"}
     return {"name": name, "fits": True, "why": f"runs as {prepared.spec()}"}
 
 

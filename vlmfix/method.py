@@ -36,6 +36,10 @@ class Method:
         """
         return self
 
+    def idle(self) -> str | None:
+        """Why this prepared method can change nothing on its model; None if it can."""
+        return None
+
     def spec(self) -> str:
         """The method and the options that differ from the defaults, e.g. "var:keep=0.4"."""
         changed = [
@@ -47,7 +51,7 @@ class Method:
 
 
 def _text(value: Any) -> str:
-    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return ("/".join(map(str, value)) or "()") if isinstance(value, tuple) else str(value)
 
 
 @dataclass(frozen=True)

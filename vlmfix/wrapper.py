@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, TypeVar
@@ -127,6 +128,9 @@ def _session(model: torch.nn.Module, verb: str) -> Session:
 
 def _stack(model: torch.nn.Module, info: ModelInfo, methods: MethodSpec) -> Stack:
     prepared = tuple(method.prepared(info, model) for method in build_stack(methods))
+    for method in prepared:
+        if reason := method.idle():
+            warnings.warn(f"{method.name} will change nothing: {reason}.", stacklevel=3)
     names = [method.name for method in prepared]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -177,6 +177,10 @@ class VisualAttentionRedistribution(AttentionMethod):
         keep = self.keep if self.keep is not None else {"code": 0.6, "paper": 0.4}[self.variant]
         return replace(self, keep=keep, tau=tau, sink_channels=tuple(channels))
 
+    def idle(self) -> str | None:
+        found = "its calibration found no sink channels in this model"
+        return None if self.sink_channels else found
+
     def layers(self, info: ModelInfo) -> Sequence[int]:
         # The first two layers never have sinks (the authors' code skips them too).
         return range(2, info.num_layers - (self.last_layer == "excluded"))
