@@ -108,4 +108,4 @@ def _colour(piece: str, truth: frozenset[str]) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["var", "pai"])
+    main(sys.argv[1:] or ["pai", "pai:alpha=1"])
