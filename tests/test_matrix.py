@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from matrix import CELLS, IDS, MODES, ROWS, Row, family, logits, prompt
-from tiny import FAMILIES, generate_kwargs
+from tiny import FAMILIES, build, generate_kwargs
 
 import vlmfix
 
@@ -132,6 +132,24 @@ def test_chunked_prefill_equals_one_prefill(row: Row, name: str, chunk: int) -> 
         whole = _generate(tiny.model, inputs)
         chunked = tiny.model.generate(**inputs, prefill_chunk_size=chunk, **generate_kwargs())
     assert torch.equal(chunked, whole)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+def test_compiled_static_decoding_equals_greedy(row: Row) -> None:
+    """Hooked layers break the graph; the rest of the step is compiled, and nothing is stale."""
+    from transformers import CompileConfig
+
+    tiny = build("llava")
+    inputs = prompt(tiny)
+    config = CompileConfig(fullgraph=False, backend="eager", mode=None)
+    config._compile_all_devices = True
+    kwargs = generate_kwargs(cache_implementation="static", compile_config=config)
+    plain = _generate(tiny.model, inputs)
+    with vlmfix.wrapped(tiny.model, row.strong):
+        edited = _generate(tiny.model, inputs)
+        assert torch.equal(tiny.model.generate(**inputs, **kwargs), edited)
+    assert torch.equal(tiny.model.generate(**inputs, **kwargs), plain)
+    assert not torch.equal(plain, edited)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -300,10 +300,11 @@ def test_ledgers_do_not_outlive_their_cache(tiny: Any) -> None:
 
 
 def test_wrapped_model_is_not_copied_or_pickled(tiny: Any) -> None:
-    with vlmfix.wrapped(tiny.model, STRONG["pai"]):
-        for act in (copy.deepcopy, pickle.dumps):
-            with pytest.raises(StateError, match="unwrap"):
-                act(tiny.model)
+    for method in STRONG.values():
+        with vlmfix.wrapped(tiny.model, method):
+            for act in (copy.deepcopy, pickle.dumps):
+                with pytest.raises(StateError, match="unwrap"):
+                    act(tiny.model)
     copy.deepcopy(tiny.model)
 
 

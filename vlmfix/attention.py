@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -25,13 +25,14 @@ if TYPE_CHECKING:
     from vlmfix.frame import Frame
     from vlmfix.session import Session
 
-__all__ = ["NAME", "SLOT", "Edit", "Slot", "attention_forward"]
+__all__ = ["NAME", "SLOT", "Edit", "Slot", "attention_forward", "in_python"]
 
 NAME = "vlmfix"  # the name under which transformers dispatches to attention_forward
 SLOT = "_vlmfix"  # where an attention module keeps its Slot
 _CHUNK_BYTES = 64 * 2**20  # rows of a prefill are edited in chunks of at most this many bytes
 
 AttentionOutput = tuple[torch.Tensor, "torch.Tensor | None"]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,31 @@ def attention_forward(
             module, query, key, value, attention_mask, **kwargs
         )
         return output
+    return _hooked_attention(slot, module, query, key, value, attention_mask, kwargs)
+
+
+def in_python(function: Function) -> Function:
+    """Keep a function out of torch.compile's graphs: frames, plans and counts are Python state."""
+    kept: Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return kept
+
+
+@in_python
+def _hooked_attention(
+    slot: Slot,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> AttentionOutput:
+    """Attention of a layer that some stack wants: edited, or the model's own."""
     frame = slot.session.frame
-    if frame is None:
-        return slot.base(module, query, key, value, attention_mask, **kwargs)
-    edits = frame.edits(slot.layer, query.device)
-    if not edits:
-        return slot.base(module, query, key, value, attention_mask, **kwargs)
-    return _edited_attention(slot, frame, edits, module, query, key, value, attention_mask, kwargs)
+    edits = () if frame is None else frame.edits(slot.layer, query.device)
+    if frame is None or not edits:
+        return slot.base(module, query, key, value, mask, **kwargs)
+    return _edited_attention(slot, frame, edits, module, query, key, value, mask, kwargs)
 
 
 def _edited_attention(

@@ -13,13 +13,14 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vlmfix.attention import NAME, SLOT, Slot
+from vlmfix.attention import NAME, SLOT, Slot, in_python
 from vlmfix.call import Call
 from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
 from vlmfix.families import ModelInfo
@@ -113,16 +114,9 @@ class Session:
         module.config = override
 
     def _hook_input(self, layer: int) -> None:
-        def flag(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            frame = self.frame
-            if frame is None or frame.decoding:
-                return
-            hidden = args[0] if args else kwargs["hidden_states"]
-            for method in frame.stack.by_layer.get(layer, ()):
-                if method.overrides("flag_tokens"):
-                    frame.ledger.flag(method, layer, frame.past, method.flag_tokens(hidden))
-
-        handle = self.info.layers[layer].register_forward_pre_hook(flag, with_kwargs=True)
+        handle = self.info.layers[layer].register_forward_pre_hook(
+            partial(self._flag, layer), with_kwargs=True
+        )
         self._handles.append(handle)
         self._hooked_inputs.add(layer)
 
@@ -218,6 +212,7 @@ class Session:
 
     # -- forward ------------------------------------------------------------------------------
 
+    @in_python
     def _before(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -283,6 +278,20 @@ class Session:
         offsets = sliding_offsets(cache, queries)
         return Frame(stack, call, ledger, past, queries, offsets)
 
+    @in_python
+    def _flag(
+        self, layer: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """At a layer's input: let methods note prompt tokens."""
+        frame = self.frame
+        if frame is None or frame.decoding:
+            return
+        hidden = args[0] if args else kwargs["hidden_states"]
+        for method in frame.stack.by_layer.get(layer, ()):
+            if method.overrides("flag_tokens"):
+                frame.ledger.flag(method, layer, frame.past, method.flag_tokens(hidden))
+
+    @in_python
     def _check(
         self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any
     ) -> None:
@@ -298,6 +307,7 @@ class Session:
                 "edited; run the plain model with vlmfix.unwrap(model)."
             )
 
+    @in_python
     def _after(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         # The frame holds the cache's ledger: leaving it would keep the last prompt alive.
         self.local.frame = None

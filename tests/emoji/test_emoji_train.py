@@ -113,7 +113,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, finished: Path
         process.kill()
     assert (output / "checkpoint.pt").exists() and not (output / "model").exists()
     before = torch.load(output / "checkpoint.pt", weights_only=True)
-    assert (before["stage"], before["step"]) != ("polish", QUICK.polish.steps)
+    assert (before["stage"], before["step"]) != ("joint", QUICK.joint.steps)
     train(QUICK, output)
     ours, whole = (
         torch.load(folder / "checkpoint.pt", weights_only=True)["model"]

@@ -71,7 +71,7 @@ def name_matrix(tokenizer: Any) -> torch.Tensor:
 
 
 class Batches:
-    """Makes the batches of all stages."""
+    """Makes the batches of all three stages."""
 
     def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
         self.recipe = recipe
@@ -165,13 +165,9 @@ class Batches:
             "classes": torch.from_numpy(np.stack([class_grid(scene.items) for scene in scenes])),
         }
 
-    def joint(self, step: int, stage: str = "joint") -> dict[str, torch.Tensor]:
+    def joint(self, step: int) -> dict[str, torch.Tensor]:
         """Batch of the joint stage: pictures with conversations."""
-        rng = self._rng(stage, step)
-        scenes = [sample_scene(rng, TRAINING) for _ in range(self.recipe.stage(stage).batch)]
+        rng = self._rng("joint", step)
+        scenes = [sample_scene(rng, TRAINING) for _ in range(self.recipe.joint.batch)]
         batch = self._collate([self.tokens(self.conversation(rng, scene)) for scene in scenes])
         return batch | {"pixel_values": to_pixels([draw.paint(scene) for scene in scenes])}
-
-    def polish(self, step: int) -> dict[str, torch.Tensor]:
-        """Batch of the polish stage: as in the joint stage, of new pictures."""
-        return self.joint(step, "polish")

@@ -8,7 +8,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 
-STAGES = ("text", "vision", "joint", "polish")
+STAGES = ("text", "vision", "joint")
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,6 @@ class Recipe:
     text: StageRecipe
     vision: StageRecipe
     joint: StageRecipe
-    polish: StageRecipe
-    """The joint stage again: a second, lower cosine."""
     questions: int
     """Yes/no questions per picture."""
     theme_negatives: float
@@ -45,7 +43,7 @@ class Recipe:
     symbol_noise: float
     """Text stage: noise on symbols, relative to their length."""
     tower_rate: float
-    """Joint and polish stage: learning rate of the vision tower relative to the rest."""
+    """Joint stage: learning rate of the vision tower relative to the rest."""
     checkpoint_every: int
     evaluate_every: int
     evaluation_images: int
@@ -55,7 +53,7 @@ class Recipe:
     decoder_width: int = 256
 
     def stage(self, name: str) -> StageRecipe:
-        """The stage of that name, one of STAGES."""
+        """The stage of that name: "text", "vision" or "joint"."""
         stage: StageRecipe = getattr(self, name)
         return stage
 
@@ -70,7 +68,6 @@ RECIPE = Recipe(
     text=StageRecipe(1100, 16, 2.5e-3, 120, 0.05, 0.0),
     vision=StageRecipe(5200, 32, 1.2e-3, 100, 0.03, 0.01),
     joint=StageRecipe(1650, 24, 8e-4, 150, 0.02, 0.02),
-    polish=StageRecipe(900, 24, 5e-4, 50, 0.01, 0.02),
     questions=4,
     theme_negatives=0.25,
     packed_share=0.4,
@@ -78,7 +75,7 @@ RECIPE = Recipe(
     symbol_noise=0.5,
     tower_rate=0.3,
     checkpoint_every=100,
-    evaluate_every=500,
+    evaluate_every=550,
     evaluation_images=60,
 )
 
@@ -87,7 +84,6 @@ QUICK = replace(
     text=StageRecipe(4, 4, 1e-3, 2, 0.1, 0.01),
     vision=StageRecipe(4, 4, 1e-3, 2, 0.1, 0.01),
     joint=StageRecipe(4, 4, 1e-3, 2, 0.1, 0.01),
-    polish=StageRecipe(2, 4, 1e-3, 2, 0.1, 0.01),
     checkpoint_every=2,
     evaluate_every=1000,
     evaluation_images=4,

@@ -1,11 +1,10 @@
-"""The stages of training: what is trained on what, with which loss.
+"""The three stages of training: what is trained on what, with which loss.
 
 text    The decoder alone. Captions without pictures teach who comes with whom; conversations over
         symbolic pictures (64 word embeddings instead of 64 patches) teach reading a picture.
 vision  The tower and the projector. Each patch learns its category, and projected patches learn
         to look like the decoder's own (frozen) embedding of the category's name.
 joint   Everything, on pictures with conversations. Only here do pixels meet words.
-polish  The same once more, at a lower rate.
 """
 
 from __future__ import annotations
@@ -143,5 +142,3 @@ class Stage:
     def _joint_loss(self, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
         loss: torch.Tensor = self.model(**batch).loss
         return loss
-
-    _polish_loss = _joint_loss

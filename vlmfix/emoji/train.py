@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,7 @@ def train(recipe: Recipe, output: Path, threads: int = 1, resume: bool = True) -
                         "head": stage.head.state_dict(),
                     },
                 )
-                if name in ("joint", "polish") and not last and step % recipe.evaluate_every == 0:
+                if name == "joint" and not last and step % recipe.evaluate_every == 0:
                     report(name, step)
                 clock = time.monotonic()
         progress.close()
@@ -213,6 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train the bundled EmojiCOCO model from scratch.")
     parser.add_argument("--output", type=Path, required=True, help="folder for everything written")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
+    parser.add_argument("--seed", type=int, help=f"other weights than the recipe's {RECIPE.seed}")
     parser.add_argument("--quick", action="store_true", help="a few steps only, for tests")
     parser.add_argument(
         "--resume",
@@ -223,6 +224,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         recipe = QUICK if given.quick else RECIPE
+        if given.seed is not None:
+            recipe = replace(recipe, seed=given.seed)
         folder = train(recipe, given.output, given.threads, given.resume)
     except VlmfixError as error:
         print(f"error: {error}", file=sys.stderr)
