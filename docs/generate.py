@@ -1,4 +1,4 @@
-"""Fill the generated parts of README.md and docs/methods from the registry and from result files.
+"""Fill the generated parts of README.md and docs from the registry and from result files.
 
     python docs/generate.py           write them
     python docs/generate.py --check   exit 1 and name the files that are out of date
@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from vlmfix.evals import to_markdown
 from vlmfix.registry import describe, list_methods
@@ -51,12 +52,56 @@ def method(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+#: Columns of the README's table: task, place, metric, heading.
+_COLUMNS = (
+    ("pope", "random", "accuracy", "POPE random"),
+    ("pope", "popular", "accuracy", "popular"),
+    ("pope", "adversarial", "accuracy", "adversarial"),
+    ("chair", "caption", "chair_s", "CHAIRs"),
+    ("chair", "caption", "chair_i", "CHAIRi"),
+    ("chair", "caption", "recall", "recall"),
+)
+
+
 def results() -> str:
-    """The committed evaluation of the bundled model."""
-    return to_markdown(json.loads((RESULTS / "results.json").read_text()))
+    """The committed evaluation of the bundled model, one row per arm."""
+    tasks = _results()["tasks"]
+    lines = [
+        "| | " + " | ".join(heading for *_, heading in _COLUMNS) + " |",
+        "|---|" + "---|" * len(_COLUMNS),
+    ]
+    for arm in tasks["pope"]["arms"]:
+        cells = []
+        for task, place, metric, _ in _COLUMNS:
+            scored = tasks[task]["arms"][arm]
+            cells.append(_figure(scored["scores"][place][metric], "{:.1f}"))
+            if "delta" in scored:
+                cells[-1] += f" ({_figure(scored['delta'][place][metric], '{:+.1f}')})"
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
-PARTS: dict[str, Callable[..., str]] = {"methods": methods, "method": method, "results": results}
+def _figure(score: dict[str, Any], form: str) -> str:
+    low, high = score["ci"]
+    return f"{form.format(100 * score['value'])} ± {50 * (high - low):.1f}"
+
+
+def full_results() -> str:
+    """The same evaluation with every split, metric and test."""
+    return to_markdown(_results())
+
+
+def _results() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / "results.json").read_text())
+    return content
+
+
+PARTS: dict[str, Callable[..., str]] = {
+    "methods": methods,
+    "method": method,
+    "results": results,
+    "full_results": full_results,
+}
 
 
 def filled(text: str) -> str:
@@ -72,7 +117,9 @@ def filled(text: str) -> str:
 def main(check: bool) -> int:
     """Write or check all files; the exit code."""
     stale = []
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs" / "methods").glob("*.md"))]:
+    docs = ROOT / "docs"
+    pages = [*docs.glob("methods/*.md"), *docs.glob("results/*/*.md")]
+    for path in [ROOT / "README.md", *sorted(pages)]:
         before = path.read_text()
         after = filled(before)
         if before != after:
