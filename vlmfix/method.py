@@ -15,7 +15,7 @@ import torch
 
 from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo
-from vlmfix.ledger import IMAGE, PAD, VIDEO
+from vlmfix.ledger import IMAGE, VIDEO
 
 __all__ = ["AttentionMethod", "Keys", "Method", "Plan", "Preset", "check_range", "find_preset"]
 
@@ -98,11 +98,6 @@ class Keys:
     def visual(self) -> torch.Tensor:
         """(B, K) bool: image and video tokens."""
         return (self.kinds == IMAGE) | (self.kinds == VIDEO)
-
-    @property
-    def padding(self) -> torch.Tensor:
-        """(B, K) bool."""
-        return self.kinds == PAD
 
 
 @dataclass(frozen=True)
