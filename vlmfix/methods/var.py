@@ -62,6 +62,13 @@ def redistribute(
     return moved, edited.view(batch, heads, rows)
 
 
+_7B = {"sink_channels": (1415, 2533), "tau": 20.0}
+_13B = {"sink_channels": (2100, 4743), "tau": 20.0}
+_QWEN = {"sink_channels": (458, 2570), "tau": 20.0}
+_CODE, _BASE = "authors' code", "same base model as LLaVA-1.5-7B"
+_VICUNA = (32000, 32064)  # the vocabulary tells vicuna from later Llamas of the same shape
+
+
 @dataclass(frozen=True)
 class VisualAttentionRedistribution(AttentionMethod):
     """Move attention from visual sinks to the rest of the image, in heads that look at it.
@@ -112,28 +119,12 @@ class VisualAttentionRedistribution(AttentionMethod):
     name: ClassVar[str] = "var"
     rows: ClassVar[Literal["predicting", "text"]] = "text"
     PRESETS: ClassVar[tuple[Preset, ...]] = (
-        Preset(
-            "LLaVA-1.5-7B", "llava", "llama", 4096, 32,
-            {"sink_channels": (1415, 2533), "tau": 20.0}, "authors' code", (32000, 32064),
-        ),
-        Preset(
-            "LLaVA-1.5-13B", "llava", "llama", 5120, 40,
-            {"sink_channels": (2100, 4743), "tau": 20.0}, "authors' code", (32000, 32064),
-        ),
-        Preset(
-            "LLaVA-NeXT-vicuna-7B", "llava_next", "llama", 4096, 32,
-            {"sink_channels": (1415, 2533), "tau": 20.0}, "same base model as LLaVA-1.5-7B",
-            (32000, 32064),
-        ),
-        Preset(
-            "LLaVA-NeXT-vicuna-13B", "llava_next", "llama", 5120, 40,
-            {"sink_channels": (2100, 4743), "tau": 20.0}, "authors' code", (32000, 32064),
-        ),
-        Preset(
-            "Qwen2-VL-7B", "qwen2_vl", "qwen2_vl_text", 3584, 28,
-            {"sink_channels": (458, 2570), "tau": 20.0}, "notes on the paper",
-        ),
-    )  # fmt: skip
+        Preset("LLaVA-1.5-7B", "llava", "llama", 4096, 32, _7B, _CODE, _VICUNA),
+        Preset("LLaVA-1.5-13B", "llava", "llama", 5120, 40, _13B, _CODE, _VICUNA),
+        Preset("LLaVA-NeXT-vicuna-7B", "llava_next", "llama", 4096, 32, _7B, _BASE, _VICUNA),
+        Preset("LLaVA-NeXT-vicuna-13B", "llava_next", "llama", 5120, 40, _13B, _CODE, _VICUNA),
+        Preset("Qwen2-VL-7B", "qwen2_vl", "qwen2_vl_text", 3584, 28, _QWEN, "notes on the paper"),
+    )
 
     def __post_init__(self) -> None:
         check_range(self, "keep", 0.0, 1.0)
@@ -142,40 +133,38 @@ class VisualAttentionRedistribution(AttentionMethod):
         check_range(self, "tau", 0.0, math.inf, high_open=True)
 
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> VisualAttentionRedistribution:
-        channels, tau = self.sink_channels, self.tau
-        preset = find_preset(self.PRESETS, info)
-        calibration = load_calibration(model) if channels is None and preset is None else None
-        if channels is None:
-            if preset is not None:
-                channels = preset.values["sink_channels"]
-                tau = preset.values["tau"] if tau is None else tau
-            elif calibration is not None:
-                channels = calibration.sink_channels
-                tau = calibration.tau if tau is None else tau
-            else:
-                raise CalibrationNeeded(
-                    f"var does not know the sink channels of this {info.model_type} model "
-                    f"({info.num_layers} layers of width {info.hidden_size}). Measure them with "
-                    "`vlmfix calibrate MODEL` (or vlmfix.calibrate.calibrate(model, processor)), "
-                    "or pass sink_channels=(...)."
-                )
+        channels, known_tau = self._constants(info, model)
         bound = math.sqrt(info.hidden_size)
-        tau = DEFAULT_FRACTION * bound if tau is None else tau
+        tau = next(t for t in (self.tau, known_tau, DEFAULT_FRACTION * bound) if t is not None)
         if tau >= bound:
             raise BadInput(
                 f"var: tau={tau:g} can never be reached: |x_d| / rms(x) is at most sqrt(width) = "
                 f"{bound:g} here. The default is {DEFAULT_FRACTION * bound:g}."
             )
-        if (
-            not channels
-            and calibration is None
-            or any(not 0 <= channel < info.hidden_size for channel in channels)
-        ):
+        inside = all(0 <= channel < info.hidden_size for channel in channels)
+        if not inside or self.sink_channels == ():
             raise BadInput(
                 f"var: sink_channels={channels} must name channels in [0, {info.hidden_size})."
             )
         keep = self.keep if self.keep is not None else {"code": 0.6, "paper": 0.4}[self.variant]
         return replace(self, keep=keep, tau=tau, sink_channels=tuple(channels))
+
+    def _constants(
+        self, info: ModelInfo, model: torch.nn.Module
+    ) -> tuple[tuple[int, ...], float | None]:
+        """Sink channels, and the threshold that goes with them if it is known."""
+        if self.sink_channels is not None:
+            return self.sink_channels, None
+        if preset := find_preset(self.PRESETS, info):
+            return preset.values["sink_channels"], preset.values["tau"]
+        if calibration := load_calibration(model):
+            return calibration.sink_channels, calibration.tau
+        raise CalibrationNeeded(
+            f"var does not know the sink channels of this {info.model_type} model "
+            f"({info.num_layers} layers of width {info.hidden_size}). Measure them with "
+            "`vlmfix calibrate MODEL` (or vlmfix.calibrate.calibrate(model, processor)), or pass "
+            "sink_channels=(...)."
+        )
 
     def idle(self) -> str | None:
         found = "its calibration found no sink channels in this model"
