@@ -228,7 +228,7 @@ def test_head_scale_equals_scaled_columns_of_o_proj(name: str, use_cache: bool) 
     with vlmfix.wrapped(tiny.model, Scale()):
         got, tokens = logits(tiny.model, inputs), tiny.model.generate(**inputs, **kwargs)
         report = vlmfix.last_call(tiny.model)
-    weights = [module.o_proj.weight for module in info.attention.values()]  # type: ignore[union-attr]
+    weights = [module.o_proj.weight for module in info.attention.values()]
     with torch.no_grad():
         for weight in weights:
             weight[:, : info.head_dim] *= 2

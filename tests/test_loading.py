@@ -202,7 +202,7 @@ def test_images_that_cannot_be_used(tmp_path: Path) -> None:
         (7, "pass a path"),
     ]:
         with pytest.raises(BadInput, match=hint):
-            load_image(source)  # type: ignore[arg-type]
+            load_image(source)
 
 
 @pytest.mark.parametrize("limit", [150, 99])

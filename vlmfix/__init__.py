@@ -13,21 +13,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from vlmfix._version import __version__
+from vlmfix.errors import (
+    BadInput,
+    CalibrationNeeded,
+    CompositionError,
+    MissingDependency,
+    StateError,
+    UnknownMethod,
+    UnknownTask,
+    UnsupportedModel,
+    VlmfixError,
+)
 
 if TYPE_CHECKING:
     from vlmfix.call import CallReport
     from vlmfix.chat import Answer, generate
-    from vlmfix.errors import (
-        BadInput,
-        CalibrationNeeded,
-        CompositionError,
-        MissingDependency,
-        StateError,
-        UnknownMethod,
-        UnknownTask,
-        UnsupportedModel,
-        VlmfixError,
-    )
     from vlmfix.loading import load, load_image
     from vlmfix.registry import MethodInfo, list_methods
     from vlmfix.wrapper import last_call, suspended, unwrap, using, wrap, wrapped
@@ -61,17 +61,6 @@ __all__ = [
 _HOME = {
     "vlmfix.call": ("CallReport",),
     "vlmfix.chat": ("Answer", "generate"),
-    "vlmfix.errors": (
-        "BadInput",
-        "CalibrationNeeded",
-        "CompositionError",
-        "MissingDependency",
-        "StateError",
-        "UnknownMethod",
-        "UnknownTask",
-        "UnsupportedModel",
-        "VlmfixError",
-    ),
     "vlmfix.loading": ("load", "load_image"),
     "vlmfix.registry": ("MethodInfo", "list_methods"),
     "vlmfix.wrapper": ("last_call", "suspended", "unwrap", "using", "wrap", "wrapped"),

@@ -66,17 +66,15 @@ class Stack:
 
 @dataclass(frozen=True)
 class Window:
-    """Query rows from `start` on; `chosen` (B, Q - start) bool says which, None for all."""
+    """Query rows from `start` on; `chosen` (B, Q - start) bool says which. None: all, from 0."""
 
     start: int
     chosen: torch.Tensor | None
 
     def mask_from(self, start: int) -> torch.Tensor | None:
         """The same rows as a mask over the rows from an earlier `start`."""
-        if self.start == start:
+        if self.chosen is None or self.start == start:
             return self.chosen
-        if self.chosen is None:
-            raise AssertionError("a window of all rows starts where the rows start")
         return torch.nn.functional.pad(self.chosen, (self.start - start, 0))
 
 

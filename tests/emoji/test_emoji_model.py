@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +17,11 @@ from vlmfix.errors import BadInput
 
 
 @pytest.fixture(scope="module")
-def bundled():  # type: ignore[no-untyped-def]
+def bundled() -> Any:
     return vlmfix.emoji.load()
 
 
-def ask(bundled, text, *pictures, tokens=4) -> str:  # type: ignore[no-untyped-def]
+def ask(bundled: Any, text: str, *pictures: Any, tokens: int = 4) -> str:
     model, processor = bundled
     content = [{"type": "image", "image": picture} for picture in pictures]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
@@ -41,7 +42,7 @@ def test_import_is_light() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_weights_are_small_and_plain(bundled) -> None:  # type: ignore[no-untyped-def]
+def test_weights_are_small_and_plain(bundled: Any) -> None:
     size = sum(file.stat().st_size for file in vlmfix.emoji.model_path().iterdir())
     assert size <= 40_000_000
     model, processor = bundled
@@ -73,10 +74,10 @@ def test_dtype(dtype: str | torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", ["int64", "float31", None])
 def test_bad_dtype(dtype: str | None) -> None:
     with pytest.raises(BadInput, match="floating point"):
-        vlmfix.emoji.load(dtype)  # type: ignore[arg-type]
+        vlmfix.emoji.load(dtype)
 
 
-def test_it_answers_better_than_chance(bundled) -> None:  # type: ignore[no-untyped-def]
+def test_it_answers_better_than_chance(bundled: Any) -> None:
     scenes = [scene for _, scene in dataset.split_scenes("evaluation", 8)]
     rows = pope_questions([scene.names for scene in scenes])["random"]
     right = 0
@@ -88,7 +89,7 @@ def test_it_answers_better_than_chance(bundled) -> None:  # type: ignore[no-unty
     assert right / len(rows) >= 0.8
 
 
-def test_captions_name_what_is_there(bundled) -> None:  # type: ignore[no-untyped-def]
+def test_captions_name_what_is_there(bundled: Any) -> None:
     found = total = 0
     for _, scene in dataset.split_scenes("evaluation", 6):
         text = ask(bundled, "Describe the image.", draw.paint(scene), tokens=110)
@@ -97,7 +98,7 @@ def test_captions_name_what_is_there(bundled) -> None:  # type: ignore[no-untype
     assert found / total >= 0.6
 
 
-def test_answers_depend_on_the_picture(bundled) -> None:  # type: ignore[no-untyped-def]
+def test_answers_depend_on_the_picture(bundled: Any) -> None:
     _, scene = next(iter(dataset.split_scenes("evaluation", 1)))
     picture = draw.paint(scene)
     blank = Image.new("RGB", picture.size, "white")
@@ -106,7 +107,7 @@ def test_answers_depend_on_the_picture(bundled) -> None:  # type: ignore[no-unty
     assert seen != unseen != ask(bundled, text, tokens=60)
 
 
-def test_any_size_and_mode_of_picture_works(bundled) -> None:  # type: ignore[no-untyped-def]
+def test_any_size_and_mode_of_picture_works(bundled: Any) -> None:
     _, picture = vlmfix.emoji.example_images(1)[0]
     for mode, size in (("RGBA", (300, 40)), ("L", (7, 9)), ("P", (500, 500))):
         odd = picture.resize(size).convert(mode)
@@ -114,7 +115,7 @@ def test_any_size_and_mode_of_picture_works(bundled) -> None:  # type: ignore[no
         assert answer.strip(" .") in ("Yes", "No")
 
 
-def test_left_padded_batch_equals_singles(bundled) -> None:  # type: ignore[no-untyped-def]
+def test_left_padded_batch_equals_singles(bundled: Any) -> None:
     model, processor = bundled
     pictures = [picture for _, picture in vlmfix.emoji.example_images(2)]
     texts = ["Is there a dog in the image?", "Please help me describe the image in detail."]
@@ -129,7 +130,7 @@ def test_left_padded_batch_equals_singles(bundled) -> None:  # type: ignore[no-u
     ]
 
 
-def test_several_turns_keep_one_bos(bundled) -> None:  # type: ignore[no-untyped-def]
+def test_several_turns_keep_one_bos(bundled: Any) -> None:
     _, processor = bundled
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]},

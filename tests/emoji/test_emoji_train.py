@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ COMMAND = [sys.executable, "-m", "vlmfix.emoji.train", "--quick", "--threads", "
 
 
 @pytest.fixture(scope="module")
-def processor():  # type: ignore[no-untyped-def]
+def processor() -> Any:
     return build_processor()
 
 
@@ -39,7 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_training_text_is_what_the_chat_template_gives(processor) -> None:  # type: ignore[no-untyped-def]
+def test_training_text_is_what_the_chat_template_gives(processor: Any) -> None:
     batches = Batches(RECIPE, processor.tokenizer)
     rng = Random(0)
     for _ in range(10):
@@ -49,7 +50,7 @@ def test_training_text_is_what_the_chat_template_gives(processor) -> None:  # ty
         for number, (user, assistant) in enumerate(turns):
             content = [{"type": "text", "text": user}]
             if number == 0:
-                content.insert(0, {"type": "image", "image": draw.paint(scene)})  # type: ignore[dict-item]
+                content.insert(0, {"type": "image", "image": draw.paint(scene)})
             messages += [
                 {"role": "user", "content": content},
                 {"role": "assistant", "content": [{"type": "text", "text": assistant}]},
@@ -65,7 +66,7 @@ def test_training_text_is_what_the_chat_template_gives(processor) -> None:  # ty
         assert answers == "".join(f" {assistant}</s>" for _, assistant in turns)
 
 
-def test_tokenizer_covers_the_world_and_everything_else(processor) -> None:  # type: ignore[no-untyped-def]
+def test_tokenizer_covers_the_world_and_everything_else(processor: Any) -> None:
     tokenizer = processor.tokenizer
     for name in NAMES:
         ids = tokenizer(f" {name}", add_special_tokens=False).input_ids
@@ -90,7 +91,7 @@ def test_class_grid_is_where_the_object_is() -> None:
     assert set(where[0].tolist()) == {0, 1} and set(where[1].tolist()) == {6, 7}
 
 
-def test_names_average_their_words(processor) -> None:  # type: ignore[no-untyped-def]
+def test_names_average_their_words(processor: Any) -> None:
     matrix = name_matrix(processor.tokenizer)
     assert torch.allclose(matrix.sum(1), torch.ones(len(NAMES) + 1))
     assert (matrix[NAMES.index("hot dog")] > 0).sum() == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from random import Random
@@ -37,12 +36,10 @@ def filler(text: str) -> str:
     return re.sub("|".join(sorted(NAMES, key=len, reverse=True)), " ", text.lower())
 
 
-def golden_synonyms() -> list[str]:
-    root = Path(os.environ.get("VLMFIX_GOLDEN", Path(__file__).parents[2] / "../shared/golden"))
-    file = root / "chair" / "synonyms.txt"
-    if not file.exists():
-        pytest.skip(f"golden data absent: {file} (set VLMFIX_GOLDEN)")
-    return [word.strip() for line in file.read_text().splitlines() for word in line.split(",")]
+@pytest.fixture
+def golden_synonyms(golden: Path) -> list[str]:
+    text = (golden / "chair" / "synonyms.txt").read_text()
+    return [word.strip() for line in text.splitlines() for word in line.split(",")]
 
 
 def test_catalogue_is_coco_and_complete() -> None:
@@ -55,9 +52,8 @@ def test_catalogue_is_coco_and_complete() -> None:
         assert any({name, companion} <= set(pool) for pool in THEMES.values()), name
 
 
-def test_names_are_golden_node_words() -> None:
-    words = golden_synonyms()
-    assert set(NAMES) <= set(words)
+def test_names_are_golden_node_words(golden_synonyms: list[str]) -> None:
+    assert set(NAMES) <= set(golden_synonyms)
 
 
 def all_templates() -> str:
@@ -78,9 +74,9 @@ def test_filler_words_are_no_objects() -> None:
     assert {"image", "scene", "left"} <= words
 
 
-def test_filler_words_are_outside_the_golden_vocabulary() -> None:
+def test_filler_words_are_outside_the_golden_vocabulary(golden_synonyms: list[str]) -> None:
     words = set(re.findall(r"[a-z]+", all_templates()))
-    assert not words & set(golden_synonyms())
+    assert not words & set(golden_synonyms)
 
 
 def test_atlas_holds_every_category() -> None:

@@ -230,7 +230,7 @@ def test_output_folder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ]
     assert len(records(out, "pope", "base")) == 180
     monkeypatch.chdir(tmp_path)
-    made = Path(run(model, world, None)["output"])  # type: ignore[arg-type]
+    made = Path(run(model, world, None)["output"])
     assert made.parent == Path("runs") and made.name.endswith("-pope-model")
 
 
