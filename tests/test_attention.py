@@ -81,7 +81,9 @@ class Probe(Everywhere):
     weights: dict[int, list[torch.Tensor]] = field(default_factory=dict, hash=False, compare=False)
     heads: dict[int, list[torch.Tensor]] = field(default_factory=dict, hash=False, compare=False)
 
-    def observe_weights(self, layer: int, weights: torch.Tensor) -> None:
+    def observe_weights(
+        self, layer: int, weights: torch.Tensor, position: int, *plan: torch.Tensor
+    ) -> None:
         self.weights.setdefault(layer, []).append(weights)
 
     def observe_heads(self, layer: int, outputs: torch.Tensor) -> None:

@@ -21,6 +21,7 @@ class CallReport:
         prompt_length: positions of the prompt, padding included.
         new_tokens: length of the returned sequences beyond the prompt; 0 for bare forwards.
         passes: forward passes of the model.
+        extra_passes: passes on top of these that methods asked for, e.g. VHR's text-only prompt.
         seconds: wall time of the call; None for bare forwards.
         edited_rows: attention rows that were changed, counted per head and layer.
         rows_by_layer: the same, by layer.
@@ -32,6 +33,7 @@ class CallReport:
     prompt_length: int
     new_tokens: int
     passes: int
+    extra_passes: int
     seconds: float | None
     edited_rows: int
     rows_by_layer: dict[int, int]
@@ -51,10 +53,24 @@ class Call:
     batch: int = 0
     new_tokens: int = 0
     passes: int = 0
+    extra_passes: int = 0
     seconds: float | None = None
     started: float = field(default_factory=time.perf_counter)
     counts: dict[int, list[torch.Tensor | int]] = field(default_factory=dict)
     notes: dict[str, dict[str, dict[int, list[int]]]] = field(default_factory=dict)
+    #: (B0, L) question and content masks of the prompts, where the processor is known.
+    question: tuple[torch.Tensor, torch.Tensor] | None = None
+    #: {method: {layer: tensor}}, what a watcher kept, for calls without a cache.
+    seen: dict[Any, dict[int, torch.Tensor]] = field(default_factory=dict)
+    #: {layer: edited rows} of compiled steps, which cannot append to a list.
+    counters: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def counter(self, layer: int, device: torch.device) -> torch.Tensor:
+        """An int64 scalar on the device, to which a compiled step adds its edited rows."""
+        if layer not in self.counters:
+            self.counters[layer] = torch.zeros((), dtype=torch.int64, device=device)
+            self.count(layer, self.counters[layer])
+        return self.counters[layer]
 
     def count(self, layer: int, rows: torch.Tensor | int) -> None:
         """Add edited rows: a number, or a bool tensor that is summed when somebody asks."""
@@ -83,6 +99,7 @@ class Call:
             prompt_length=self.prompt_length or 0,
             new_tokens=self.new_tokens,
             passes=self.passes,
+            extra_passes=self.extra_passes,
             seconds=self.seconds,
             edited_rows=sum(by_layer.values()),
             rows_by_layer={layer: rows for layer, rows in by_layer.items() if rows},

@@ -10,6 +10,7 @@ import torch
 
 from vlmfix.errors import BadInput
 from vlmfix.loading import load_image
+from vlmfix.session import SESSION
 
 __all__ = ["Answer", "generate"]
 
@@ -56,6 +57,8 @@ def generate(
     single = bool(messages) and isinstance(messages[0], Mapping)
     chats: Any = [messages] if single else messages
     inputs = _inputs(model, processor, chats)
+    if SESSION in model.__dict__:  # only a wrapped model knows this argument
+        generate_kwargs["processor"] = processor
     output = model.generate(**inputs, **generate_kwargs)
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
     answers = _answers(model, processor, inputs, sequences, generate_kwargs)

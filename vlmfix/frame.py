@@ -7,13 +7,14 @@ the ledger of the KV cache.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 
-from vlmfix.attention import Edit
+from vlmfix.attention import Edit, Step
 from vlmfix.call import Call
 from vlmfix.errors import BadInput, StateError
 from vlmfix.families import ModelInfo
@@ -60,6 +61,17 @@ class Stack:
 
     by_layer: dict[int, tuple[AttentionMethod, ...]] = field(init=False, repr=False)
 
+    @cached_property
+    def preludes(self) -> tuple[AttentionMethod, ...]:
+        """The methods that want an extra forward before the prompt's own."""
+        attention = [m for m in self.methods if isinstance(m, AttentionMethod)]
+        return tuple(method for method in attention if method.prelude(self.info) is not None)
+
+    @cached_property
+    def reads_question(self) -> bool:
+        """Whether some method wants to know which tokens are the user's question."""
+        return any(m.reads_question for m in self.methods if isinstance(m, AttentionMethod))
+
     def specs(self) -> tuple[str, ...]:
         return tuple(method.spec() for method in self.methods)
 
@@ -71,11 +83,13 @@ class Window:
     start: int
     chosen: torch.Tensor | None
 
-    def mask_from(self, start: int) -> torch.Tensor | None:
-        """The same rows as a mask over the rows from an earlier `start`."""
-        if self.chosen is None or self.start == start:
-            return self.chosen
-        return torch.nn.functional.pad(self.chosen, (self.start - start, 0))
+    def mask(self, first: int, last: int, device: torch.device) -> torch.Tensor | None:
+        """(B, last - first) bool: which of the queries from `first` to `last` it chooses."""
+        if self.chosen is None:
+            return None
+        chosen = self.chosen[:, max(0, first - self.start) : max(0, last - self.start)]
+        missing = last - first - chosen.shape[1]
+        return torch.nn.functional.pad(chosen, (missing, 0)).to(device)
 
 
 class Frame:
@@ -115,18 +129,58 @@ class Frame:
     def _plan(
         self, methods: tuple[AttentionMethod, ...], layer: int, device: torch.device
     ) -> Iterator[Edit]:
-        kinds = self.ledger.kinds.to(device)
         for method in methods:
-            flags = self.ledger.flags.get((method, layer))
-            if flags is None and method.overrides("flag_tokens"):
-                raise StateError(
-                    f"this KV cache was filled while {method.name} was off, so what {method.name} "
-                    "notes about the prompt is missing. Start from the prompt, without this cache."
-                )
-            plan = method.plan(Keys(kinds, None if flags is None else flags.to(device)))
+            plan = method.plan(self._keys(method, layer, device))
             if plan is not None:
                 self.call.note(method.name, layer, plan.notes)
                 yield Edit.of(method, plan)
+
+    def _keys(self, method: AttentionMethod, layer: int, device: torch.device) -> Keys:
+        ledger = self.ledger
+        flags = ledger.flags.get((method, layer))
+        if flags is None and method.overrides("flag_tokens"):
+            raise StateError(
+                f"this KV cache was filled while {method.name} was off, so what {method.name} "
+                "notes about the prompt is missing. Start from the prompt, without this cache."
+            )
+        values = ledger.image_values.get(method)
+        return Keys(
+            layer=layer,
+            kinds=ledger.kinds.to(device),
+            flags=None if flags is None else flags.to(device),
+            question=ledger.question.to(device),
+            content=ledger.content.to(device),
+            seen={at: what.to(device) for at, what in ledger.seen.get(method, {}).items()},
+            image_values=None if values is None else values.to(device),
+        )
+
+    def steps(self, layer: int, edits: tuple[Edit, ...], keys: int) -> tuple[Step, ...]:
+        """The edits of one layer, ready for the `keys` keys of a decode step."""
+        offset = self.offset(layer)
+        steps = []
+        for edit in edits:
+            fused = edit.plan.fused
+            if fused is not None and offset and fused.groups is not None:
+                fused = replace(fused, groups=fused.groups[:, offset:])
+            factors = self.factors(layer, edit)
+            if factors is None and edit.heads and edit.method.head_scale_from == "prompt":
+                raise StateError(
+                    f"this KV cache was filled while {edit.method.name} was off, so the heads that "
+                    "it chose are missing. Start from the prompt, without this cache."
+                )
+            steps.append(Step(edit, edit.tensors(offset, keys), fused, factors, None))
+        return tuple(steps)
+
+    def factors(self, layer: int, edit: Edit) -> torch.Tensor | None:
+        """(B, H) factors on the head outputs that hold for this prompt, once they are known."""
+        if edit.plan.heads is not None:
+            return edit.plan.heads
+        return self.ledger.scales.get((edit.method, layer))
+
+    def visual(self, layer: int, keys: int, device: torch.device) -> torch.Tensor:
+        """(B, K) bool: which of the keys that a layer sees are visual tokens."""
+        offset = self.offset(layer)
+        return self.ledger.visual()[:, offset : offset + keys].to(device)
 
     def window(self, rule: str) -> Window | None:
         """The rows that a rule of AttentionMethod.rows chooses in this forward; None if none."""

@@ -28,6 +28,8 @@ class Ledger:
         last_prompt: (B,) position of the last prompt token that is not padding.
         flags: {(method, layer): (B, capacity) bool}, what a method noted about prompt tokens.
         scales: {(method, layer): (B, H)}, head factors that a method chose for this prompt.
+        seen: {method: {layer: tensor}}, what the watcher of a method's prelude kept.
+        image_values: {method: (B, capacity) float32}, what a method gave to each visual token.
         derived: {layer: anything}, what was derived from kinds and flags; emptied when they change.
     """
 
@@ -35,9 +37,13 @@ class Ledger:
         shape = (batch, capacity + _GROWTH)
         self.kinds = torch.full(shape, GENERATED, dtype=torch.uint8, device=device)
         self.prompt_length = 0
+        self._written = 0
         self.last_prompt = torch.zeros(batch, dtype=torch.long, device=device)
         self.flags: dict[tuple[Any, int], torch.Tensor] = {}
         self.scales: dict[tuple[Any, int], torch.Tensor] = {}
+        self.seen: dict[Any, dict[int, torch.Tensor]] = {}
+        self.image_values: dict[Any, torch.Tensor] = {}
+        self._question: tuple[torch.Tensor, torch.Tensor] | None = None
         self.derived: dict[int, Any] = {}
 
     @property
@@ -53,6 +59,13 @@ class Ledger:
         self.flags = {
             key: torch.nn.functional.pad(flags, (0, extra)) for key, flags in self.flags.items()
         }
+        self.image_values = {
+            key: torch.nn.functional.pad(values, (0, extra))
+            for key, values in self.image_values.items()
+        }
+        if self._question is not None:
+            question, content = self._question
+            self.say_question(question, content)
         self.derived.clear()
 
     def write(self, start: int, kinds: torch.Tensor, prompt_length: int) -> None:
@@ -61,6 +74,7 @@ class Ledger:
         self.prompt_length = prompt_length
         stop = min(start + kinds.shape[1], prompt_length)
         self.kinds[:, start:stop] = kinds[:, : stop - start]
+        self._written = max(self._written, stop)
         valid = self.kinds[:, :prompt_length] != PAD
         last = valid.shape[1] - 1 - valid.flip(1).to(torch.uint8).argmax(1)
         self.last_prompt = torch.where(valid.any(1), last, torch.full_like(last, -1))
@@ -76,6 +90,34 @@ class Ledger:
         if stop > start:
             buffer[:, start:stop] = flags[:, : stop - start]
             self.derived.pop(layer, None)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every position of the prompt has been written."""
+        return 0 < self.prompt_length <= self._written
+
+    def say_question(self, question: torch.Tensor, content: torch.Tensor) -> None:
+        """Enter which tokens are the user's question, and which of them carry content: (B, L)."""
+        room = self.capacity
+        masks = [
+            torch.nn.functional.pad(mask, (0, room - mask.shape[1])) for mask in (question, content)
+        ]
+        self._question = (masks[0].to(self.kinds.device), masks[1].to(self.kinds.device))
+        self.derived.clear()
+
+    @property
+    def question(self) -> torch.Tensor:
+        """(B, capacity) bool: text of the question; unless said, all text after the last image."""
+        if self._question is not None:
+            return self._question[0]
+        visual = self.visual()
+        after = visual.flip(1).cumsum(1).flip(1) == 0
+        return (self.kinds == TEXT) & after & visual.any(1, keepdim=True)
+
+    @property
+    def content(self) -> torch.Tensor:
+        """(B, capacity) bool: tokens of the question that carry content; unless said, all of it."""
+        return self.question if self._question is None else self._question[1]
 
     def visual(self) -> torch.Tensor:
         """(B, capacity) bool: image and video tokens."""

@@ -7,17 +7,32 @@ method overrides only the functions it needs, and the engine runs only what was 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
 from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo
+from vlmfix.kernels.reference import FusedEdit
 from vlmfix.ledger import IMAGE, VIDEO
 
-__all__ = ["AttentionMethod", "Keys", "Method", "Plan", "Preset", "check_range", "find_preset"]
+if TYPE_CHECKING:
+    from vlmfix.tap import Tower
+
+__all__ = [
+    "AttentionMethod",
+    "FusedEdit",
+    "Keys",
+    "Method",
+    "Plan",
+    "Prelude",
+    "Preset",
+    "Watcher",
+    "check_range",
+    "find_preset",
+]
 
 
 @dataclass(frozen=True)
@@ -89,10 +104,27 @@ def find_preset(presets: Sequence[Preset], info: ModelInfo) -> Preset | None:
 
 @dataclass(frozen=True)
 class Keys:
-    """What a layer's keys are: `kinds` (B, K) uint8 of ledger.py, `flags` (B, K) bool or None."""
+    """What the keys of one layer are. B counts beams and returned sequences as rows.
 
+    Attributes:
+        layer: index of the decoder layer.
+        kinds: (B, K) uint8 of ledger.py.
+        flags: (B, K) bool, what `flag_tokens` noted at this layer; None without it.
+        question: (B, K) bool, text of the user's question: after the last visual token, without
+            the chat template's tail where the processor is known (`vlmfix.generate`).
+        content: (B, K) bool, tokens of the question that carry content; all of it where the
+            processor is not known.
+        seen: what the watcher of `prelude` kept, by layer.
+        image_values: (B, K) float32, what `image_values` gave to each visual token, 0 elsewhere.
+    """
+
+    layer: int
     kinds: torch.Tensor
     flags: torch.Tensor | None
+    question: torch.Tensor
+    content: torch.Tensor
+    seen: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    image_values: torch.Tensor | None = None
 
     @property
     def visual(self) -> torch.Tensor:
@@ -106,13 +138,33 @@ class Plan:
 
     Attributes:
         tensors: each (B, K, ...), sliced by the engine to the keys that a call sees.
-        samples: for each sample of the batch, whether anything of it can be edited here.
+        samples: for each row of the batch, whether anything of it can be edited here. Where no
+            row can, the model's own attention runs; a compiled step runs the edit all the same,
+            and it must then change nothing.
         notes: counts per sample, shown by `last_call`, e.g. {"visual_sinks": [3, 0]}.
+        constants: tensors without a key axis, handed over as they are, after `tensors`.
+        heads: (B, H) float32 factors on the head outputs of every row, where they are known
+            without looking at the outputs; `head_scale` is then not asked.
+        fused: the same row edit for the fused kernel; `groups` and `log_weight` cover all keys.
     """
 
     tensors: tuple[torch.Tensor, ...]
     samples: list[bool]
     notes: dict[str, list[int]] = field(default_factory=dict)
+    constants: tuple[torch.Tensor, ...] = ()
+    heads: torch.Tensor | None = None
+    fused: FusedEdit | None = None
+
+
+@dataclass(frozen=True)
+class Prelude:
+    """An extra forward before the prompt's own, in which a watcher looks and nothing is edited.
+
+    `prompt` is "whole" (the same prompt again) or "text" (the visual tokens deleted).
+    """
+
+    prompt: Literal["whole", "text"]
+    watcher: Watcher
 
 
 @dataclass(frozen=True)
@@ -130,6 +182,11 @@ class AttentionMethod(Method):
     #: "step": it is asked for every row that predicts, and holds for that row.
     head_scale_from: ClassVar[Literal["prompt", "step"]] = "prompt"
 
+    #: Whether the plans read Keys.question or Keys.content.
+    reads_question: ClassVar[bool] = False
+    #: Whether the plans carry the same row edit for the fused kernel (Plan.fused).
+    has_fused_form: ClassVar[bool] = False
+
     def layers(self, info: ModelInfo) -> Sequence[int]:
         """Indices of the decoder layers that this method edits, 0-based."""
         raise NotImplementedError
@@ -138,8 +195,28 @@ class AttentionMethod(Method):
         """Note prompt tokens at a layer's input: hidden (B, Q, D) -> (B, Q) bool."""
         raise NotImplementedError
 
+    def prelude(self, info: ModelInfo) -> Prelude | None:
+        """The extra forward that the plans need, with a watcher made for this one prompt."""
+        return None
+
+    def encoder_layers(self, tower: Tower) -> tuple[int, ...]:
+        """Layers of the vision tower whose received attention `image_values` wants."""
+        return ()
+
+    def image_values(self, received: Sequence[torch.Tensor]) -> torch.Tensor:
+        """One value per visual token of one image (or one tile of it).
+
+        Args:
+            received: per layer of `encoder_layers`, (N,) float32: how much attention each visual
+                token's patches receive there, from the class token or else from all patches.
+
+        Returns:
+            (N,); the engine puts it where the image's tokens are (`Keys.image_values`).
+        """
+        raise NotImplementedError
+
     def plan(self, keys: Keys) -> Plan | None:
-        """Prepare one layer of one prompt; None: nothing to edit, the layer runs untouched."""
+        """Prepare one layer of one prompt; None: these settings never edit this layer."""
         raise NotImplementedError
 
     def edit_scores(self, scores: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
@@ -152,21 +229,58 @@ class AttentionMethod(Method):
         """Softmax rows (B, H, R, K) -> edited rows, and (B, H, R) bool: which were changed."""
         raise NotImplementedError
 
+    def score_scale(self, scores: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
+        """Scaled scores (B, H, R, K), unedited -> factors (B, H, R) on the head outputs."""
+        raise NotImplementedError
+
     def head_scale(self, outputs: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
         """Head outputs (B, H, R, D) before o_proj -> factors (B, H, R); see head_scale_from."""
         raise NotImplementedError
 
-    def observe_weights(self, layer: int, weights: torch.Tensor) -> None:
-        """See the (edited) softmax rows (B, H, R, K) of the rows that predict; no effect."""
+    def knocks_out(self) -> bool:
+        """Whether head_scale also wants the outputs that the same rows have without visual keys.
+
+        They come right after `outputs`, in the same shape.
+        """
+        return False
+
+    def observe_weights(
+        self, layer: int, weights: torch.Tensor, position: int, *plan: torch.Tensor
+    ) -> None:
+        """See softmax rows (B, H, R, K) of the rows from `position` of the prompt; no effect.
+
+        The rows of the method's rule, each with the row before it. Long prompts come in pieces
+        that overlap by one row, so that every row is seen once beside the one before it.
+        """
         raise NotImplementedError
 
     def observe_heads(self, layer: int, outputs: torch.Tensor) -> None:
         """See the head outputs (B, H, R, D) of the rows that predict; no effect."""
         raise NotImplementedError
 
+    def edits_rows(self) -> bool:
+        """Whether this method changes attention rows (and not only scales heads or looks)."""
+        return any(map(self.overrides, ("edit_scores", "edit_weights", "score_scale")))
+
     def overrides(self, function: str) -> bool:
         """Whether this method has a function of its own of that name."""
         return getattr(type(self), function) is not getattr(AttentionMethod, function)
+
+
+@dataclass(frozen=True, eq=False)
+class Watcher(AttentionMethod):
+    """Looks at some layers of one forward and keeps something of each; edits nothing."""
+
+    watched: tuple[int, ...]
+    seen: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    name: ClassVar[str] = "watcher"
+
+    def layers(self, info: ModelInfo) -> Sequence[int]:
+        return self.watched
+
+    def plan(self, keys: Keys) -> Plan | None:
+        return Plan((), [True] * len(keys.kinds))
 
 
 def check_range(

@@ -7,12 +7,14 @@ generate call with the call (call.py); nothing counts steps.
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 import threading
 import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -20,7 +22,7 @@ import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vlmfix.attention import NAME, SLOT, Slot, in_python
+from vlmfix.attention import NAME, SLOT, Implementation, Slot, Step, in_python
 from vlmfix.call import Call
 from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
 from vlmfix.families import ModelInfo
@@ -32,7 +34,10 @@ from vlmfix.frame import (
     require_image,
     sliding_offsets,
 )
-from vlmfix.ledger import Ledger
+from vlmfix.ledger import PAD, Ledger
+from vlmfix.method import Prelude
+from vlmfix.question import find_question
+from vlmfix.surgeon import module_state, prompt_without_images
 
 __all__ = ["SESSION", "Session"]
 
@@ -42,8 +47,10 @@ SESSION = "_vlmfix_session"  # where a wrapped model keeps its Session
 class Session:
     """Hooks of one wrapped model, and everything needed to take them out again."""
 
-    def __init__(self, model: torch.nn.Module, info: ModelInfo, stack: Stack) -> None:
-        self.model, self.info, self.default = model, info, stack
+    def __init__(
+        self, model: torch.nn.Module, info: ModelInfo, stack: Stack, impl: Implementation
+    ) -> None:
+        self.model, self.info, self.default, self.impl = model, info, stack, impl
         self.local = threading.local()
         self.lock = threading.RLock()
         self.running = 0
@@ -53,7 +60,7 @@ class Session:
         self._handles: list[Any] = []
         self._hooked_inputs: set[int] = set()
         self._configs: dict[int, Any] = {}
-        self._generate: Any = None
+        self._shadowed: dict[str, Any] = {}
         self._restore_implementation: Any = None
 
     # -- life cycle ---------------------------------------------------------------------------
@@ -68,8 +75,8 @@ class Session:
                 self.model.register_forward_hook(self._after, always_call=True),
             ]
             self.reach(self.default)
-            self._generate = self.model.__dict__.get("generate")
-            self.model.__dict__["generate"] = self.generate
+            self._shadow("generate", self.generate)
+            self._shadow("get_compiled_call", self.get_compiled_call)
             self.model.__dict__[SESSION] = self
         except BaseException:
             self.detach()
@@ -86,13 +93,25 @@ class Session:
             module.__dict__.pop(SLOT, None)
         self._configs.clear()
         self._hooked_inputs.clear()
-        if SESSION in self.model.__dict__:
-            del self.model.__dict__[SESSION], self.model.__dict__["generate"]
-            if self._generate is not None:
-                self.model.__dict__["generate"] = self._generate
+        for name, before in self._shadowed.items():
+            del self.model.__dict__[name]
+            if before is not None:
+                self.model.__dict__[name] = before
+        self._shadowed.clear()
+        self.model.__dict__.pop(SESSION, None)
         if self._restore_implementation is not None:
             self._restore_implementation()
             self._restore_implementation = None
+
+    def _shadow(self, name: str, function: Any) -> None:
+        """Put our function over a method of the model, on this object only."""
+        self._shadowed[name] = self.model.__dict__.get(name)
+        self.model.__dict__[name] = function
+
+    def _model_method(self, name: str) -> Any:
+        """The method that we shadow: somebody's own on this object, else the class's."""
+        method = getattr(type(self.model), name)
+        return self._shadowed.get(name) or method.__get__(self.model)
 
     def reach(self, stack: Stack) -> None:
         """Hook the layers that a stack wants and that are not hooked yet."""
@@ -107,7 +126,7 @@ class Session:
     def _hook_attention(self, layer: int) -> None:
         module: Any = self.info.attention[layer]
         self._configs[layer] = module.config
-        module.__dict__[SLOT] = Slot(self, layer, _base_attention(module))
+        module.__dict__[SLOT] = Slot(self, layer, _base_attention(module), self.impl)
         # The model object keeps its own configuration, so it goes on making its native masks.
         override = copy.copy(module.config)
         override._attn_implementation_internal = NAME
@@ -153,6 +172,11 @@ class Session:
         return getattr(self.local, "frame", None)
 
     @property
+    def prepared_steps(self) -> dict[int, tuple[Step, ...]] | None:
+        """What the compiled decode step of this thread runs, by layer; None outside of one."""
+        return getattr(self.local, "steps", None)
+
+    @property
     def stack(self) -> Stack:
         """The stack of this thread: the innermost `using`, else what was wrapped."""
         stacks: list[Stack] = getattr(self.local, "stacks", [])
@@ -179,7 +203,7 @@ class Session:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own generate(), which knows here where the prompt ends."""
-        inner = self._generate or type(self.model).generate.__get__(self.model)  # type: ignore[attr-defined]
+        inner = self._model_method("generate")
         with self.lock:
             self.running += 1
         try:
@@ -189,6 +213,7 @@ class Session:
                 self.running -= 1
 
     def _generate_with_methods(self, inner: Any, args: Any, kwargs: Any) -> Any:
+        processor = kwargs.pop("processor", None)
         stack = self.stack
         if not stack.methods:
             return inner(*args, **kwargs)
@@ -200,6 +225,8 @@ class Session:
                 "model with vlmfix.using(model, None)."
             )
         call = Call(methods=stack.specs(), prompt_length=ids.shape[1])
+        if processor is not None and stack.reads_question:
+            call.question = find_question(processor, self.info, ids)
         outer = getattr(self.local, "call", None)
         self.local.call = call
         try:
@@ -210,11 +237,62 @@ class Session:
         self.last = self.local.last = call
         return output
 
+    def get_compiled_call(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's compiled forward, with the Python part of a decode step before the graph.
+
+        generate() compiles decode steps only. What such a step does is settled once the prompt is
+        known: its plans become inputs of the graph, which then needs no Python of ours. Before
+        that, or with a cache that we cannot follow, the hooks run as they do without compiling.
+        """
+        compiled = self._model_method("get_compiled_call")(*args, **kwargs)
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self.local.steps = self._steps(kwargs)
+            try:
+                return compiled(*args, **kwargs)
+            finally:
+                self.local.steps = None
+
+        return step
+
+    def _steps(self, kwargs: dict[str, Any]) -> dict[int, tuple[Step, ...]] | None:
+        """By layer, what a decode step over the cache in `kwargs` runs; None if it is not known."""
+        stack, cache = self.stack, kwargs.get("past_key_values")
+        if not stack.methods:
+            return {}
+        if not isinstance(cache, Cache) or not cache.is_compileable:
+            return None
+        ledger = self._ledgers.get(cache)
+        call: Call | None = getattr(self.local, "call", None)
+        if call is None or ledger is None or not ledger.whole:
+            return None
+        call.passes += 1
+        # The number of past positions lives on the device; all that counts here is that the
+        # prompt is behind us.
+        frame = Frame(stack, call, ledger, ledger.prompt_length, 1, sliding_offsets(cache, 1))
+        steps = {}
+        for layer in stack.by_layer:
+            device = self._device(layer)
+            edits = frame.edits(layer, device)
+            steps[layer] = tuple(
+                replace(step, counter=call.counter(layer, device))
+                for step in frame.steps(layer, edits, cache.get_max_length(layer))
+            )
+        return steps
+
+    def _device(self, layer: int) -> torch.device:
+        return next(self.info.layers[layer].parameters()).device
+
     # -- forward ------------------------------------------------------------------------------
 
+    # Each hook is two functions: the outer one is all that a compiled step sees of it.
+
+    def _before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        return None if self.prepared_steps is not None else self._begin(args, kwargs)
+
     @in_python
-    def _before(
-        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def _begin(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         prompt_length = kwargs.pop("prompt_length", None)
         stack = self.stack
@@ -237,7 +315,10 @@ class Session:
                 "the forward got no input_ids, so vlmfix cannot see where the image is. Pass "
                 "input_ids, or run the plain model with vlmfix.using(model, None)."
             )
-        self.local.frame = self._frame(stack, ids, cache, prompt_length, kwargs)
+        frame = self._frame(stack, ids, cache, prompt_length, kwargs)
+        if stack.preludes and not frame.past:
+            self._run_preludes(frame, ids, kwargs)
+        self.local.frame = frame
         return args, kwargs
 
     def _frame(
@@ -274,15 +355,71 @@ class Session:
             if past == 0 and queries >= prompt_length:
                 require_image(self.info, kinds, kwargs)
             ledger.write(past, kinds, prompt_length)
+            if call.question is not None and past == 0:
+                copies = batch // len(call.question[0])
+                ledger.say_question(*(m.repeat_interleave(copies, 0) for m in call.question))
         ledger.reserve(max(past + queries, key_capacity(cache)))
         offsets = sliding_offsets(cache, queries)
         return Frame(stack, call, ledger, past, queries, offsets)
 
-    @in_python
+    def _run_preludes(self, frame: Frame, ids: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        """The extra forwards that methods want of a prompt, before its own."""
+        ledger, call = frame.ledger, frame.call
+        if frame.queries < ledger.prompt_length:
+            names = ", ".join(sorted(method.name for method in frame.stack.preludes))
+            raise CompositionError(
+                f"{names} must see the whole prompt at once, but this forward holds "
+                f"{frame.queries} of its {ledger.prompt_length} tokens (chunked prefill). Generate "
+                "without prefill_chunk_size."
+            )
+        if not bool(ledger.visual().any()):
+            return
+        for method in frame.stack.preludes:
+            if method not in call.seen:
+                prelude = method.prelude(self.info)
+                if prelude is None:
+                    continue
+                call.extra_passes += 1
+                self._watch(prelude, ledger, ids, kwargs)
+                call.seen[method] = prelude.watcher.seen
+            ledger.seen[method] = call.seen[method]
+
+    def _watch(
+        self, prelude: Prelude, ledger: Ledger, ids: torch.Tensor, kwargs: dict[str, Any]
+    ) -> None:
+        """One forward over the prompt without a cache, in which only the watcher looks."""
+        length = ledger.prompt_length
+        inputs = {**kwargs, "input_ids": ids[:, :length]}
+        if prelude.prompt == "text":
+            inputs = prompt_without_images(self.model, self.info, inputs)
+        else:
+            # A static cache's mask spans its capacity; transformers makes another of this one.
+            inputs["attention_mask"] = (ledger.kinds[:, :length] != PAD).long()
+            for name in ("past_key_values", "labels"):
+                inputs.pop(name, None)
+        inputs |= {"use_cache": False, "return_dict": True}
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            inputs["logits_to_keep"] = 1
+        outer = {name: getattr(self.local, name, None) for name in ("call", "last")}
+        last = self.last
+        self.local.call = Call(methods=(), prompt_length=inputs["input_ids"].shape[1])
+        try:
+            watching = Stack((prelude.watcher,), self.info)
+            with self.use(watching), module_state(self.model), torch.no_grad():
+                self.model(**inputs)
+        finally:
+            self.last = last
+            self.local.call, self.local.last = outer["call"], outer["last"]
+
     def _flag(
         self, layer: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """At a layer's input: let methods note prompt tokens."""
+        if self.prepared_steps is None:
+            self._note_flags(layer, args, kwargs)
+
+    @in_python
+    def _note_flags(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         frame = self.frame
         if frame is None or frame.decoding:
             return
@@ -291,11 +428,13 @@ class Session:
             if method.overrides("flag_tokens"):
                 frame.ledger.flag(method, layer, frame.past, method.flag_tokens(hidden))
 
-    @in_python
-    def _check(
-        self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def _check(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """After the first forward of a prompt: every planned layer must have come by."""
+        if self.prepared_steps is None:
+            self._check_reached()
+
+    @in_python
+    def _check_reached(self) -> None:
         frame = self.frame
         if frame is None or frame.past:
             return
@@ -307,8 +446,12 @@ class Session:
                 "edited; run the plain model with vlmfix.unwrap(model)."
             )
 
-    @in_python
     def _after(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if self.prepared_steps is None:
+            self._end()
+
+    @in_python
+    def _end(self) -> None:
         # The frame holds the cache's ledger: leaving it would keep the last prompt alive.
         self.local.frame = None
 

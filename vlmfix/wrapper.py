@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal, TypeVar
+from typing import TypeVar, get_args
 
 import torch
 
+from vlmfix.attention import Implementation
 from vlmfix.call import CallReport
-from vlmfix.errors import BadInput, CompositionError, StateError, VlmfixError
+from vlmfix.errors import BadInput, CompositionError, StateError
 from vlmfix.families import ModelInfo, describe_model
 from vlmfix.frame import Stack
 from vlmfix.registry import MethodSpec, build_stack
@@ -19,7 +21,6 @@ from vlmfix.session import SESSION, Session
 __all__ = ["last_call", "suspended", "unwrap", "using", "wrap", "wrapped"]
 
 Model = TypeVar("Model", bound=torch.nn.Module)
-Implementation = Literal["auto", "torch", "triton"]
 
 
 def wrap(model: Model, methods: MethodSpec, *, impl: Implementation = "auto") -> Model:
@@ -32,7 +33,9 @@ def wrap(model: Model, methods: MethodSpec, *, impl: Implementation = "auto") ->
         model: a Hugging Face vision-language model in eval mode.
         methods: "var", "var:keep=0.4", a method object, a list of them (a stack), or None for a
             model that is plain until `using` says otherwise.
-        impl: "torch", or "auto" for the best there is; "triton" is refused where it cannot run.
+        impl: how edited rows are computed while decoding. "auto": the fused Triton kernel on a GPU
+            for edits that have a fused form, else torch; "torch": never the kernel; "triton": the
+            kernel or an error.
 
     Raises:
         UnknownMethod, BadInput: a method, an option or `impl` that cannot be used.
@@ -54,8 +57,8 @@ def wrap(model: Model, methods: MethodSpec, *, impl: Implementation = "auto") ->
             "this model is in training mode; vlmfix works at inference only. Call model.eval() "
             "before vlmfix.wrap(model, ...)."
         )
-    stack = _stack(model, info, methods)
-    Session(model, info, stack).attach()
+    stack = _stack(model, info, methods, impl)
+    Session(model, info, stack, impl).attach()
     return model
 
 
@@ -97,7 +100,7 @@ def using(model: Model, methods: MethodSpec) -> Iterator[Model]:
         StateError: the model is not wrapped (`wrap(model, None)` makes it so without any method).
     """
     session = _session(model, "using")
-    stack = _stack(model, session.info, methods)
+    stack = _stack(model, session.info, methods, session.impl)
     with session.use(stack):
         yield model
 
@@ -126,7 +129,9 @@ def _session(model: torch.nn.Module, verb: str) -> Session:
     return session
 
 
-def _stack(model: torch.nn.Module, info: ModelInfo, methods: MethodSpec) -> Stack:
+def _stack(
+    model: torch.nn.Module, info: ModelInfo, methods: MethodSpec, impl: Implementation
+) -> Stack:
     prepared = tuple(method.prepared(info, model) for method in build_stack(methods))
     for method in prepared:
         if reason := method.idle():
@@ -138,20 +143,35 @@ def _stack(model: torch.nn.Module, info: ModelInfo, methods: MethodSpec) -> Stac
             f"the stack {names} holds {', '.join(twice)} more than once. Give each method once, "
             "with the options you want."
         )
-    return Stack(prepared, info)
+    stack = Stack(prepared, info)
+    if impl == "triton":
+        _check_fused(stack)
+    return stack
 
 
 def _check_implementation(impl: str) -> None:
-    if impl in ("auto", "torch"):
-        return
-    if impl != "triton":
+    if impl not in get_args(Implementation):
         raise BadInput(f"impl={impl!r} must be 'auto', 'torch' or 'triton'.")
-    if not torch.cuda.is_available():
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if impl == "triton" and not torch.cuda.is_available() and not interpreted:
         raise BadInput(
             "impl='triton' needs a CUDA device and this machine shows none. Use impl='auto', which "
             "takes the torch implementation here."
         )
-    raise VlmfixError(
-        "impl='triton': this version has no fused kernels yet. Use impl='auto', which takes the "
-        "torch implementation."
-    )
+
+
+def _check_fused(stack: Stack) -> None:
+    """Refuse what the kernel has no form for: impl='triton' never falls back."""
+    for layer, methods in sorted(stack.by_layer.items()):
+        editing = [method for method in methods if method.edits_rows()]
+        without = [method.name for method in editing if not method.has_fused_form]
+        if without:
+            raise CompositionError(
+                f"impl='triton': {', '.join(without)} has no fused form. Use impl='auto', which "
+                "takes the torch implementation for it."
+            )
+        if len(editing) > 1:
+            raise CompositionError(
+                f"impl='triton': {' and '.join(m.name for m in editing)} both edit the rows of "
+                f"layer {layer}, and the kernel runs one edit per layer. Use impl='auto'."
+            )

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_keys import make_keys
 from matrix import family, logits, prompt
 from transformers import DynamicCache
 
@@ -14,7 +15,6 @@ from vlmfix.errors import BadInput
 from vlmfix.families import describe_model
 from vlmfix.kernels.reference import attend, mask_scores
 from vlmfix.ledger import IMAGE, PAD, TEXT
-from vlmfix.method import Keys
 from vlmfix.methods.pai import PayAttentionToImage, lift_scores
 
 SCORES = torch.tensor([1.0, 0.5, -2.0, 0.0], dtype=torch.float64).view(1, 1, 1, 4)
@@ -65,12 +65,13 @@ def test_masked_image_key_stays_masked(alpha: float) -> None:
 
 def test_plan_marks_visual_keys_only() -> None:
     kinds = torch.tensor([[PAD, TEXT, IMAGE, IMAGE, TEXT], [PAD, PAD, TEXT, TEXT, TEXT]])
-    plan = PayAttentionToImage(alpha=0.5).plan(Keys(kinds.to(torch.uint8), None))
+    plan = PayAttentionToImage(alpha=0.5).plan(make_keys(kinds.to(torch.uint8), None))
     assert plan is not None and plan.samples == [True, False]
     assert plan.tensors[0].tolist() == [[0, 0, 0.5, 0.5, 0], [0] * 5]
-    text_only = Keys(kinds[1:].to(torch.uint8), None)
-    assert PayAttentionToImage(alpha=0.5).plan(text_only) is None
-    assert PayAttentionToImage(alpha=0.0).plan(Keys(kinds.to(torch.uint8), None)) is None
+    text_only = make_keys(kinds[1:].to(torch.uint8), None)
+    nothing = PayAttentionToImage(alpha=0.5).plan(text_only)
+    assert nothing is not None and nothing.samples == [False] and not nothing.tensors[0].any()
+    assert PayAttentionToImage(alpha=0.0).plan(make_keys(kinds.to(torch.uint8), None)) is None
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])

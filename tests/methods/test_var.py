@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_keys import make_keys
 from matrix import ROWS, family, logits, prompt
 from tiny import generate_kwargs
 
@@ -14,7 +15,6 @@ import vlmfix
 from vlmfix.errors import BadInput, CalibrationNeeded
 from vlmfix.families import describe_model
 from vlmfix.ledger import GENERATED, IMAGE, PAD, TEXT, VIDEO
-from vlmfix.method import Keys
 from vlmfix.methods.var import VisualAttentionRedistribution, redistribute, rules
 
 STRONG = next(row.strong for row in ROWS if row.name == "var")
@@ -110,21 +110,25 @@ def test_plan_leaves_out_padding_generated_tokens_and_samples_without_visual_sin
         [[TEXT, IMAGE, IMAGE, TEXT, GENERATED], [PAD, TEXT, IMAGE, TEXT, GENERATED]]
     ).to(torch.uint8)
     flags = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 0, 0, 0]]).bool()
-    plan = method.plan(Keys(kinds, flags))
+    plan = method.plan(make_keys(kinds, flags))
     assert plan is not None and plan.samples == [True, False]
     _, moves = plan.tensors
     expected = torch.tensor([[-0.4, 0], [-0.4, 0], [0, 1], [0, 0], [0, 0]])
     assert torch.allclose(moves[0, :5], expected)
     assert moves[1].abs().sum() == 0
     assert plan.notes == {"visual_sinks": [1, 0], "text_sinks": [1, 1]}
-    assert method.plan(Keys(kinds, flags & (kinds != IMAGE))) is None
+    nothing = method.plan(make_keys(kinds, flags & (kinds != IMAGE)))
+    assert nothing is not None and nothing.samples == [False, False]
+    assert nothing.fused is not None and nothing.fused.groups is not None
+    assert not nothing.tensors[1].any() and not nothing.fused.groups.any()
 
 
 def test_video_counts_as_visual_unless_told_otherwise() -> None:
     kinds = torch.tensor([[TEXT, VIDEO, VIDEO, TEXT]]).to(torch.uint8)
     flags = torch.tensor([[1, 1, 0, 0]]).bool()
-    assert VisualAttentionRedistribution(keep=0.6).plan(Keys(kinds, flags)) is not None
-    assert VisualAttentionRedistribution(keep=0.6, video=False).plan(Keys(kinds, flags)) is None
+    for video in (True, False):
+        plan = VisualAttentionRedistribution(keep=0.6, video=video).plan(make_keys(kinds, flags))
+        assert plan is not None and plan.samples == [video]
 
 
 @pytest.mark.parametrize("options", [{"keep": 1.0}, {"rho": 1.5}, {"tau": 7.9}])

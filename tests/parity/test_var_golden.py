@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_keys import make_keys
 from safetensors import safe_open
 
 from vlmfix.ledger import IMAGE, TEXT
-from vlmfix.method import Keys, Plan
+from vlmfix.method import Plan
 from vlmfix.methods.var import VisualAttentionRedistribution
 
 
@@ -33,7 +34,7 @@ def test_rows_equal_the_authors_code(golden: Path, number: int) -> None:
     kinds = torch.full((1, prompt + 8), TEXT, dtype=torch.uint8)
     kinds[:, start : start + length] = IMAGE
     kinds[:, prompt:] = 4
-    plan = method.plan(Keys(kinds, torch.nn.functional.pad(flags, (0, 8))))
+    plan = method.plan(make_keys(kinds, torch.nn.functional.pad(flags, (0, 8))))
     assert isinstance(plan, Plan)
 
     # The prefill edits the rows after the image; the rows before it stay.

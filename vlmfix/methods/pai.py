@@ -11,7 +11,7 @@ import torch
 
 from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo
-from vlmfix.method import AttentionMethod, Keys, Plan, Preset, check_range, find_preset
+from vlmfix.method import AttentionMethod, FusedEdit, Keys, Plan, Preset, check_range, find_preset
 
 __all__ = ["PayAttentionToImage", "lift_scores"]
 
@@ -56,6 +56,7 @@ class PayAttentionToImage(AttentionMethod):
 
     name: ClassVar[str] = "pai"
     rows: ClassVar[Literal["predicting", "text"]] = "predicting"
+    has_fused_form: ClassVar[bool] = True
     PRESETS: ClassVar[tuple[Preset, ...]] = (
         Preset("LLaVA-1.5-7B", "llava", "llama", 4096, 32, {"alpha": 0.5}, "notes on the paper"),
     )
@@ -82,11 +83,14 @@ class PayAttentionToImage(AttentionMethod):
         return range(self.start_layer or 0, self.end_layer or info.num_layers)
 
     def plan(self, keys: Keys) -> Plan | None:
-        visual = keys.visual
-        samples: list[bool] = visual.any(1).tolist()
-        if not self.alpha or not any(samples):
+        if not self.alpha:
             return None
-        return Plan((visual.float() * self.alpha,), samples)
+        visual = keys.visual
+        gain = [[1.0, 1.0], [1 + self.alpha, 1 - self.alpha], [1.0, 1.0], [1.0, 1.0]]
+        fused = FusedEdit(
+            groups=visual.to(torch.uint8), gain=torch.tensor(gain, device=visual.device)
+        )
+        return Plan((visual.float() * self.alpha,), visual.any(1).tolist(), fused=fused)
 
     def edit_scores(self, scores: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
         return lift_scores(scores, plan[0])

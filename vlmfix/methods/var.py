@@ -14,7 +14,7 @@ from vlmfix.errors import BadInput, CalibrationNeeded
 from vlmfix.families import ModelInfo
 from vlmfix.ledger import IMAGE, TEXT
 from vlmfix.massive import DEFAULT_FRACTION, magnitude
-from vlmfix.method import AttentionMethod, Keys, Plan, Preset, check_range, find_preset
+from vlmfix.method import AttentionMethod, FusedEdit, Keys, Plan, Preset, check_range, find_preset
 
 __all__ = ["VisualAttentionRedistribution", "redistribute", "rules"]
 
@@ -118,6 +118,7 @@ class VisualAttentionRedistribution(AttentionMethod):
 
     name: ClassVar[str] = "var"
     rows: ClassVar[Literal["predicting", "text"]] = "text"
+    has_fused_form: ClassVar[bool] = True
     PRESETS: ClassVar[tuple[Preset, ...]] = (
         Preset("LLaVA-1.5-7B", "llava", "llama", 4096, 32, _7B, _CODE, _VICUNA),
         Preset("LLaVA-1.5-13B", "llava", "llama", 5120, 40, _13B, _CODE, _VICUNA),
@@ -181,20 +182,27 @@ class VisualAttentionRedistribution(AttentionMethod):
         return magnitude(hidden)[..., list(self.sink_channels)].amax(-1) >= self.tau
 
     def plan(self, keys: Keys) -> Plan | None:
-        assert keys.flags is not None
+        assert keys.flags is not None and self.keep is not None
+        if self.keep == 1 or self.rho > 1 or self.sink_channels == ():
+            return None
         visual = keys.visual if self.video else keys.kinds == IMAGE
         visual_sinks = keys.flags & visual
         text_sinks = keys.flags & (keys.kinds == TEXT)
         counts = visual_sinks.sum(1).tolist()
-        if self.keep == 1 or self.rho > 1 or not any(counts):
-            return None
         groups = torch.stack((text_sinks, visual_sinks, visual & ~visual_sinks), dim=-1)
         # A sample without a visual sink in this layer is left alone, text sinks or not.
         groups &= visual_sinks.any(1)[:, None, None]
         notes = {"visual_sinks": counts, "text_sinks": text_sinks.sum(1).tolist()}
-        assert self.keep is not None
         tensors = rules(groups.float(), self.keep, self.rho, self.minimum_visual_mass)
-        return Plan(tensors, [count > 0 for count in counts], notes)
+        numbers = (groups.to(torch.uint8) * groups.new_tensor([1, 2, 3], dtype=torch.uint8)).sum(-1)
+        fused = FusedEdit(
+            groups=numbers.to(torch.uint8),
+            epilogue="var",
+            keep=self.keep,
+            rho=self.rho,
+            minimum_visual_mass=self.minimum_visual_mass,
+        )
+        return Plan(tensors, [count > 0 for count in counts], notes, fused=fused)
 
     def edit_weights(
         self, weights: torch.Tensor, *plan: torch.Tensor
