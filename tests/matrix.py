@@ -25,6 +25,8 @@ class Row:
     strong: Method
     identity: Method
     families: tuple[str, ...] = FAMILIES
+    #: False for methods that must see the whole prompt at once and refuse a prefill in chunks.
+    chunks: bool = True
 
 
 # Tiny models have neither trained sinks nor a fifth layer: many channels, a low threshold, and
