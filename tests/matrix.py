@@ -79,10 +79,10 @@ def family(name: str) -> TinyFamily:
     return _built[name]
 
 
-def prompt(tiny: TinyFamily, batch: int = 3) -> dict[str, Any]:
+def prompt(tiny: TinyFamily, batch: int = 3, seed: int = 0) -> dict[str, Any]:
     """A ragged, left-padded batch on which every method of the matrix has something to edit."""
     lengths = _LENGTHS.get(tiny.name)
-    return tiny.inputs(batch, lengths=None if lengths is None else lengths[:batch])
+    return tiny.inputs(batch, seed=seed, lengths=None if lengths is None else lengths[:batch])
 
 
 def logits(model: Any, inputs: dict[str, Any], **kwargs: Any) -> torch.Tensor:
