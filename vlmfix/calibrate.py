@@ -12,7 +12,7 @@ import json
 import math
 import os
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,28 +41,53 @@ _TEXT = "There is a photograph on the table. It shows what somebody saw on a wal
 class Calibration:
     """What was measured on one model.
 
+    A part that was never measured is None; nothing found is an empty tuple. Layers and heads are
+    0-based.
+
     Attributes:
         fingerprint: of the model, see `fingerprint`.
         sink_channels: channels that are massive at the first text token, strongest first; empty
             if none was found and that finding was kept.
-        largest: the largest |x_d| / rms(x) of the first text token in those layers.
         tau: the threshold on |x_d| / rms(x) that they passed.
-        layers: the layers looked at.
+        largest: the largest |x_d| / rms(x) of the first text token in those layers.
+        layers: the layers looked at for sinks.
         magnitudes: {channel: its median |x_d| / rms(x) over those layers}.
+        vision_heads: [layer][head], mean vision-aware head divergence (divergence.py).
+        gift_saliency_layer: the layer whose attention to the image jumps most while the question
+            is read (gaze.py).
+        gift_layers: layers in which attention to image and question rise and fall together
+            (gaze.py).
+        gift_changes: [layer], what `gift_saliency_layer` is the largest of.
+        gift_correlations: [layer], what `gift_layers` are the positive ones of.
+        hallucination_heads: (layer, head) pairs, strongest first (`vlmfix attribute`).
+        path: the file that it was read from or written to.
     """
 
     fingerprint: str
     model_type: str
-    sink_channels: tuple[int, ...]
-    tau: float
-    largest: float
-    layers: tuple[int, ...]
-    magnitudes: dict[int, float]
+    sink_channels: tuple[int, ...] | None = None
+    tau: float | None = None
+    largest: float | None = None
+    layers: tuple[int, ...] | None = None
+    magnitudes: dict[int, float] | None = None
+    vision_heads: tuple[tuple[float, ...], ...] | None = None
+    gift_saliency_layer: int | None = None
+    gift_layers: tuple[int, ...] | None = None
+    gift_changes: tuple[float, ...] | None = None
+    gift_correlations: tuple[float, ...] | None = None
+    hallucination_heads: tuple[tuple[int, int], ...] | None = None
     path: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)
+
+    def over(self, other: Calibration | None) -> Calibration:
+        """This calibration, and of another one of the same model what this one did not measure."""
+        if other is None:
+            return self
+        names = [item.name for item in fields(self) if getattr(self, item.name) is None]
+        return replace(self, **{name: getattr(other, name) for name in names})
 
 
 def cache_folder() -> Path:
@@ -190,19 +215,22 @@ def _model_folder(model: Any) -> Path | None:
 
 
 def write(result: Calibration, path: Path) -> None:
-    """Write a calibration as JSON: a temporary file, then a rename, so it is whole or absent."""
+    """Write what was measured as JSON: to a temporary file, then a rename: whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"format": _FORMAT, **{k: v for k, v in asdict(result).items() if k != "path"}}
+    measured = {k: v for k, v in asdict(result).items() if v is not None and k != "path"}
     with tempfile.NamedTemporaryFile(
         "w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
     ) as file:
-        json.dump(content, file, indent=2)
+        json.dump({"format": _FORMAT, **measured}, file, indent=2)
         file.write("\n")
     os.replace(file.name, path)
 
 
 def load_calibration(model: Any) -> Calibration | None:
-    """The calibration of exactly this model: from its own folder, else from the cache folder.
+    """What is known of exactly this model.
+
+    The user's cache folder comes first, then the model's own folder for what was not measured
+    here; so a file that travels with the weights never hides a newer measurement.
 
     Raises:
         BadInput: a file is there but cannot be read.
@@ -211,13 +239,13 @@ def load_calibration(model: Any) -> Calibration | None:
     folder = _model_folder(model)
     candidates = [cache_folder() / "calibration" / f"{mark}.json"]
     if folder is not None:
-        candidates.insert(0, folder / FOLDER_FILE)
-    for path in candidates:
-        if path.is_file():
-            result = _read(path)
-            if result.fingerprint == mark:
-                return result
-    return None
+        candidates.append(folder / FOLDER_FILE)
+    found: Calibration | None = None
+    for path in filter(Path.is_file, candidates):
+        result = _read(path)
+        if result.fingerprint == mark:
+            found = found.over(result) if found else result
+    return found
 
 
 def _read(path: Path) -> Calibration:
@@ -225,12 +253,16 @@ def _read(path: Path) -> Calibration:
         content = json.loads(path.read_text())
         if content.pop("format") != _FORMAT:
             raise ValueError("unknown format")
-        content["sink_channels"] = tuple(content["sink_channels"])
-        content["layers"] = tuple(content["layers"])
-        content["magnitudes"] = {int(k): v for k, v in content["magnitudes"].items()}
+        content = {key: _tuples(value) for key, value in content.items()}
+        if (magnitudes := content.get("magnitudes")) is not None:
+            content["magnitudes"] = {int(k): v for k, v in magnitudes.items()}
         return Calibration(**content, path=str(path))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(
             f"the calibration file {path} cannot be read ({error}). Delete it and run "
             "`vlmfix calibrate` again."
         ) from error
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

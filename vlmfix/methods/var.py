@@ -158,7 +158,8 @@ class VisualAttentionRedistribution(AttentionMethod):
             return self.sink_channels, None
         if preset := find_preset(self.PRESETS, info):
             return preset.values["sink_channels"], preset.values["tau"]
-        if calibration := load_calibration(model):
+        calibration = load_calibration(model)
+        if calibration is not None and calibration.sink_channels is not None:
             return calibration.sink_channels, calibration.tau
         raise CalibrationNeeded(
             f"var does not know the sink channels of this {info.model_type} model "
