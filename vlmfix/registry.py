@@ -214,8 +214,10 @@ def _coerce(method: str, key: str, text: str, hint: Any) -> Any:
     try:
         if bool in choices:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
-        if any(typing.get_origin(choice) is tuple for choice in (hint, *choices)):
-            return tuple(int(piece) for piece in text.split("/"))
+        for choice in (hint, *choices):
+            if typing.get_origin(choice) is tuple:
+                kind = typing.get_args(choice)[0]
+                return tuple(kind(piece) for piece in text.split("/")) if text != "()" else ()
         if int in choices and float not in choices:
             return int(text)
         return float(text) if float in choices else text
