@@ -12,7 +12,7 @@ from vlmfix.errors import BadInput
 from vlmfix.loading import load_image
 from vlmfix.session import SESSION
 
-__all__ = ["Answer", "generate"]
+__all__ = ["Answer", "chat_inputs", "end_tokens", "generate"]
 
 Message = Mapping[str, Any]
 Chat = Sequence[Message]
@@ -56,7 +56,7 @@ def generate(
     """
     single = bool(messages) and isinstance(messages[0], Mapping)
     chats: Any = [messages] if single else messages
-    inputs = _inputs(model, processor, chats)
+    inputs = chat_inputs(model, processor, chats)
     if SESSION in model.__dict__:  # only a wrapped model knows this argument
         generate_kwargs["processor"] = processor
     output = model.generate(**inputs, **generate_kwargs)
@@ -67,7 +67,12 @@ def generate(
     return answers[0].text if single and len(answers) == 1 else [a.text for a in answers]
 
 
-def _inputs(model: Any, processor: Any, chats: Sequence[Chat]) -> Any:
+def chat_inputs(model: Any, processor: Any, chats: Sequence[Chat]) -> Any:
+    """Arguments of the model's forward for a batch of chats as `generate` takes them, left-padded.
+
+    Raises:
+        BadInput: no chats, or messages or an image that cannot be used.
+    """
     if not chats:
         raise BadInput("no messages were given; pass one chat or a list of chats.")
     images, plain = zip(*(_split(chat) for chat in chats), strict=True)
@@ -92,6 +97,12 @@ def _inputs(model: Any, processor: Any, chats: Sequence[Chat]) -> Any:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             inputs[name] = value.to(model.dtype)
     return inputs
+
+
+def end_tokens(model: Any, generate_kwargs: Mapping[str, Any]) -> set[int]:
+    """The ids that end an answer of the model under these arguments of generate()."""
+    ends = generate_kwargs.get("eos_token_id", model.generation_config.eos_token_id)
+    return {ends} if isinstance(ends, int) else set(ends or ())
 
 
 def _split(chat: Chat) -> tuple[list[Any], list[dict[str, Any]]]:
@@ -123,8 +134,7 @@ def _answers(
     model: Any, processor: Any, inputs: Any, sequences: torch.Tensor, kwargs: dict[str, Any]
 ) -> list[Answer]:
     length = inputs["input_ids"].shape[1]
-    ends = kwargs.get("eos_token_id", model.generation_config.eos_token_id)
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    ends = end_tokens(model, kwargs)
     copies = sequences.shape[0] // inputs["input_ids"].shape[0]
     prompt_tokens = inputs["attention_mask"].sum(1).tolist()
     rows = sequences[:, length:].tolist()

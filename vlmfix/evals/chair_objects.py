@@ -70,29 +70,35 @@ class Mentions:
         words: the words as written (lemma, pairs merged) that stand for an object, in order.
         objects: their categories, in the same order, repeats kept.
         tokens: length of the caption after merging, punctuation included.
+        spans: (start, stop) of each word in the lower-cased caption, in characters.
     """
 
     words: tuple[str, ...]
     objects: tuple[str, ...]
     tokens: int
+    spans: tuple[tuple[int, int], ...]
 
 
 def mentions(caption: str | None) -> Mentions:
     """The objects that a caption mentions; None reads as an empty caption."""
     lemmas = _lemmas()
-    tokens = [lemmas.get(token, token) for token in _TOKEN.findall((caption or "").lower())]
-    merged: list[str] = []
+    found = list(_TOKEN.finditer((caption or "").lower()))
+    tokens = [lemmas.get(token[0], token[0]) for token in found]
+    merged: list[tuple[str, tuple[int, int]]] = []
     position = 0
     while position < len(tokens):
         pair = " ".join(tokens[position : position + 2])
-        merged.append(_MERGED.get(pair, tokens[position]))
-        position += 2 if pair in _MERGED else 1
-    if "toilet" in merged and "seat" in merged:
+        last = position + (pair in _MERGED)
+        word = _MERGED.get(pair, tokens[position])
+        merged.append((word, (found[position].start(), found[last].end())))
+        position = last + 1
+    if {"toilet", "seat"} <= {word for word, _ in merged}:
         # The seat of a toilet is no chair.
-        merged = [word for word in merged if word != "seat"]
+        merged = [(word, span) for word, span in merged if word != "seat"]
     categories = category_of()
-    words = tuple(word for word in merged if word in categories)
-    return Mentions(words, tuple(categories[word] for word in words), len(merged))
+    named = [(word, span) for word, span in merged if word in categories]
+    words, spans = tuple(word for word, _ in named), tuple(span for _, span in named)
+    return Mentions(words, tuple(categories[word] for word in words), len(merged), spans)
 
 
 def ground_truth(data: CocoData) -> dict[int, frozenset[str]]:
