@@ -171,6 +171,44 @@ def test_compiled_static_decoding_is_one_graph_and_equals_greedy(row: Row, name:
     assert (plain - edited)[1:].abs().max() > 1e-3
 
 
+FUSED = [row for row in ROWS if getattr(row.strong, "has_fused_form", False)]
+
+
+@pytest.mark.parametrize("row", FUSED, ids=[row.name for row in FUSED])
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_fused_kernel_decodes_what_the_row_path_decodes(row: Row, name: str) -> None:
+    """impl="triton", here in Triton's interpreter: eager, and as an operator of one graph."""
+    pytest.importorskip("triton")
+    from transformers import CompileConfig
+
+    tiny = build(name)
+    inputs = prompt(tiny)
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config._compile_all_devices = True
+    short = {"max_new_tokens": 3, "min_new_tokens": 3}  # the interpreter takes its time
+    compiled = {"cache_implementation": "static", "compile_config": config}
+    with vlmfix.wrapped(tiny.model, row.strong, impl="torch"):
+        expected = _steps(tiny.model, inputs, **short)
+        rows = vlmfix.last_call(tiny.model).edited_rows
+    with vlmfix.wrapped(tiny.model, row.strong, impl="triton"):
+        for kwargs in ({}, compiled):
+            fused = _steps(tiny.model, inputs, **short, **kwargs)
+            assert torch.allclose(fused, expected, atol=1e-4)
+            assert not torch.equal(fused[1:], expected[1:])  # another implementation did run
+            assert vlmfix.last_call(tiny.model).edited_rows == rows
+
+
+def test_fused_kernel_refuses_what_it_has_no_form_for() -> None:
+    tiny = family("llava")
+    both = [row.strong for row in FUSED[:2]]
+    with pytest.raises(vlmfix.CompositionError, match="one edit per layer"):
+        vlmfix.wrap(tiny.model, both, impl="triton")
+    without = [row.strong for row in ROWS if row not in FUSED and row.strong.edits_rows()]
+    for method in without:
+        with pytest.raises(vlmfix.CompositionError, match="no fused form"):
+            vlmfix.wrap(tiny.model, method, impl="triton")
+
+
 def _steps(model: Any, inputs: dict[str, Any], **kwargs: Any) -> torch.Tensor:
     """Logits (steps, B, V) of a greedy generate()."""
     out = model.generate(

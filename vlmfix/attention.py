@@ -211,10 +211,10 @@ def _decode(
     else:
         rows, keys = query.shape[2], key.shape[2]
         visible = _row_mask(module, mask, 0, rows, rows, keys, query.device, kwargs)
-        if slot.fused(query) and on_rows[0].fused is not None and len(on_rows) == 1:
-            step = on_rows[0]
+        step, fused = on_rows[0], on_rows[0].fused
+        if fused is not None and len(on_rows) == 1 and slot.fused(query):
             done = ops.attend_rows(
-                query, key, value, step.fused, scaling=_scaling(query, kwargs),
+                query, key, value, fused, scaling=_scaling(query, kwargs),
                 mask=_as_bool(visible), softcap=kwargs.get("softcap"), impl="triton",
             )  # fmt: skip
             counted = _row_count(step.edit, None, query) if step.edit.scores else done.edited

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from vlmfix.tap import EncodedImage
 
 __all__ = ["Call", "CallReport"]
 
@@ -58,6 +61,10 @@ class Call:
     started: float = field(default_factory=time.perf_counter)
     counts: dict[int, list[torch.Tensor | int]] = field(default_factory=dict)
     notes: dict[str, dict[str, dict[int, list[int]]]] = field(default_factory=dict)
+    #: Rows of the prompt before beams and returned sequences multiplied them; None: as they come.
+    rows: int | None = None
+    #: The images of the call as the vision tower saw them, once a method asked.
+    images: list[EncodedImage] | None = None
     #: (B0, L) question and content masks of the prompts, where the processor is known.
     question: tuple[torch.Tensor, torch.Tensor] | None = None
     #: {method: {layer: tensor}}, what a watcher kept, for calls without a cache.

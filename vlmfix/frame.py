@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache
@@ -20,6 +20,9 @@ from vlmfix.errors import BadInput, StateError
 from vlmfix.families import ModelInfo
 from vlmfix.ledger import GENERATED, IMAGE, PAD, TEXT, VIDEO, Ledger
 from vlmfix.method import AttentionMethod, Keys, Method
+
+if TYPE_CHECKING:
+    from vlmfix.tap import Tap
 
 __all__ = [
     "Frame",
@@ -68,6 +71,12 @@ class Stack:
         return tuple(method for method in attention if method.prelude(self.info) is not None)
 
     @cached_property
+    def taps(self) -> tuple[AttentionMethod, ...]:
+        """The methods that want attention of the vision tower."""
+        attention = [m for m in self.methods if isinstance(m, AttentionMethod)]
+        return tuple(method for method in attention if method.overrides("image_values"))
+
+    @cached_property
     def reads_question(self) -> bool:
         """Whether some method wants to know which tokens are the user's question."""
         return any(m.reads_question for m in self.methods if isinstance(m, AttentionMethod))
@@ -103,8 +112,9 @@ class Frame:
         past: int,
         queries: int,
         offsets: dict[int, int],
+        tap: Tap | None,
     ) -> None:
-        self.stack, self.call, self.ledger = stack, call, ledger
+        self.stack, self.call, self.ledger, self.tap = stack, call, ledger, tap
         self.past, self.queries, self.offsets = past, queries, offsets
         #: Every row of this forward belongs to a generated token, so every row is edited.
         self.decoding = past >= ledger.prompt_length
@@ -143,7 +153,7 @@ class Frame:
                 f"this KV cache was filled while {method.name} was off, so what {method.name} "
                 "notes about the prompt is missing. Start from the prompt, without this cache."
             )
-        values = ledger.image_values.get(method)
+        values = self._image_values(method) if method.overrides("image_values") else None
         return Keys(
             layer=layer,
             kinds=ledger.kinds.to(device),
@@ -153,6 +163,39 @@ class Frame:
             seen={at: what.to(device) for at, what in ledger.seen.get(method, {}).items()},
             image_values=None if values is None else values.to(device),
         )
+
+    def _image_values(self, method: AttentionMethod) -> torch.Tensor:
+        """(B, capacity) float32: what a method gives to each visual token, 0 elsewhere."""
+        ledger, call, tap = self.ledger, self.call, self.tap
+        if method in ledger.image_values:
+            return ledger.image_values[method]
+        if not ledger.whole:  # in the middle of a chunked prefill
+            return torch.zeros_like(ledger.kinds, dtype=torch.float32)
+        assert tap is not None  # session.reach() attached it for this stack
+        if call.images is None:
+            call.images = tap.take()
+        layers = method.encoder_layers(tap.tower)
+        pieces = []
+        for image in call.images:
+            tiles = [
+                method.image_values([tile.received[layer] for layer in layers]).float()
+                for tile in image.tiles
+            ]
+            pieces.append(image.to_visual_tokens(tiles).nan_to_num(0.0).to(ledger.kinds.device))
+        copies = len(ledger.kinds) // (call.rows or len(ledger.kinds))
+        places = (ledger.kinds == IMAGE)[::copies]
+        count = sum(len(piece) for piece in pieces)
+        if count != int(places.sum()):
+            raise StateError(
+                f"{method.name} must see the images of a prompt being encoded, but {count} visual "
+                f"tokens were encoded in this call and the prompt holds {int(places.sum())}. Pass "
+                "all pixels to this generate() or forward, not features that were encoded before."
+            )
+        values = torch.zeros(places.shape, device=places.device)
+        if pieces:
+            values[places] = torch.cat(pieces)
+        ledger.image_values[method] = values.repeat_interleave(copies, 0)
+        return ledger.image_values[method]
 
     def steps(self, layer: int, edits: tuple[Edit, ...], keys: int) -> tuple[Step, ...]:
         """The edits of one layer, ready for the `keys` keys of a decode step."""

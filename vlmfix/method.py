@@ -19,7 +19,7 @@ from vlmfix.kernels.reference import FusedEdit
 from vlmfix.ledger import IMAGE, VIDEO
 
 if TYPE_CHECKING:
-    from vlmfix.tap import Tower
+    from vlmfix.tap import Received, Tower
 
 __all__ = [
     "AttentionMethod",
@@ -203,15 +203,14 @@ class AttentionMethod(Method):
         """Layers of the vision tower whose received attention `image_values` wants."""
         return ()
 
-    def image_values(self, received: Sequence[torch.Tensor]) -> torch.Tensor:
-        """One value per visual token of one image (or one tile of it).
+    def image_values(self, received: Sequence[Received]) -> torch.Tensor:
+        """One value per visual token of one tile (most families have one tile per image).
 
         Args:
-            received: per layer of `encoder_layers`, (N,) float32: how much attention each visual
-                token's patches receive there, from the class token or else from all patches.
+            received: what the tile's N visual tokens receive, per layer of `encoder_layers`.
 
         Returns:
-            (N,); the engine puts it where the image's tokens are (`Keys.image_values`).
+            (N,); the engine puts it where the tokens are in the prompt (`Keys.image_values`).
         """
         raise NotImplementedError
 

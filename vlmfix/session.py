@@ -34,10 +34,11 @@ from vlmfix.frame import (
     require_image,
     sliding_offsets,
 )
-from vlmfix.ledger import PAD, Ledger
+from vlmfix.ledger import IMAGE, PAD, VIDEO, Ledger
 from vlmfix.method import Prelude
 from vlmfix.question import find_question
 from vlmfix.surgeon import module_state, prompt_without_images
+from vlmfix.tap import Tap, describe_tower
 
 __all__ = ["SESSION", "Session"]
 
@@ -60,6 +61,7 @@ class Session:
         self._handles: list[Any] = []
         self._hooked_inputs: set[int] = set()
         self._configs: dict[int, Any] = {}
+        self._tap: Tap | None = None
         self._shadowed: dict[str, Any] = {}
         self._restore_implementation: Any = None
 
@@ -93,6 +95,9 @@ class Session:
             module.__dict__.pop(SLOT, None)
         self._configs.clear()
         self._hooked_inputs.clear()
+        if self._tap is not None:
+            self._tap.detach()
+            self._tap = None
         for name, before in self._shadowed.items():
             del self.model.__dict__[name]
             if before is not None:
@@ -122,6 +127,21 @@ class Session:
                 flags = any(method.overrides("flag_tokens") for method in methods)
                 if flags and layer not in self._hooked_inputs:
                     self._hook_input(layer)
+            if stack.taps:
+                self._tap_tower(stack)
+
+    def _tap_tower(self, stack: Stack) -> None:
+        """Read the layers of the vision tower that a stack wants, beside those read already."""
+        before = self._tap
+        tower = before.tower if before else describe_tower(self.model, self.info)
+        layers = {layer for method in stack.taps for layer in method.encoder_layers(tower)}
+        if before is not None:
+            if layers <= set(before.layers):
+                return
+            layers.update(before.layers)
+            before.detach()
+        self._tap = Tap(tower, layers)
+        self._tap.attach()
 
     def _hook_attention(self, layer: int) -> None:
         module: Any = self.info.attention[layer]
@@ -224,7 +244,9 @@ class Session:
                 "token ids of the prompt (inputs_embeds alone do not say it), or run the plain "
                 "model with vlmfix.using(model, None)."
             )
-        call = Call(methods=stack.specs(), prompt_length=ids.shape[1])
+        call = Call(methods=stack.specs(), prompt_length=ids.shape[1], rows=ids.shape[0])
+        if self._tap is not None:
+            self._tap.take()  # whatever was encoded before belongs to another prompt
         if processor is not None and stack.reads_question:
             call.question = find_question(processor, self.info, ids)
         outer = getattr(self.local, "call", None)
@@ -269,7 +291,8 @@ class Session:
         call.passes += 1
         # The number of past positions lives on the device; all that counts here is that the
         # prompt is behind us.
-        frame = Frame(stack, call, ledger, ledger.prompt_length, 1, sliding_offsets(cache, 1))
+        past, offsets = ledger.prompt_length, sliding_offsets(cache, 1)
+        frame = Frame(stack, call, ledger, past, 1, offsets, self._tap)
         steps = {}
         for layer in stack.by_layer:
             device = self._device(layer)
@@ -343,6 +366,8 @@ class Session:
             if cache is not None:
                 self._ledgers[cache] = ledger
         if call is None:  # a bare forward: what it gets is prompt, unless somebody said otherwise
+            if self._tap is not None and not past and "mm_encoder_outputs" not in kwargs:
+                self._tap.take()  # this forward encodes its own images
             call = self._calls.get(ledger) or Call(methods=stack.specs())
             self._calls[ledger] = call
             self.last = self.local.last = call
@@ -354,13 +379,15 @@ class Session:
             kinds = prompt_kinds(self.info, ids, past, kwargs)
             if past == 0 and queries >= prompt_length:
                 require_image(self.info, kinds, kwargs)
+            if past and bool(((kinds == IMAGE) | (kinds == VIDEO)).any()):
+                ledger.image_values.clear()  # a later turn brought images
             ledger.write(past, kinds, prompt_length)
             if call.question is not None and past == 0:
                 copies = batch // len(call.question[0])
                 ledger.say_question(*(m.repeat_interleave(copies, 0) for m in call.question))
         ledger.reserve(max(past + queries, key_capacity(cache)))
         offsets = sliding_offsets(cache, queries)
-        return Frame(stack, call, ledger, past, queries, offsets)
+        return Frame(stack, call, ledger, past, queries, offsets, self._tap)
 
     def _run_preludes(self, frame: Frame, ids: torch.Tensor, kwargs: dict[str, Any]) -> None:
         """The extra forwards that methods want of a prompt, before its own."""
