@@ -14,6 +14,7 @@ from tiny import FAMILIES, TinyFamily, build
 
 from vlmfix.method import Method
 from vlmfix.methods.pai import PayAttentionToImage
+from vlmfix.methods.vaf import VisualAmplificationFusion
 from vlmfix.methods.var import VisualAttentionRedistribution
 
 
@@ -44,6 +45,11 @@ ROWS = (
         "pai",
         PayAttentionToImage(alpha=0.5, start_layer=0),
         PayAttentionToImage(alpha=0.0, start_layer=0),
+    ),
+    Row(
+        "vaf",
+        VisualAmplificationFusion(image_gain=4.0, system_gain=0.2),
+        VisualAmplificationFusion(image_gain=1.0, system_gain=1.0),
     ),
     Row(
         "var",

@@ -50,6 +50,15 @@ METHODS: tuple[MethodInfo, ...] = (
         paper="Liu et al., ECCV 2024, arXiv 2407.21771",
     ),
     MethodInfo(
+        name="vaf",
+        target="vlmfix.methods.vaf:VisualAmplificationFusion",
+        title="VAF (ClearSight), visual amplification fusion",
+        stage="attention",
+        summary="Multiply pre-softmax scores: of the image up, of the system prompt down.",
+        paper="Yin, Si, Wang, CVPR 2025, arXiv 2503.13107",
+        aliases=("clearsight",),
+    ),
+    MethodInfo(
         name="var",
         target="vlmfix.methods.var:VisualAttentionRedistribution",
         title="VAR, visual attention redistribution",
@@ -60,6 +69,21 @@ METHODS: tuple[MethodInfo, ...] = (
         aliases=("visattnsink",),
     ),
 )
+
+#: Methods that are asked for by name and are not here, with the reason that `find` gives.
+NOT_OFFERED: dict[str, str] = {
+    "a_vl": (
+        "A-VL (arXiv 2409.14846) makes inference cheaper and does not act on hallucination, its "
+        "default settings and the rule by which it drops text are not known here, and its speed "
+        "comes from a kernel that gathers keys. For a smaller KV cache use kvpress; "
+        "docs/methods/a_vl.md has the details"
+    ),
+    "visflow": (
+        "the formulas of VisFlow (arXiv 2506.12609) are not known here: its code was not found and "
+        "its abstract does not give them. 'vaf' raises attention to the image, 'ad_hh' damps heads "
+        "that follow the text"
+    ),
+}
 
 _CONTINUATION = re.compile(r"^\s*[A-Za-z_]\w*\s*=")
 _STACK = re.compile(r"\+(?=\s*[A-Za-z])")
@@ -80,6 +104,8 @@ def find(name: str) -> MethodInfo:
     for row in METHODS:
         if key == row.name or key in row.aliases:
             return row
+    if reason := NOT_OFFERED.get(key.replace("-", "_")):
+        raise UnknownMethod(f"{name!r} is not offered: {reason}.")
     names = [row.name for row in list_methods()]
     near = difflib.get_close_matches(key, names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
