@@ -15,7 +15,7 @@ import vlmfix
 import vlmfix.attention
 from vlmfix.families import ModelInfo, describe_model
 from vlmfix.kernels import reference
-from vlmfix.method import AttentionMethod, Keys, Plan
+from vlmfix.method import AttentionMethod, Keys, Plan, Prelude, Watcher
 
 
 def _exact(q: Any, k: Any, v: Any, mask: Any, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -265,3 +265,105 @@ def test_head_scale_from_the_prompt_refuses_a_prefill_in_chunks() -> None:
         pytest.raises(vlmfix.CompositionError, match="prefill_chunk_size"),
     ):
         tiny.model.generate(**prompt(tiny), prefill_chunk_size=5, **generate_kwargs())
+
+
+# -- preludes --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Watcher):
+    """Keeps the text rows of the layers that it watches, and where the pieces began."""
+
+    starts: list[int] = field(default_factory=list)
+
+    rows: ClassVar[Literal["predicting", "text"]] = "text"
+
+    def observe_weights(
+        self, layer: int, weights: torch.Tensor, position: int, *plan: torch.Tensor
+    ) -> None:
+        new = weights if layer not in self.seen else weights[:, :, 1:]
+        self.starts.append(position)
+        before = self.seen.get(layer, new[:, :, :0])
+        self.seen[layer] = torch.cat([before, new], dim=2)
+
+
+@dataclass(frozen=True)
+class WithPrelude(Everywhere):
+    """Looks at the prompt, or at its text alone, and edits nothing."""
+
+    prompt: Literal["whole", "text"] = "whole"
+    made: list[Rows] = field(default_factory=list, hash=False, compare=False)
+    plans: list[dict[int, torch.Tensor]] = field(default_factory=list, hash=False, compare=False)
+
+    def prelude(self, info: ModelInfo) -> Prelude | None:
+        self.made.append(Rows(watched=(1,)))
+        return Prelude(self.prompt, self.made[-1])
+
+    def plan(self, keys: Keys) -> Plan | None:
+        self.plans.append(dict(keys.seen))
+        return None
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("mode", [{}, {"use_cache": False}, {"num_beams": 3}])
+def test_a_prelude_runs_once_per_prompt_and_changes_nothing(
+    name: str, mode: dict[str, Any]
+) -> None:
+    tiny = family(name)
+    inputs = prompt(tiny)
+    plain = tiny.model.generate(**inputs, **generate_kwargs(**mode))
+    method = WithPrelude()
+    with vlmfix.wrapped(tiny.model, method):
+        assert torch.equal(tiny.model.generate(**inputs, **generate_kwargs(**mode)), plain)
+        report = vlmfix.last_call(tiny.model)
+    assert report.passes == report.new_tokens == 6 and report.extra_passes == 1
+    assert sum(bool(rows.seen) for rows in method.made) == 1
+    assert method.plans and all(plan.keys() == {1} for plan in method.plans)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_prelude_sees_every_text_row_beside_the_one_before(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = family(name)
+    inputs = prompt(tiny)
+    method = WithPrelude()
+    seen = []
+    for pieces in (False, True):
+        if pieces:
+            row_bytes = 4 * 3 * 4 * inputs["input_ids"].shape[1]
+            monkeypatch.setattr(vlmfix.attention, "_CHUNK_BYTES", 3 * row_bytes)
+        with vlmfix.wrapped(tiny.model, method):
+            logits(tiny.model, inputs)
+        seen.append(method.made[-1])
+    whole, cut = seen
+    assert len(whole.starts) == 1 and len(cut.starts) > 2
+    assert torch.allclose(whole.seen[1], cut.seen[1], atol=1e-6)
+    length = inputs["input_ids"].shape[1]
+    tiny.model.set_attn_implementation({"text_config": "eager"})
+    with torch.no_grad():
+        eager = tiny.model(**inputs, output_attentions=True).attentions[1]
+    tiny.model.set_attn_implementation({"text_config": "sdpa"})
+    rows = eager[:, :, whole.starts[0] :]
+    valid = inputs["attention_mask"].bool()[:, whole.starts[0] :]
+    assert whole.seen[1].shape == (3, 4, length - whole.starts[0], length)
+    got = whole.seen[1].transpose(1, 2)[valid]
+    assert torch.allclose(got, rows.transpose(1, 2)[valid], atol=1e-5)
+
+
+def test_a_prelude_on_the_text_sees_no_image() -> None:
+    tiny = family("llava")
+    inputs = prompt(tiny)
+    method = WithPrelude(prompt="text")
+    with vlmfix.wrapped(tiny.model, method):
+        logits(tiny.model, inputs)
+        assert vlmfix.last_call(tiny.model).extra_passes == 1
+    assert not method.made[-1].seen  # no row of a text-only prompt comes after an image
+
+
+def test_no_image_no_prelude() -> None:
+    tiny = family("llava")
+    ids = torch.randint(5, 80, (2, 9))
+    with vlmfix.wrapped(tiny.model, WithPrelude()):
+        logits(tiny.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        assert vlmfix.last_call(tiny.model).extra_passes == 0
