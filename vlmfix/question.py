@@ -49,8 +49,7 @@ def find_question(
     Returns:
         question, content: (B, L) bool. Rows without an image have neither.
     """
-    # A tokenizer has an attribute of that name, too, which is something else.
-    tokenizer = processor if hasattr(processor, "all_special_ids") else processor.tokenizer
+    tokenizer = getattr(processor, "tokenizer", processor)
     head, tail = _template(processor, tokenizer, info)
     special = set(tokenizer.all_special_ids) - set(info.image_token_ids)
     visual = {*info.image_token_ids, *info.video_token_ids}
