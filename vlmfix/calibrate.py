@@ -12,6 +12,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,20 @@ from vlmfix.massive import DEFAULT_FRACTION, layer_inputs, magnitude
 
 __all__ = [
     "FOLDER_FILE",
+    "PARTS",
     "Calibration",
     "cache_folder",
     "calibrate",
     "fingerprint",
     "load_calibration",
+    "store",
 ]
 
 FOLDER_FILE = "vlmfix_calibration.json"  # in a model folder, beside its weights
+PARTS = ("sinks", "heads", "gift")  # what `calibrate` can measure
 _FORMAT = 1
+_PICTURES = 8
+_QUESTION = "Please describe this image in detail."
 _MAXIMUM_CHANNELS = 4
 _TEXT = "There is a photograph on the table. It shows what somebody saw on a walk that day."
 
@@ -124,33 +130,99 @@ def calibrate(
     model: Any,
     processor: Any = None,
     *,
+    only: Sequence[str] | None = None,
     save: bool = True,
     beside: bool = False,
     allow_none: bool = False,
 ) -> Calibration:
-    """Find the sink channels of a model: one forward over one line of text.
+    """Measure what methods need to know of a model, and keep it.
 
-    The first token of a text is a sink in every model that has sinks. A channel counts if
-    |x_d| / rms(x) of that token exceeds 0.3125 sqrt(width) in at least half of the layers from a
-    quarter to three quarters of the depth; at most four are kept.
+    - "sinks": the sink channels, one forward over one line of text. The first token of a text is
+      a sink in every model that has sinks. A channel counts if |x_d| / rms(x) of that token
+      exceeds 0.3125 sqrt(width) in at least half of the layers from a quarter to three quarters
+      of the depth; at most four are kept.
+    - "heads": the mean vision-aware head divergence of every head over eight bundled pictures, two
+      forwards (divergence.py). A map to look at: no method takes its heads from it.
+    - "gift": GIFT's layers, one answer to each of the same pictures and two forwards (gaze.py).
+
+    What an earlier calibration of this model measured stays, where this one does not measure it.
 
     Args:
-        model: a supported VLM, not wrapped.
-        processor: its processor or tokenizer; without one, arbitrary token ids are used.
+        model: a supported VLM, not wrapped; in eval mode for "heads" and "gift".
+        processor: its processor or tokenizer; without one, "sinks" uses arbitrary token ids.
+        only: what to measure, of `PARTS`. None: all of it, or with no processor of images "sinks".
         save: write the result to the cache folder.
         beside: write it into the model's own folder instead, so that it travels with the weights.
         allow_none: keep the finding that there are no sink channels, instead of raising. Methods
             that work on sinks then run, say so with a warning, and change nothing.
 
+    Returns:
+        Everything known of this model, old and new.
+
     Raises:
-        BadInput: `beside`, and the model was not loaded from a folder.
+        BadInput: `beside`, and the model was not loaded from a folder; an unknown part; a part that
+            needs images, and no processor of images; a stored calibration that cannot be read.
         CalibrationNeeded: no channel passes; methods that need sinks do not fit this model.
-        StateError: the model is wrapped.
+        StateError: the model is wrapped, or in training mode.
+        UnsupportedModel: GIFT's layers cannot be measured on this model, see gaze.py.
     """
     if "_vlmfix_session" in model.__dict__:
         raise StateError("calibrate needs the plain model; call vlmfix.unwrap(model) first.")
     info = describe_model(model)
-    target = _target(model, beside) if save or beside else None
+    parts = _parts(only, processor)
+    if beside:
+        _target(model, beside)  # refuses a model without a folder before anything is measured
+    known = load_calibration(model)
+    measured: dict[str, Any] = {}
+    if "sinks" in parts:
+        measured |= _sinks(model, info, processor, allow_none)
+    if "heads" in parts or "gift" in parts:
+        measured |= _on_pictures(model, info, processor, parts)
+    if save or beside:
+        return store(model, beside=beside, **measured)
+    return Calibration(fingerprint(model), info.model_type, **measured).over(known)
+
+
+def store(model: Any, *, beside: bool = False, **measured: Any) -> Calibration:
+    """Add measured fields of `Calibration` to what is stored of a model; all that is now known.
+
+    Args:
+        model: which model.
+        beside: write into the model's own folder, and empty its place in the cache folder, so that
+            there is one answer; else into the cache folder.
+        measured: fields of `Calibration`.
+
+    Raises:
+        BadInput: `beside`, and the model was not loaded from a folder; a stored file that cannot be
+            read.
+    """
+    target = _target(model, beside)
+    mark, kind = fingerprint(model), str(model.config.model_type)
+    result = Calibration(mark, kind, **measured).over(load_calibration(model))
+    write(result, target)
+    if beside:
+        _cached(mark).unlink(missing_ok=True)
+    return replace(result, path=str(target))
+
+
+def _parts(only: Sequence[str] | None, processor: Any) -> tuple[str, ...]:
+    """What is to be measured, checked."""
+    sees = getattr(processor, "image_processor", None) is not None
+    if only is None:
+        return PARTS if sees else ("sinks",)
+    if not only or not set(only) <= set(PARTS):
+        raise BadInput(
+            f"only={tuple(only)}: name what to calibrate, one or more of {', '.join(PARTS)}."
+        )
+    if not sees and set(only) != {"sinks"}:
+        raise BadInput(
+            f"calibrating {', '.join(only)} shows the model pictures, which takes its processor; "
+            "pass it, or calibrate only=('sinks',)."
+        )
+    return tuple(only)
+
+
+def _sinks(model: Any, info: ModelInfo, processor: Any, allow_none: bool) -> dict[str, Any]:
     tau = DEFAULT_FRACTION * math.sqrt(info.hidden_size)
     ids = _text_ids(model, info, processor)
     inputs = layer_inputs(model, info, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
@@ -165,21 +237,50 @@ def calibrate(
             f"no sink channels in this {info.model_type} model: in layers {layers[0]} to "
             f"{layers[-1]} the first token reaches |x_d| / rms(x) = {float(first.max()):.1f}, the "
             f"threshold is {tau:.1f}. Methods that work on sinks (var) do not fit this model; "
-            "allow_none=True (--allow-none) keeps that finding."
+            "allow_none=True (--allow-none) keeps that finding, only=('heads', 'gift') (--only "
+            "heads,gift) measures the rest."
         )
-    result = Calibration(
-        fingerprint=fingerprint(model),
-        model_type=info.model_type,
-        sink_channels=tuple(channels),
-        tau=tau,
-        largest=round(float(first.max()), 3),
-        layers=layers,
-        magnitudes={channel: round(float(median[channel]), 3) for channel in channels},
-    )
-    if target is None:
-        return result
-    write(result, target)
-    return replace(result, path=str(target))
+    return {
+        "sink_channels": tuple(channels),
+        "tau": tau,
+        "largest": round(float(first.max()), 3),
+        "layers": layers,
+        "magnitudes": {channel: round(float(median[channel]), 3) for channel in channels},
+    }
+
+
+def _on_pictures(
+    model: Any, info: ModelInfo, processor: Any, parts: Sequence[str]
+) -> dict[str, Any]:
+    """The parts that need pictures: of the tuning split, which no evaluation uses."""
+    # Only these parts generate, and what they need is imported with them: chat, hooks, Pillow.
+    from vlmfix.chat import chat_inputs
+    from vlmfix.divergence import measure_divergence
+    from vlmfix.emoji.dataset import split_scenes
+    from vlmfix.emoji.draw import paint
+    from vlmfix.gaze import measure_gaze
+
+    chats = []
+    for _, scene in split_scenes("tuning", _PICTURES):
+        content = [{"type": "image", "image": paint(scene)}, {"type": "text", "text": _QUESTION}]
+        chats.append([{"role": "user", "content": content}])
+    measured: dict[str, Any] = {}
+    if "heads" in parts:
+        divergence = measure_divergence(model, chat_inputs(model, processor, chats)).mean(1)
+        measured["vision_heads"] = tuple(map(_rounded, divergence.tolist()))
+    if "gift" in parts:
+        gaze = measure_gaze(model, info, processor, chats)
+        measured |= {
+            "gift_saliency_layer": gaze.saliency_layer,
+            "gift_layers": gaze.moving_together,
+            "gift_changes": _rounded(gaze.changes),
+            "gift_correlations": _rounded(gaze.correlations),
+        }
+    return measured
+
+
+def _rounded(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(round(float(value), 5) for value in values)
 
 
 def _text_ids(model: Any, info: ModelInfo, processor: Any) -> torch.Tensor:
@@ -196,10 +297,14 @@ def _text_ids(model: Any, info: ModelInfo, processor: Any) -> torch.Tensor:
     return torch.tensor([ids], device=model.device)
 
 
+def _cached(mark: str) -> Path:
+    return cache_folder() / "calibration" / f"{mark}.json"
+
+
 def _target(model: Any, beside: bool) -> Path:
     """Where the calibration of this model goes."""
     if not beside:
-        return cache_folder() / "calibration" / f"{fingerprint(model)}.json"
+        return _cached(fingerprint(model))
     folder = _model_folder(model)
     if folder is None:
         raise BadInput(
@@ -237,7 +342,7 @@ def load_calibration(model: Any) -> Calibration | None:
     """
     mark = fingerprint(model)
     folder = _model_folder(model)
-    candidates = [cache_folder() / "calibration" / f"{mark}.json"]
+    candidates = [_cached(mark)]
     if folder is not None:
         candidates.append(folder / FOLDER_FILE)
     found: Calibration | None = None
