@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kernels_cases import Call, Case, make
@@ -165,6 +167,10 @@ def test_splits_change_nothing(splits: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert (split.masses - whole.masses).abs().max() <= 1e-6
 
 
+def test_more_splits_than_are_merged_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    check(make(Case(("var",), batch=1, shared=1, keys=577, seed=2)), monkeypatch, splits=37)
+
+
 @pytest.mark.parametrize("edits", [("var",), ("gain", "log_weight"), ("head_scale",)])
 @pytest.mark.parametrize("queries", [1, 3])
 def test_a_row_that_sees_nothing_gives_zeros(
@@ -252,17 +258,47 @@ def test_the_comparison_sees_a_slightly_different_constant(
     assert error > 100 * bound(call, exact, monkeypatch)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs Triton's interpreter")
 def test_addresses_beyond_two_billion_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Row 2 of the cache starts 2**31 elements in. Pages that nobody touches take no memory.
-    if DEVICE == "cuda":
-        pytest.skip("4 GB of a GPU for one address")
+    # Row 2 of this cache is 2**31 elements after row 0. Pages that nobody touches take no memory,
+    # and there are as many in front, so that a wrapped address reads zeros.
     monkeypatch.undo()  # do not fill them
+    no_reserve = 0x4000
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    pages = mmap.mmap(-1, 2 * (2**32 + 64), flags=flags)
+    storage = torch.frombuffer(pages, dtype=torch.float16)
     call = make(Case(("var",), torch.float16, batch=1, keys=3))
-    storage = torch.empty(2**31 + 64, dtype=torch.float16)
-    for name, offset in (("key", 0), ("value", 32)):
+    for name, offset in (("key", 2**31), ("value", 2**31 + 32)):
         far = storage.as_strided((1, 1, 3, 32), (1, 1, 2**30, 1), offset)
         setattr(call, name, far.copy_(getattr(call, name)))
     check(call, monkeypatch)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs Triton's interpreter")
+@pytest.mark.parametrize("mask", ["none", "padded", "tail", "full"])
+def test_every_visible_key_is_read_once_and_no_other(
+    mask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builder = pytest.importorskip("triton.runtime.interpreter").InterpreterBuilder
+    load, read = builder.create_masked_load, []
+
+    def recorded(self: Any, pointers: Any, loaded: Any, *rest: Any) -> Any:
+        read.append(pointers.data[loaded.data])
+        return load(self, pointers, loaded, *rest)
+
+    monkeypatch.setattr(builder, "create_masked_load", recorded)
+    queries = 2 if mask == "full" else 1
+    call = make(Case(("var",), torch.float16, shared=4, queries=queries, keys=100, mask=mask))
+    triton(call)
+    addresses = np.concatenate([item.ravel() for item in read])
+    visible = call.options["mask"]
+    seen = torch.ones(2, 100, dtype=torch.bool) if visible is None else visible.any((1, 2))
+    for cache in (call.key, call.value):
+        first, storage = cache.data_ptr(), cache.untyped_storage().nbytes()
+        element = torch.arange(storage // 2).as_strided(cache.shape, cache.stride())[:, 0]
+        expected = first + 2 * element[seen].flatten().numpy()
+        found = addresses[(addresses >= first) & (addresses < first + storage)]
+        assert np.array_equal(np.sort(found), expected)
 
 
 def test_the_output_is_laid_out_for_the_projection() -> None:
