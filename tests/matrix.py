@@ -16,6 +16,7 @@ from vlmfix.method import Method
 from vlmfix.methods.pai import PayAttentionToImage
 from vlmfix.methods.vaf import VisualAmplificationFusion
 from vlmfix.methods.var import VisualAttentionRedistribution
+from vlmfix.methods.vhr import VisionAwareHeadReinforcement
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,12 @@ ROWS = (
         "var",
         VisualAttentionRedistribution(keep=0.1, **_SINKS),
         VisualAttentionRedistribution(keep=1.0, **_SINKS),
+    ),
+    Row(
+        "vhr",
+        VisionAwareHeadReinforcement(alpha=3.0),
+        VisionAwareHeadReinforcement(alpha=1.0),
+        chunks=False,
     ),
 )
 

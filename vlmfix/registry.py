@@ -68,6 +68,15 @@ METHODS: tuple[MethodInfo, ...] = (
         needs=("sink channels: a preset or `vlmfix calibrate`",),
         aliases=("visattnsink",),
     ),
+    MethodInfo(
+        name="vhr",
+        target="vlmfix.methods.vhr:VisionAwareHeadReinforcement",
+        title="VHR, vision-aware head reinforcement",
+        stage="attention",
+        summary="Scale up the heads whose outputs change most without the image.",
+        paper="He et al., ACL 2025, arXiv 2412.13949",
+        needs=("one more forward per prompt, without the image",),
+    ),
 )
 
 #: Methods that are asked for by name and are not here, with the reason that `find` gives.
