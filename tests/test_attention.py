@@ -13,6 +13,7 @@ from tiny import generate_kwargs
 
 import vlmfix
 import vlmfix.attention
+import vlmfix.session
 from vlmfix.families import ModelInfo, describe_model
 from vlmfix.kernels import reference
 from vlmfix.method import AttentionMethod, Keys, Plan, Prelude, Watcher
@@ -304,6 +305,22 @@ class WithPrelude(Everywhere):
         return None
 
 
+@dataclass(frozen=True)
+class Boost(Everywhere):
+    """Doubles the scores of keys that the watched row of its prelude looked at most."""
+
+    def prelude(self, info: ModelInfo) -> Prelude | None:
+        return Prelude("whole", Rows(watched=(1,)))
+
+    def plan(self, keys: Keys) -> Plan | None:
+        row = keys.seen[1][:, 0, -1]
+        wide = torch.nn.functional.pad(row, (0, keys.kinds.shape[1] - row.shape[1]))
+        return Plan((wide,), [True] * len(wide))
+
+    def edit_scores(self, scores: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
+        return scores + 20 * plan[0][:, None, None, :]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("mode", [{}, {"use_cache": False}, {"num_beams": 3}])
 def test_a_prelude_runs_once_per_prompt_and_changes_nothing(
@@ -349,6 +366,43 @@ def test_a_prelude_sees_every_text_row_beside_the_one_before(
     assert whole.seen[1].shape == (3, 4, length - whole.starts[0], length)
     got = whole.seen[1].transpose(1, 2)[valid]
     assert torch.allclose(got, rows.transpose(1, 2)[valid], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_rerun_of_the_last_token_equals_a_prefill_of_its_own(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Crop by one and rerun: same logits and same cache as two whole prefills."""
+    tiny = family(name)
+    inputs = prompt(tiny)
+    reruns: list[str] = []
+    original = vlmfix.session.Session._run_last_token
+
+    def spy(self: Any, *args: Any) -> Any:
+        reruns.append(name)
+        return original(self, *args)
+
+    monkeypatch.setattr(vlmfix.session.Session, "_run_last_token", spy)
+    kwargs = generate_kwargs(output_logits=True, return_dict_in_generate=True)
+    results = []
+    for rerun in (True, False):
+        if not rerun:
+            monkeypatch.setattr(vlmfix.session.Session, "_rerun", lambda *args: None)
+        with vlmfix.wrapped(tiny.model, Boost()):
+            results.append(tiny.model.generate(**inputs, **kwargs))
+            assert vlmfix.last_call(tiny.model).passes == 6
+            assert vlmfix.last_call(tiny.model).extra_passes == 1
+    assert reruns == [name]
+    with_rerun, apart = results
+    assert torch.equal(with_rerun.sequences, apart.sequences)
+    for one, other in zip(with_rerun.logits, apart.logits, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+    pairs = zip(with_rerun.past_key_values.layers, apart.past_key_values.layers, strict=True)
+    for one, other in pairs:
+        assert torch.allclose(one.keys, other.keys, atol=1e-4)
+        assert torch.allclose(one.values, other.values, atol=1e-4)
+    plain = tiny.model.generate(**inputs, **kwargs)
+    assert (plain.logits[0] - with_rerun.logits[0]).abs().max() > 1e-3
 
 
 def test_a_prelude_on_the_text_sees_no_image() -> None:

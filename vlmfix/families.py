@@ -32,6 +32,10 @@ REFUSED: dict[str, str] = {
 }
 
 
+#: Families whose prompt tokens attend to all of the prompt, also to what comes later.
+_PREFIX_MODELS = ("paligemma",)
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """Structure of one model, as plain numbers and references to its modules.
@@ -53,6 +57,11 @@ class ModelInfo:
     video_token_ids: tuple[int, ...]
     layers: tuple[torch.nn.Module, ...] = field(repr=False)
     attention: dict[int, torch.nn.Module] = field(repr=False)
+
+    @property
+    def sees_whole_prompt(self) -> bool:
+        """Whether prompt tokens attend to later prompt tokens, too (a prefix language model)."""
+        return self.model_type in _PREFIX_MODELS
 
 
 def describe_model(model: torch.nn.Module) -> ModelInfo:

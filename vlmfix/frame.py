@@ -119,6 +119,8 @@ class Frame:
         #: Every row of this forward belongs to a generated token, so every row is edited.
         self.decoding = past >= ledger.prompt_length
         self.reached: set[int] = set()
+        #: The method whose edits the last prompt token gets once this watched forward is over.
+        self.rerun_with: AttentionMethod | None = None
         self._windows: dict[str, Window | None] = {}
 
     def offset(self, layer: int) -> int:

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmfix.attention import NAME, SLOT, Implementation, Slot, Step, in_python
@@ -35,7 +35,7 @@ from vlmfix.frame import (
     sliding_offsets,
 )
 from vlmfix.ledger import IMAGE, PAD, VIDEO, Ledger
-from vlmfix.method import Prelude
+from vlmfix.method import AttentionMethod, Prelude, Watcher
 from vlmfix.question import find_question
 from vlmfix.surgeon import module_state, prompt_without_images
 from vlmfix.tap import Tap, describe_tower
@@ -340,7 +340,13 @@ class Session:
             )
         frame = self._frame(stack, ids, cache, prompt_length, kwargs)
         if stack.preludes and not frame.past:
-            self._run_preludes(frame, ids, kwargs)
+            self._require_whole_prompt(frame)
+            if bool(frame.ledger.visual().any()):
+                rerun = self._rerun(frame, cache, kwargs)
+                if rerun is None:
+                    self._run_preludes(frame, ids, kwargs)
+                else:
+                    frame = rerun
         self.local.frame = frame
         return args, kwargs
 
@@ -389,18 +395,83 @@ class Session:
         offsets = sliding_offsets(cache, queries)
         return Frame(stack, call, ledger, past, queries, offsets, self._tap)
 
-    def _run_preludes(self, frame: Frame, ids: torch.Tensor, kwargs: dict[str, Any]) -> None:
-        """The extra forwards that methods want of a prompt, before its own."""
-        ledger, call = frame.ledger, frame.call
-        if frame.queries < ledger.prompt_length:
+    def _require_whole_prompt(self, frame: Frame) -> None:
+        length = frame.ledger.prompt_length
+        if frame.queries < length:
             names = ", ".join(sorted(method.name for method in frame.stack.preludes))
             raise CompositionError(
                 f"{names} must see the whole prompt at once, but this forward holds "
-                f"{frame.queries} of its {ledger.prompt_length} tokens (chunked prefill). Generate "
-                "without prefill_chunk_size."
+                f"{frame.queries} of its {length} tokens (chunked prefill). Generate without "
+                "prefill_chunk_size."
             )
-        if not bool(ledger.visual().any()):
-            return
+
+    def _rerun(self, frame: Frame, cache: Cache | None, kwargs: dict[str, Any]) -> Frame | None:
+        """Let the prompt's own forward be the one that a watcher sees, where that is exact.
+
+        A method that edits predicting rows only leaves everything before the last prompt token as
+        it is. So the prompt runs unedited under the watcher; then the last token alone runs again
+        with edits, on the cache cut by one (`_run_last_token`). That saves the second prefill.
+
+        Returns:
+            The frame of the watched forward; None where a prelude of its own is needed: several
+            methods, a cache that cannot be cut, padding on the right, prompts whose tokens see
+            the last one, outputs of more than logits.
+        """
+        methods = frame.stack.methods
+        method = methods[0] if len(methods) == 1 else None
+        if not isinstance(method, AttentionMethod) or method.rows != "predicting":
+            return None
+        prelude = method.prelude(self.info)
+        plain_cache = isinstance(cache, DynamicCache) and all(
+            type(layer) is DynamicLayer for layer in cache.layers
+        )
+        wanted = ("output_hidden_states", "output_attentions", "labels")
+        if (
+            prelude is None
+            or prelude.prompt != "whole"
+            or not plain_cache
+            or frame.queries < 2
+            or frame.queries > frame.ledger.prompt_length
+            or self.info.sees_whole_prompt
+            or any(kwargs.get(name) is not None and kwargs[name] is not False for name in wanted)
+            or bool((frame.ledger.last_prompt != frame.queries - 1).any())
+        ):
+            return None
+        watching = Stack((prelude.watcher,), self.info)
+        self.reach(watching)
+        watched = Frame(
+            watching, frame.call, frame.ledger, frame.past, frame.queries, frame.offsets, frame.tap
+        )
+        watched.rerun_with = method
+        return watched
+
+    def _run_last_token(self, frame: Frame, kwargs: dict[str, Any], output: Any) -> Any:
+        """The last prompt token once more, with edits; its logits replace those of `output`."""
+        ledger, call, method = frame.ledger, frame.call, frame.rerun_with
+        watcher = frame.stack.methods[0]
+        assert isinstance(watcher, Watcher)
+        call.seen[method] = ledger.seen[method] = watcher.seen
+        ledger.derived.clear()
+        kwargs["past_key_values"].crop(-1)
+        inputs = {
+            name: kwargs[name][..., -1:]
+            for name in ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids")
+            if kwargs.get(name) is not None
+        }
+        inputs |= {
+            name: kwargs[name]
+            for name in ("past_key_values", "attention_mask", "use_cache")
+            if kwargs.get(name) is not None
+        }
+        call.passes -= 1  # the forward that now follows is not one of generate()'s
+        call.extra_passes += 1
+        last = self.model(**inputs, return_dict=True)
+        output.logits = torch.cat([output.logits[:, :-1], last.logits[:, -1:]], dim=1)
+        return output
+
+    def _run_preludes(self, frame: Frame, ids: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        """The extra forwards that methods want of a prompt, before its own."""
+        ledger, call = frame.ledger, frame.call
         for method in frame.stack.preludes:
             if method not in call.seen:
                 prelude = method.prelude(self.info)
@@ -455,16 +526,15 @@ class Session:
             if method.overrides("flag_tokens"):
                 frame.ledger.flag(method, layer, frame.past, method.flag_tokens(hidden))
 
-    def _check(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """After the first forward of a prompt: every planned layer must have come by."""
-        if self.prepared_steps is None:
-            self._check_reached()
+    def _check(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return None if self.prepared_steps is not None else self._conclude(args, kwargs, output)
 
     @in_python
-    def _check_reached(self) -> None:
+    def _conclude(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """After the first forward of a prompt: every planned layer must have come by."""
         frame = self.frame
         if frame is None or frame.past:
-            return
+            return None
         missing = sorted(set(frame.stack.by_layer) - frame.reached)
         if missing:
             raise UnsupportedModel(
@@ -472,6 +542,11 @@ class Session:
                 "reached vlmfix: they do not use transformers' attention interface. Nothing was "
                 "edited; run the plain model with vlmfix.unwrap(model)."
             )
+        if frame.rerun_with is None:
+            return None
+        if args:
+            kwargs = {**kwargs, "input_ids": args[0]}
+        return self._run_last_token(frame, kwargs, output)
 
     def _after(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         if self.prepared_steps is None:
