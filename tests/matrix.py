@@ -13,7 +13,9 @@ import torch
 from tiny import FAMILIES, TinyFamily, build
 
 from vlmfix.method import Method
+from vlmfix.methods.ad_hh import AdaptiveHeadDeactivation
 from vlmfix.methods.pai import PayAttentionToImage
+from vlmfix.methods.spin import ImageGuidedHeadSuppression
 from vlmfix.methods.vaf import VisualAmplificationFusion
 from vlmfix.methods.var import VisualAttentionRedistribution
 from vlmfix.methods.vhr import VisionAwareHeadReinforcement
@@ -42,6 +44,11 @@ _SINKS: dict[str, Any] = {
 }
 
 ROWS = (
+    Row(
+        "ad_hh",
+        AdaptiveHeadDeactivation(heads=_HEADS, tau=0.05),
+        AdaptiveHeadDeactivation(heads=_HEADS, tau=1.5),
+    ),
     Row(
         "pai",
         PayAttentionToImage(alpha=0.5, start_layer=0),

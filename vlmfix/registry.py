@@ -42,6 +42,16 @@ class MethodInfo:
 
 METHODS: tuple[MethodInfo, ...] = (
     MethodInfo(
+        name="ad_hh",
+        target="vlmfix.methods.ad_hh:AdaptiveHeadDeactivation",
+        title="AD-HH, adaptive deactivation of hallucination heads",
+        stage="attention",
+        summary="Drop too much attention to text in heads known to drive hallucination.",
+        paper="Yang et al., ICLR 2025, OpenReview Bjq4W7P2Us",
+        needs=("hallucination heads: a preset or `vlmfix attribute`",),
+        aliases=("adhh",),
+    ),
+    MethodInfo(
         name="pai",
         target="vlmfix.methods.pai:PayAttentionToImage",
         title="PAI, attention part",
@@ -107,7 +117,7 @@ def find(name: str) -> MethodInfo:
     """The row of a method by name or alias.
 
     Raises:
-        UnknownMethod: with the nearest names.
+        UnknownMethod: with the nearest names, or with the reason why a method is not offered.
     """
     key = name.strip().lower()
     for row in METHODS:

@@ -1,0 +1,148 @@
+"""AD-HH: heads known to drive hallucination lose their attention to text when it gets too much."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+
+from vlmfix.calibrate import load_calibration
+from vlmfix.errors import CalibrationNeeded
+from vlmfix.families import ModelInfo
+from vlmfix.head_list import head_list, head_names
+from vlmfix.ledger import GENERATED, TEXT
+from vlmfix.method import AttentionMethod, FusedEdit, Keys, Plan, Preset, check_range, find_preset
+
+__all__ = ["AdaptiveHeadDeactivation", "drop_text"]
+
+
+def drop_text(
+    weights: torch.Tensor, text: torch.Tensor, listed: torch.Tensor, tau: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take a row's mass off the text after the image; the row is not renormalised.
+
+    Args:
+        weights: softmax rows (B, H, R, K).
+        text: (B, K), 1 at text after the image.
+        listed: (H,) bool, the hallucination heads of this layer.
+        tau: rows of these heads with at least this mass on that text lose it.
+
+    Returns:
+        The edited rows, and (B, H, R) bool: which were edited.
+    """
+    text = text[:, None, :].to(weights.dtype)
+    mass = (weights.flatten(1, 2) @ text.mT).view(weights.shape[:3])
+    edited = listed[:, None] & (mass >= tau) & (mass > 0)
+    dropped = weights * (1 - text[:, None])
+    return torch.where(edited[..., None], dropped, weights), edited
+
+
+def _names(listing: str) -> dict[str, tuple[str, ...]]:
+    return {"heads": tuple(listing.split())}
+
+
+# Layer and head, strongest first, as the authors' repository lists them.
+_LLAVA_7B = _names(
+    "16.29 26.9 13.31 15.10 20.12 30.9 19.18 17.0 18.9 26.28 "
+    "19.27 18.26 15.25 14.16 31.26 15.24 31.3 22.20 27.29 17.28"
+)
+_LLAVA_13B = _names(
+    "0.8 29.27 23.18 20.11 36.26 19.37 22.16 22.34 21.31 20.34 37.11 17.25 "
+    "35.10 17.5 15.26 0.22 19.5 19.0 14.1 23.20 21.6 30.24 26.27 21.32 "
+    "15.28 15.31 19.30 20.8 19.14 14.9 39.26 25.1 18.32 17.27 39.32"
+)
+_LLAVA_NEXT_34B = _names("45.34 43.4 43.48 44.29 35.47 40.27 54.34 37.48 43.2 41.34")
+_CODE = "authors' code"
+_VICUNA = (32000, 32064)  # the vocabulary tells vicuna from later Llamas of the same shape
+
+
+@dataclass(frozen=True)
+class AdaptiveHeadDeactivation(AttentionMethod):
+    """In listed heads, drop the attention to text after the image where it reaches `tau`.
+
+    Yang, Li, Cao, Xu: "Understanding and Mitigating Hallucination in Large Vision-Language Models
+    via Modular Attribution and Intervention", ICLR 2025, OpenReview Bjq4W7P2Us. A few attention
+    heads follow the text and drive hallucinated words; which ones is found offline, by switching
+    each off. In the row that predicts the next token, a listed head whose mass on the text after
+    the image (the question, and what was generated) is at least `tau` gets that mass set to zero.
+    The row is not renormalised, so the head's output shrinks with it.
+
+    Paper and code: the code sums the trigger over the batch and so runs one sample at a time;
+    here every sample decides for itself. Its spans, such as 576 image tokens from position 35, are
+    the kinds of the keys here. With several images, text after the first of them counts.
+    """
+
+    heads: tuple[str, ...] | None = field(
+        default=None,
+        metadata={"help": "layer.head names, e.g. 16.29/26.9; default by preset or calibration"},
+    )
+    tau: float = field(
+        default=0.4,
+        metadata={"help": "mass on text after the image that triggers; above 1 changes nothing"},
+    )
+
+    name: ClassVar[str] = "ad_hh"
+    rows: ClassVar[Literal["predicting", "text"]] = "predicting"
+    has_fused_form: ClassVar[bool] = True
+    PRESETS: ClassVar[tuple[Preset, ...]] = (
+        Preset("LLaVA-1.5-7B", "llava", "llama", 4096, 32, _LLAVA_7B, _CODE, _VICUNA),
+        Preset("LLaVA-1.5-13B", "llava", "llama", 5120, 40, _LLAVA_13B, _CODE, _VICUNA),
+        Preset("LLaVA-1.6-34B", "llava_next", "llama", 7168, 60, _LLAVA_NEXT_34B, _CODE),
+    )
+    #: Query heads of a layer of the model; set by prepared().
+    _num_heads: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        check_range(self, "tau", 0.0, 2.0)
+
+    def prepared(self, info: ModelInfo, model: torch.nn.Module) -> AdaptiveHeadDeactivation:
+        names = self.heads if self.heads is not None else self._known_heads(info, model)
+        made = replace(self, heads=head_names(head_list(names, info, self.name)))
+        object.__setattr__(made, "_num_heads", info.num_heads)
+        return made
+
+    def _known_heads(self, info: ModelInfo, model: torch.nn.Module) -> tuple[str, ...]:
+        if preset := find_preset(self.PRESETS, info):
+            names: tuple[str, ...] = preset.values["heads"]
+            return names
+        calibration = load_calibration(model)
+        if calibration is not None and calibration.hallucination_heads is not None:
+            return head_names(calibration.hallucination_heads)
+        raise CalibrationNeeded(
+            f"ad_hh does not know the hallucination heads of this {info.model_type} model "
+            f"({info.num_layers} layers of {info.num_heads} heads). Find them with "
+            "`vlmfix attribute MODEL`, or pass heads=(...), such as ('16.29', '26.9')."
+        )
+
+    def idle(self) -> str | None:
+        return None if self.heads else "its list of hallucination heads is empty"
+
+    def _by_layer(self) -> dict[int, list[int]]:
+        assert self.heads is not None  # set by prepared()
+        listing: dict[int, list[int]] = {}
+        for layer, head in (map(int, name.split(".")) for name in self.heads):
+            listing.setdefault(layer, []).append(head)
+        return listing
+
+    def layers(self, info: ModelInfo) -> Sequence[int]:
+        return sorted(self._by_layer())
+
+    def plan(self, keys: Keys) -> Plan | None:
+        if self.tau > 1:
+            return None
+        visual = keys.visual
+        after = visual.cumsum(1) > 0
+        text = after & ((keys.kinds == TEXT) | (keys.kinds == GENERATED))
+        listed = torch.zeros(self._num_heads, dtype=torch.bool, device=visual.device)
+        listed[self._by_layer()[keys.layer]] = True
+        groups = visual.to(torch.uint8) + 2 * text.to(torch.uint8)
+        fused = FusedEdit(groups=groups, epilogue="drop", threshold=self.tau, heads=listed)
+        return Plan((text.float(),), visual.any(1).tolist(), constants=(listed,), fused=fused)
+
+    def edit_weights(
+        self, weights: torch.Tensor, *plan: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        text, listed = plan
+        return drop_text(weights, text, listed, self.tau)
