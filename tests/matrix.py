@@ -33,6 +33,9 @@ class Row:
     chunks: bool = True
 
 
+# Every head of the last two layers that a tiny model of three has.
+_HEADS = tuple(f"{layer}.{head}" for layer in (1, 2) for head in range(4))
+
 # Tiny models have neither trained sinks nor a fifth layer: many channels, a low threshold, and
 # the last layer too.
 _SINKS: dict[str, Any] = {
