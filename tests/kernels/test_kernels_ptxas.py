@@ -26,6 +26,7 @@ USUAL = (
     Variant(edits=("groups", "var"), mask="flat"),
     Variant(shared=7, edits=("groups", "var", "rows"), mask="flat"),
     Variant(shared=7, edits=("groups", "gain"), mask="flat"),
+    Variant(edits=("log_weight", "rows", "head_scale"), mask="flat"),
     Variant(shared=7, edits=(*SCORES, "var", "head_scale"), mask="flat"),
     Variant(shared=7, queries=3, edits=(*SCORES, "drop"), mask="full"),
     Variant(shared=4, width=256, edits=(*SCORES, "var"), mask="full"),

@@ -200,6 +200,25 @@ def test_a_mask_for_the_whole_batch_with_any_strides(monkeypatch: pytest.MonkeyP
     check(call, monkeypatch)
 
 
+def test_small_inputs_of_any_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    edits = ("drop", "gain", "log_weight", "head_scale", "rows")
+    call = make(Case(edits, shared=4, queries=3, mask="full"))
+
+    def spread(tensor: torch.Tensor) -> torch.Tensor:
+        wide = tensor.repeat_interleave(2, -1)
+        wide[..., 1::2] = 0
+        return wide[..., ::2]
+
+    tensors = {n: spread(t) for n, t in vars(call.edit).items() if isinstance(t, torch.Tensor)}
+    assert len(tensors) == 5
+    call.edit = replace(call.edit, **tensors)
+    call.options["rows"] = call.options["rows"].repeat(1, 2)[:, :3]
+    call.options["mask"] = spread(call.options["mask"])
+    check(call, monkeypatch)
+    same = call.edit.head_scale[:1].expand(2, 4)
+    check(replace(call, edit=replace(call.edit, head_scale=same)), monkeypatch)
+
+
 @pytest.mark.parametrize("edits", [("gain", "log_weight"), ("var",), ("drop",)], ids="+".join)
 def test_zero_groups_mean_plain_attention(edits: tuple[str, ...]) -> None:
     call = make(Case((*edits, "groups"), torch.bfloat16, mask="padded"))

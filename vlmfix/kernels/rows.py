@@ -32,8 +32,6 @@ MAX_ROWS = 64
 #: Head width: a block of keys and one of values, three deep, must fit in shared memory.
 MAX_WIDTH = 256
 
-_PLAIN, _VAR, _DROP = 0, 1, 2
-_EPILOGUES = {"plain": _PLAIN, "var": _VAR, "drop": _DROP}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTERPRETER_SMS = 4  # so few that small tests have both several runs and runs of several blocks
 
@@ -78,7 +76,7 @@ def _tanh(x: tl.tensor) -> tl.tensor:
     ]
 )  # fmt: skip
 def _partials(
-    # Inputs; the last five may be None.
+    # Inputs; the last five may be None; gain and rows are contiguous.
     query: tl.tensor, key: tl.tensor, value: tl.tensor,
     groups: tl.tensor, gain: tl.tensor, log_weight: tl.tensor, mask: tl.tensor, rows: tl.tensor,
     # Outputs, per run of keys, float32: sums (B * Hkv, splits, SLOTS, R, Dv) of weight times value
@@ -219,7 +217,8 @@ def _partials(
 )  # fmt: skip
 def _combine(
     sums: tl.tensor, totals: tl.tensor, peaks: tl.tensor,  # from _partials
-    rows: tl.tensor, heads: tl.tensor, head_scale: tl.tensor,  # inputs, may be None
+    # Inputs, contiguous, may be None.
+    rows: tl.tensor, heads: tl.tensor, head_scale: tl.tensor,
     # Outputs: out (B, Q, H, Dv), masses (B, H, Q, 4) float32, edited (B, H, Q) bool, contiguous.
     out: tl.tensor, masses: tl.tensor, edited: tl.tensor,
     keep: tl.tensor, rho: tl.tensor, minimum_visual_mass: tl.tensor, threshold: tl.tensor,
@@ -252,7 +251,7 @@ def _combine(
         at = (run + start + part) * count + row
         fade = tl.exp(tl.load(peaks + at, mask=inside, other=float("-inf")) - shift)
         at_slot = ((run + start + part)[:, None] * SLOTS + slot[None, :]) * count + row
-        found = tl.load(totals + at_slot, mask=inside[:, None] & (slot >= 0)[None, :], other=0.0)
+        found = tl.load(totals + at_slot, mask=inside[:, None], other=0.0)
         share += tl.sum(found * fade[:, None], 0)
     total = tl.sum(share, 0)
     total = tl.where(total == 0.0, 1.0, total)  # a row that sees nothing gives zeros
@@ -263,11 +262,11 @@ def _combine(
         may_edit = tl.load(rows + batch * queries + position) != 0
     of_1, of_2, of_3 = 1.0, 1.0, 1.0
     selected = program < 0
-    if EPILOGUE != 0:
+    if EPILOGUE != "plain":
         first = tl.sum(tl.where(slot == 1, share, 0.0), 0)
         second = tl.sum(tl.where(slot == 2, share, 0.0), 0)
         third = tl.sum(tl.where(slot == 3, share, 0.0), 0)
-        if EPILOGUE == 1:
+        if EPILOGUE == "var":
             visual = second + third
             selected = (visual >= minimum_visual_mass) & ((1.0 - rho) * visual >= second)
             selected = may_edit & selected & (third > 0.0)
@@ -430,12 +429,13 @@ def launches(
     out = empty(batch, queries, heads, value_width, dtype=query.dtype)
     masses = empty(batch, heads, queries, GROUPS)
     edited = empty(batch, heads, queries, dtype=torch.bool)
+    groups, log_weight, mask = _flat(edit.groups), _flat(edit.log_weight), _flat(mask)
     if mask is not None:
-        mask = (mask if mask.stride(3) == 1 else mask.contiguous()).expand(
-            batch, heads, queries, keys
-        )
-    groups, log_weight = _flat(edit.groups), _flat(edit.log_weight)
-    rows, gain = _flat(rows), _flat(edit.gain)
+        mask = mask.expand(batch, heads, queries, keys)
+    gain, heads_of, scale, rows = (
+        None if tensor is None else tensor.contiguous()
+        for tensor in (edit.gain, edit.heads, edit.head_scale, rows)
+    )
     emulate = _INTERPRETED and query.dtype == torch.bfloat16
     shapes = {
         "VALUE_WIDTH": value_width,
@@ -473,14 +473,13 @@ def launches(
         _combine,
         (batch * heads * queries, 1),
         (
-            sums, totals, peaks, rows, _flat(edit.heads), _flat(edit.head_scale),
-            out, masses, edited,
+            sums, totals, peaks, rows, heads_of, scale, out, masses, edited,
             *edit.numbers, splits, heads, shared, queries,
         ),
         {
             **shapes,
             "BLOCK_SPLITS": 32,
-            "EPILOGUE": _EPILOGUES[edit.epilogue],
+            "EPILOGUE": edit.epilogue,
             "num_warps": 4,
         },
     )  # fmt: skip
@@ -492,7 +491,7 @@ def _edits_scores(edit: FusedEdit) -> bool:
 
 
 def _flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """With stride 1 along its last dimension, as the kernels read it."""
+    """With stride 1 along the keys, as the kernels read it."""
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
