@@ -60,6 +60,14 @@ METHODS: tuple[MethodInfo, ...] = (
         paper="Liu et al., ECCV 2024, arXiv 2407.21771",
     ),
     MethodInfo(
+        name="spin",
+        target="vlmfix.methods.spin:ImageGuidedHeadSuppression",
+        title="SPIN, image-guided head suppression",
+        stage="attention",
+        summary="Scale down the heads that look least at the image, chosen anew for every token.",
+        paper="EMNLP 2025, arXiv 2505.16411",
+    ),
+    MethodInfo(
         name="vaf",
         target="vlmfix.methods.vaf:VisualAmplificationFusion",
         title="VAF (ClearSight), visual amplification fusion",
