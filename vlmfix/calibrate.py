@@ -177,7 +177,7 @@ def calibrate(
     if "sinks" in parts:
         measured |= _sinks(model, info, processor, allow_none)
     if "heads" in parts or "gift" in parts:
-        measured |= _on_pictures(model, info, processor, parts)
+        measured |= _on_pictures(model, processor, parts)
     if save or beside:
         return store(model, beside=beside, **measured)
     return Calibration(fingerprint(model), info.model_type, **measured).over(known)
@@ -249,9 +249,7 @@ def _sinks(model: Any, info: ModelInfo, processor: Any, allow_none: bool) -> dic
     }
 
 
-def _on_pictures(
-    model: Any, info: ModelInfo, processor: Any, parts: Sequence[str]
-) -> dict[str, Any]:
+def _on_pictures(model: Any, processor: Any, parts: Sequence[str]) -> dict[str, Any]:
     """The parts that need pictures: of the tuning split, which no evaluation uses."""
     # Only these parts generate, and what they need is imported with them: chat, hooks, Pillow.
     from vlmfix.chat import chat_inputs
@@ -264,12 +262,13 @@ def _on_pictures(
     for _, scene in split_scenes("tuning", _PICTURES):
         content = [{"type": "image", "image": paint(scene)}, {"type": "text", "text": _QUESTION}]
         chats.append([{"role": "user", "content": content}])
+    prompt = chat_inputs(model, processor, chats)
     measured: dict[str, Any] = {}
     if "heads" in parts:
-        divergence = measure_divergence(model, chat_inputs(model, processor, chats)).mean(1)
+        divergence = measure_divergence(model, prompt).mean(1)
         measured["vision_heads"] = tuple(map(_rounded, divergence.tolist()))
     if "gift" in parts:
-        gaze = measure_gaze(model, info, processor, chats)
+        gaze = measure_gaze(model, processor, prompt)
         measured |= {
             "gift_saliency_layer": gaze.saliency_layer,
             "gift_layers": gaze.moving_together,

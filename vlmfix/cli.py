@@ -7,6 +7,7 @@ Exit codes: 0 all went well; 1 the command ran but reports a failure; 2 the inpu
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -239,24 +240,99 @@ def eval_command(
 @app.command("calibrate")
 def calibrate_command(
     model: opt.ModelArgument = "emoji",
+    only: opt.Only = None,
     save: opt.Save = True,
     beside: opt.Beside = False,
     allow_none: opt.AllowNone = False,
+    plots: opt.Plots = None,
     dtype: opt.Dtype = None,
     device: opt.Device = None,
     json: opt.Json = False,
 ) -> None:
-    """Measure the constants that VAR and others need for a model."""
+    """Measure what VAR, GIFT and others need to know of a model."""
     with show.only_stderr(json):
         from vlmfix.calibrate import calibrate
         from vlmfix.loading import load
 
+        if plots is not None:
+            from vlmfix.evals.head_plots import require_matplotlib
+
+            require_matplotlib()
         _quiet_transformers()
         loaded, processor = load(model, dtype=dtype, device=device)
-        values = calibrate(
-            loaded, processor, save=save, beside=beside, allow_none=allow_none
-        ).to_dict()
-    show.report(json, values, show.facts(values))
+        found = calibrate(
+            loaded,
+            processor,
+            only=None if only is None else _split(only),
+            save=save,
+            beside=beside,
+            allow_none=allow_none,
+        )
+        if plots is not None:
+            _plot_vision_heads(model, found.vision_heads, plots)
+    values = found.to_dict()
+    show.report(json, values, show.calibration(values))
+
+
+def _plot_vision_heads(
+    model: str, heads: tuple[tuple[float, ...], ...] | None, folder: Path
+) -> None:
+    from vlmfix.evals.head_plots import layer_head_map
+
+    if heads is None:
+        raise BadInput("--plots: no vision-aware heads to draw; measure them with --only heads")
+    folder.mkdir(parents=True, exist_ok=True)
+    title = f"{Path(model).name}: vision-aware head divergence"
+    layer_head_map(heads, title, folder / "vision_heads.png", "mean VHD")
+    print(f"drawn: {folder / 'vision_heads.png'}", file=sys.stderr)
+
+
+@app.command("attribute")
+def attribute_command(
+    model: opt.ModelArgument = "emoji",
+    data: opt.AttributionData = None,
+    limit: opt.AttributionImages = 200,
+    top: opt.Top = 0.02,
+    output: opt.ResultFolder = None,
+    overwrite: opt.Overwrite = False,
+    save: opt.KeepHeads = False,
+    beside: opt.Beside = False,
+    batch_size: opt.BatchSize = 32,
+    max_new_tokens: opt.AnswerTokens = 512,
+    seed: opt.Seed = 0,
+    dtype: opt.Dtype = None,
+    device: opt.Device = None,
+    threads: opt.Threads = None,
+    json: opt.Json = False,
+) -> None:
+    """Find the heads that write hallucinated words, by switching each head off."""
+    with show.only_stderr(json):
+        from vlmfix.evals.attribution import attribute
+        from vlmfix.loading import load
+
+        _quiet_transformers()
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
+        loaded, processor = load(model, dtype=dtype, device=device)
+        results = attribute(
+            loaded,
+            processor,
+            data,
+            name=model,
+            limit=limit,
+            top=top,
+            output=output,
+            overwrite=overwrite,
+            save=save,
+            beside=beside,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            quiet=json,
+        )
+    show.report(json, results, show.attribution(results))
 
 
 @app.command("bench")

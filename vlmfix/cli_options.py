@@ -28,6 +28,10 @@ NewTokens = Annotated[int | None, Option(min=1, help="Longest answer; by task if
 MethodName = Annotated[str | None, Argument(metavar="[NAME]", help="One method, in full.")]
 Save = Annotated[bool, Option(help="Keep it in the cache folder for later runs.")]
 Beside = Annotated[bool, Option("--beside", help="Keep it in the model's own folder instead.")]
+Only = Annotated[str | None, Option(help="Measure only these, of sinks,heads,gift.")]
+Plots = Annotated[
+    Path | None, Option(metavar="DIR", help="Draw the vision-aware heads into this folder.")
+]
 AllowNone = Annotated[
     bool, Option("--allow-none", help="Keep the finding that there are no sinks, too.")
 ]
@@ -61,6 +65,16 @@ PromptStyle = Annotated[str, Option(help="Wording of yes/no questions.")]
 Parser = Annotated[str, Option(help="How yes/no answers are read.")]
 Truncate = Annotated[str, Option(help="'sentence' drops the sentence that the limit cut.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace earlier results in --output.")]
+
+AttributionData = Annotated[
+    Path | None,
+    Option("--data", help="Folder or .zip in COCO format; emoji images for tuning if absent."),
+]
+AttributionImages = Annotated[int, Option("--limit", min=1, help="Images to describe.")]
+Top = Annotated[float, Option(help="How many heads to name: a number from 1, or a share below 1.")]
+KeepHeads = Annotated[
+    bool, Option("--save", help="Keep the heads in the calibration, where ad_hh finds them.")
+]
 
 BenchModels = Annotated[str, Option("--model", "-m", help="emoji, llava-300m, or both.")]
 BenchDtypes = Annotated[str, Option(help="bfloat16, float32, or both.")]

@@ -9,15 +9,14 @@ rule below is our reading.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from vlmfix.chat import Chat
 from vlmfix.errors import UnsupportedModel
-from vlmfix.families import ModelInfo
+from vlmfix.families import describe_model
 from vlmfix.method import Keys, Plan, Watcher
 from vlmfix.question import find_question
 from vlmfix.teacher_forcing import answer_greedily
@@ -118,26 +117,21 @@ class _GazeWatcher(Watcher):
 
 
 def measure_gaze(
-    model: Any,
-    info: ModelInfo,
-    processor: Any,
-    chats: Sequence[Chat],
-    max_new_tokens: int = 64,
+    model: Any, processor: Any, prompt: Mapping[str, Any], max_new_tokens: int = 64
 ) -> Gaze:
-    """Measure a plain model's gaze on chats with images: one greedy answer each, two forwards.
+    """Measure a plain model's gaze on prompts with images: a greedy answer each, two forwards.
 
     Args:
         model: a supported VLM in eval mode, not wrapped.
-        info: its structure.
-        processor: its processor.
-        chats: one batch of chats, as `vlmfix.generate` takes them, a question after an image each.
-        max_new_tokens: longest answer.
+        processor: its processor, which tells the question from the chat template.
+        prompt: arguments of its generate() for a left-padded batch, see `chat.chat_inputs`.
+        max_new_tokens: longest answer, at least 1.
 
     Raises:
-        BadInput: chats that cannot be used.
         UnsupportedModel: no question follows the image; or see `answer_greedily`.
     """
-    forced = answer_greedily(model, processor, chats, max_new_tokens)
+    info = describe_model(model)
+    forced = answer_greedily(model, prompt, max_new_tokens)
     ids = forced.inputs["input_ids"]
     masks = find_question(processor, info, ids[:, : forced.prompt_length])
     width = ids.shape[1] - forced.prompt_length

@@ -20,6 +20,8 @@ from vlmfix.registry import MethodInfo
 
 __all__ = [
     "answers",
+    "attribution",
+    "calibration",
     "changed_words",
     "doctor",
     "facts",
@@ -90,11 +92,66 @@ def method(info: Mapping[str, Any]) -> RenderableType:
 def doctor(report: Mapping[str, Any]) -> RenderableType:
     """What `vlmfix doctor` found: the model's facts, then which methods fit."""
     rest = {key: value for key, value in report.items() if key != "methods"}
+    if report.get("calibration"):
+        rest["calibration"] = _measured(report["calibration"])
     fits = _table("method", "fits", "why")
     for row in report.get("methods", ()):
         mark = Text("yes", "green") if row["fits"] else Text("no", "red")
         fits.add_row(row["name"], mark, Text(str(row["why"] or "")))
     return Group(facts(rest), fits)
+
+
+def calibration(values: Mapping[str, Any]) -> RenderableType:
+    """What `vlmfix calibrate` knows of a model; what was never measured is left out."""
+    return facts(_measured(values))
+
+
+def _measured(values: Mapping[str, Any]) -> dict[str, Any]:
+    known = {key: value for key, value in values.items() if value is not None}
+    if heads := known.get("vision_heads"):
+        every = [(value, f"{i}.{j}") for i, row in enumerate(heads) for j, value in enumerate(row)]
+        largest = sorted(every, reverse=True)[:5]
+        known["vision_heads"] = "largest VHD in " + ", ".join(
+            f"{name} ({value:.2f})" for value, name in largest
+        )
+    if heads := known.get("hallucination_heads"):
+        known["hallucination_heads"] = [f"{layer}.{head}" for layer, head in heads]
+    return known
+
+
+_SHOWN_HEADS = 20
+
+
+def attribution(results: Mapping[str, Any]) -> RenderableType:
+    """What `vlmfix attribute` found: the hallucination heads first, then the next ones."""
+    chosen = {tuple(pair) for pair in results["hallucination_heads"]}
+    table = _table("head", "score", "95 % interval", "hallucinated", "present", "")
+    for row in results["heads"][:_SHOWN_HEADS]:
+        table.add_row(
+            f"{row['layer']}.{row['head']}",
+            f"{row['score']:+.3f}",
+            f"{row['low']:+.3f} to {row['high']:+.3f}",
+            f"{row['hallucinated']:+.3f}",
+            f"{row['present']:+.3f}",
+            "hallucination head" if (row["layer"], row["head"]) in chosen else "",
+        )
+    known = [row for row in results["heads"] if row["distinct"]]
+    for_them = sum(row["score"] > 0 for row in known)
+    lines = [
+        f"{results['n_images']} images, {results['n_mentions']} objects named, "
+        f"{results['n_hallucinated']} of them hallucinated; {results['forwards']} forwards, "
+        f"{results['seconds']:.0f} s",
+        "score: mean log-probability (nats) that hallucinated words lose without the head, minus "
+        "what words for present objects lose",
+        f"of {len(results['heads'])} scores, compared all at once, {for_them} are above 0 and "
+        f"{len(known) - for_them} below it beyond chance (95 %)",
+    ]
+    if not chosen:
+        lines.append("no head has a positive score, so there are no hallucination heads to name")
+    if results.get("calibration"):
+        lines.append(f"kept in {results['calibration']}")
+    lines.append(f"written to {results['output']}")
+    return Group(table, Text("\n".join(lines)))
 
 
 def facts(values: Mapping[str, Any]) -> RenderableType:

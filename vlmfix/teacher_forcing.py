@@ -7,14 +7,14 @@ the whole answer is given: one forward instead of one per token.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from vlmfix.chat import Chat, chat_inputs, end_tokens
-from vlmfix.errors import BadInput, UnsupportedModel
+from vlmfix.chat import end_tokens
+from vlmfix.errors import UnsupportedModel
 from vlmfix.families import describe_model
 from vlmfix.session import SESSION
 from vlmfix.surgeon import module_state
@@ -27,7 +27,7 @@ _PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 #: A model that reads its own answer must mostly predict it. Rounding, and a repetition penalty of
 #: generate(), make the two differ here and there; a model that attends in both directions while it
 #: reads a prompt differs nearly everywhere.
-_MINIMUM_AGREEMENT = 0.8
+_MINIMUM_AGREEMENT = 0.9
 
 
 @dataclass(frozen=True)
@@ -74,22 +74,17 @@ def _chosen(scores: list[torch.Tensor], answers: list[list[int]]) -> list[torch.
     return [row.gather(1, row.new_tensor(ids).long()[:, None])[:, 0] for row, ids in pairs]
 
 
-def answer_greedily(
-    model: Any, processor: Any, chats: Sequence[Chat], max_new_tokens: int
-) -> ForcedAnswers:
-    """Let a plain model answer chats, and prepare to read prompts and answers in one forward.
+def answer_greedily(model: Any, prompt: Mapping[str, Any], max_new_tokens: int) -> ForcedAnswers:
+    """Let a plain model answer prompts, and prepare to read prompts and answers in one forward.
 
     Args:
         model: a supported VLM, plain (not wrapped, or under `vlmfix.using(model, None)`).
-        processor: its processor.
-        chats: as `vlmfix.generate` takes them.
-        max_new_tokens: longest answer.
+        prompt: arguments of its generate() for a left-padded batch, see `chat.chat_inputs`.
+        max_new_tokens: longest answer, at least 1.
 
     Raises:
-        BadInput: chats that cannot be used, or no answer holds a token.
         UnsupportedModel: the model does not predict its own answers when it reads them whole.
     """
-    prompt = chat_inputs(model, processor, chats)
     info = describe_model(model)
     # A placeholder in an answer would ask for the features of one more image.
     never = [*info.image_token_ids, *info.video_token_ids]
@@ -105,8 +100,6 @@ def answer_greedily(
     ends = end_tokens(model, settings)
     answers = [_until(row, ends) for row in sequences[:, length:].tolist()]
     width = max(map(len, answers))
-    if not width:
-        raise BadInput("the model answered nothing at all: give max_new_tokens of 1 or more.")
     real = torch.tensor([[at < len(row) for at in range(width)] for row in answers])
     real = real.to(sequences.device)
     added = sequences[:, length : length + width].masked_fill(~real, 0)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +26,7 @@ from vlmfix.evals.report import write_json
 from vlmfix.evals.runner import ArmRun, ModelUnderTest, Recorder, distinct_requests, run_arm
 from vlmfix.evals.tasks import Options, Task, get_task
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "output_folder", "positive"]
 
 FORMAT = 1
 
@@ -85,9 +85,9 @@ def evaluate(
         raise BadInput("no task to evaluate: name at least one, such as pope")
     task_types = {name: get_task(name) for name in tasks}
     arms = named_arms(methods)
-    _positive(limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens, n_images=n_images)
+    positive(limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens, n_images=n_images)
     started = datetime.now(timezone.utc)
-    folder = _output_folder(output, overwrite, started, task_types, model)
+    folder = output_folder(output, overwrite, started, task_types, model)
     opened = data if isinstance(data, CocoData) else CocoData(data or _bundled_data())
     options = Options(
         seed=seed,
@@ -202,23 +202,36 @@ def _score(task: Task, runs: Mapping[str, ArmRun]) -> dict[str, Any]:
     }
 
 
-def _positive(**values: int | None) -> None:
+def positive(**values: int | None) -> None:
+    """Raise BadInput unless every option that is given is 1 or more."""
     for name, value in values.items():
         if value is not None and value < 1:
             raise BadInput(f"{name}={value}: must be 1 or more")
 
 
-def _output_folder(
+def output_folder(
     output: str | Path | None,
     overwrite: bool,
     started: datetime,
-    tasks: Mapping[str, object],
+    names: Iterable[str],
     model: Any,
 ) -> Path:
+    """Where results go: `output`, or a new folder under runs/; it is not made yet.
+
+    Args:
+        output: what the user asked for.
+        overwrite: whether it may hold something.
+        started: time of the run.
+        names: what is run, part of the name of a new folder.
+        model: the model's name, if it is a text or path.
+
+    Raises:
+        BadInput: `output` is a file, or holds something.
+    """
     if output is None:
         name = Path(model).name if isinstance(model, (str, Path)) else "model"
         stamp = f"{started:%Y%m%dT%H%M%S.%f}"[:-3] + "Z"
-        output = Path("runs") / f"{stamp}-{'+'.join(tasks)}-{file_name(name)}"
+        output = Path("runs") / f"{stamp}-{'+'.join(names)}-{file_name(name)}"
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"output: {folder} is a file; name a folder")
