@@ -13,6 +13,7 @@ from tiny import generate_kwargs
 
 import vlmfix
 import vlmfix.attention
+import vlmfix.prelude
 import vlmfix.session
 from vlmfix.families import ModelInfo, describe_model
 from vlmfix.kernels import reference
@@ -376,18 +377,18 @@ def test_rerun_of_the_last_token_equals_a_prefill_of_its_own(
     tiny = family(name)
     inputs = prompt(tiny)
     reruns: list[str] = []
-    original = vlmfix.session.Session._run_last_token
+    original = vlmfix.session.run_last_token
 
-    def spy(self: Any, *args: Any) -> Any:
+    def spy(*args: Any) -> Any:
         reruns.append(name)
-        return original(self, *args)
+        return original(*args)
 
-    monkeypatch.setattr(vlmfix.session.Session, "_run_last_token", spy)
+    monkeypatch.setattr(vlmfix.session, "run_last_token", spy)
     kwargs = generate_kwargs(output_logits=True, return_dict_in_generate=True)
     results = []
     for rerun in (True, False):
         if not rerun:
-            monkeypatch.setattr(vlmfix.session.Session, "_rerun", lambda *args: None)
+            monkeypatch.setattr(vlmfix.prelude, "can_rerun", lambda *args: False)
         with vlmfix.wrapped(tiny.model, Boost()):
             results.append(tiny.model.generate(**inputs, **kwargs))
             assert vlmfix.last_call(tiny.model).passes == 6

@@ -7,7 +7,6 @@ generate call with the call (call.py); nothing counts steps.
 from __future__ import annotations
 
 import copy
-import inspect
 import sys
 import threading
 import warnings
@@ -19,7 +18,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmfix.attention import NAME, SLOT, Implementation, Slot, Step, in_python
@@ -34,10 +33,9 @@ from vlmfix.frame import (
     require_image,
     sliding_offsets,
 )
-from vlmfix.ledger import IMAGE, PAD, VIDEO, Ledger
-from vlmfix.method import AttentionMethod, Prelude, Watcher
+from vlmfix.ledger import IMAGE, VIDEO, Ledger
+from vlmfix.prelude import look_first, run_last_token
 from vlmfix.question import find_question
-from vlmfix.surgeon import module_state, prompt_without_images
 from vlmfix.tap import Tap, describe_tower
 
 __all__ = ["SESSION", "Session"]
@@ -203,6 +201,19 @@ class Session:
         return stacks[-1] if stacks else self.default
 
     @contextmanager
+    def apart(self, stack: Stack, call: Call) -> Iterator[None]:
+        """Run forwards that belong to no call of the user: nothing of them is reported."""
+        before = {name: getattr(self.local, name, None) for name in ("call", "last")}
+        last = self.last
+        self.local.call = call
+        try:
+            with self.use(stack):
+                yield
+        finally:
+            self.last = last
+            self.local.call, self.local.last = before["call"], before["last"]
+
+    @contextmanager
     def use(self, stack: Stack) -> Iterator[None]:
         """Run another stack in this thread."""
         self.reach(stack)
@@ -340,13 +351,7 @@ class Session:
             )
         frame = self._frame(stack, ids, cache, prompt_length, kwargs)
         if stack.preludes and not frame.past:
-            self._require_whole_prompt(frame)
-            if bool(frame.ledger.visual().any()):
-                rerun = self._rerun(frame, cache, kwargs)
-                if rerun is None:
-                    self._run_preludes(frame, ids, kwargs)
-                else:
-                    frame = rerun
+            frame = look_first(self, frame, ids, cache, kwargs)
         self.local.frame = frame
         return args, kwargs
 
@@ -395,120 +400,6 @@ class Session:
         offsets = sliding_offsets(cache, queries)
         return Frame(stack, call, ledger, past, queries, offsets, self._tap)
 
-    def _require_whole_prompt(self, frame: Frame) -> None:
-        length = frame.ledger.prompt_length
-        if frame.queries < length:
-            names = ", ".join(sorted(method.name for method in frame.stack.preludes))
-            raise CompositionError(
-                f"{names} must see the whole prompt at once, but this forward holds "
-                f"{frame.queries} of its {length} tokens (chunked prefill). Generate without "
-                "prefill_chunk_size."
-            )
-
-    def _rerun(self, frame: Frame, cache: Cache | None, kwargs: dict[str, Any]) -> Frame | None:
-        """Let the prompt's own forward be the one that a watcher sees, where that is exact.
-
-        A method that edits predicting rows only leaves everything before the last prompt token as
-        it is. So the prompt runs unedited under the watcher; then the last token alone runs again
-        with edits, on the cache cut by one (`_run_last_token`). That saves the second prefill.
-
-        Returns:
-            The frame of the watched forward; None where a prelude of its own is needed: several
-            methods, a cache that cannot be cut, padding on the right, prompts whose tokens see
-            the last one, outputs of more than logits.
-        """
-        methods = frame.stack.methods
-        method = methods[0] if len(methods) == 1 else None
-        if not isinstance(method, AttentionMethod) or method.rows != "predicting":
-            return None
-        prelude = method.prelude(self.info)
-        plain_cache = isinstance(cache, DynamicCache) and all(
-            type(layer) is DynamicLayer for layer in cache.layers
-        )
-        wanted = ("output_hidden_states", "output_attentions", "labels")
-        if (
-            prelude is None
-            or prelude.prompt != "whole"
-            or not plain_cache
-            or frame.queries < 2
-            or frame.queries > frame.ledger.prompt_length
-            or self.info.sees_whole_prompt
-            or any(kwargs.get(name) is not None and kwargs[name] is not False for name in wanted)
-            or bool((frame.ledger.last_prompt != frame.queries - 1).any())
-        ):
-            return None
-        watching = Stack((prelude.watcher,), self.info)
-        self.reach(watching)
-        watched = Frame(
-            watching, frame.call, frame.ledger, frame.past, frame.queries, frame.offsets, frame.tap
-        )
-        watched.rerun_with = method
-        return watched
-
-    def _run_last_token(self, frame: Frame, kwargs: dict[str, Any], output: Any) -> Any:
-        """The last prompt token once more, with edits; its logits replace those of `output`."""
-        ledger, call, method = frame.ledger, frame.call, frame.rerun_with
-        watcher = frame.stack.methods[0]
-        assert isinstance(watcher, Watcher)
-        call.seen[method] = ledger.seen[method] = watcher.seen
-        ledger.derived.clear()
-        kwargs["past_key_values"].crop(-1)
-        inputs = {
-            name: kwargs[name][..., -1:]
-            for name in ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids")
-            if kwargs.get(name) is not None
-        }
-        inputs |= {
-            name: kwargs[name]
-            for name in ("past_key_values", "attention_mask", "use_cache")
-            if kwargs.get(name) is not None
-        }
-        call.passes -= 1  # the forward that now follows is not one of generate()'s
-        call.extra_passes += 1
-        last = self.model(**inputs, return_dict=True)
-        output.logits = torch.cat([output.logits[:, :-1], last.logits[:, -1:]], dim=1)
-        return output
-
-    def _run_preludes(self, frame: Frame, ids: torch.Tensor, kwargs: dict[str, Any]) -> None:
-        """The extra forwards that methods want of a prompt, before its own."""
-        ledger, call = frame.ledger, frame.call
-        for method in frame.stack.preludes:
-            if method not in call.seen:
-                prelude = method.prelude(self.info)
-                if prelude is None:
-                    continue
-                call.extra_passes += 1
-                self._watch(prelude, ledger, ids, kwargs)
-                call.seen[method] = prelude.watcher.seen
-            ledger.seen[method] = call.seen[method]
-
-    def _watch(
-        self, prelude: Prelude, ledger: Ledger, ids: torch.Tensor, kwargs: dict[str, Any]
-    ) -> None:
-        """One forward over the prompt without a cache, in which only the watcher looks."""
-        length = ledger.prompt_length
-        inputs = {**kwargs, "input_ids": ids[:, :length]}
-        if prelude.prompt == "text":
-            inputs = prompt_without_images(self.model, self.info, inputs)
-        else:
-            # A static cache's mask spans its capacity; transformers makes another of this one.
-            inputs["attention_mask"] = (ledger.kinds[:, :length] != PAD).long()
-            for name in ("past_key_values", "labels"):
-                inputs.pop(name, None)
-        inputs |= {"use_cache": False, "return_dict": True}
-        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-            inputs["logits_to_keep"] = 1
-        outer = {name: getattr(self.local, name, None) for name in ("call", "last")}
-        last = self.last
-        self.local.call = Call(methods=(), prompt_length=inputs["input_ids"].shape[1])
-        try:
-            watching = Stack((prelude.watcher,), self.info)
-            with self.use(watching), module_state(self.model), torch.no_grad():
-                self.model(**inputs)
-        finally:
-            self.last = last
-            self.local.call, self.local.last = outer["call"], outer["last"]
-
     def _flag(
         self, layer: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -546,7 +437,7 @@ class Session:
             return None
         if args:
             kwargs = {**kwargs, "input_ids": args[0]}
-        return self._run_last_token(frame, kwargs, output)
+        return run_last_token(self, frame, kwargs, output)
 
     def _after(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         if self.prepared_steps is None:
