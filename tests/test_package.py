@@ -147,7 +147,7 @@ LEAVES = {"_version", "errors", "machine"}
 def layer(module: str) -> str:
     """The layer of a module named below the package, such as "evals.pope"; "" is the package."""
     head = module.split(".")[0]
-    if head in APP:
+    if head in APP or head.startswith("bench"):
         return "app"
     if head in LEAVES:
         return "leaf"
