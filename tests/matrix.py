@@ -14,6 +14,8 @@ from tiny import FAMILIES, TinyFamily, build
 
 from vlmfix.method import Method
 from vlmfix.methods.ad_hh import AdaptiveHeadDeactivation
+from vlmfix.methods.gift import GazeShiftFusion
+from vlmfix.methods.head_pursuit import HeadPursuit
 from vlmfix.methods.pai import PayAttentionToImage
 from vlmfix.methods.spin import ImageGuidedHeadSuppression
 from vlmfix.methods.vaf import VisualAmplificationFusion
@@ -51,6 +53,17 @@ ROWS = (
         "ad_hh",
         AdaptiveHeadDeactivation(heads=_HEADS, tau=0.05),
         AdaptiveHeadDeactivation(heads=_HEADS, tau=1.5),
+    ),
+    Row(
+        "gift",
+        GazeShiftFusion(alpha=6.0, saliency_layer=1, edited_layers=(1, 2)),
+        GazeShiftFusion(alpha=0.0, saliency_layer=1, edited_layers=(1, 2)),
+        chunks=False,
+    ),
+    Row(
+        "head_pursuit",
+        HeadPursuit(heads=("1.0", "2.3"), alpha=-1.0),
+        HeadPursuit(heads=("1.0", "2.3"), alpha=1.0),
     ),
     Row(
         "pai",
