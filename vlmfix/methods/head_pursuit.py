@@ -1,0 +1,84 @@
+"""Head Pursuit: inhibit or enhance the heads that write a concept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+
+from vlmfix.errors import CalibrationNeeded
+from vlmfix.families import ModelInfo
+from vlmfix.head_list import head_list, head_names
+from vlmfix.method import AttentionMethod, Keys, Plan, check_range
+
+__all__ = ["HeadPursuit", "static_factors"]
+
+
+def static_factors(heads: Sequence[int], count: int, alpha: float) -> torch.Tensor:
+    """(H,) float32 factors on the `count` heads of a layer: alpha for the listed ones, else 1."""
+    factors = torch.ones(count)
+    factors[list(heads)] = alpha
+    return factors
+
+
+@dataclass(frozen=True)
+class HeadPursuit(AttentionMethod):
+    """Multiply the outputs of listed heads by alpha, in every row of prompt and answer.
+
+    "Head Pursuit: Probing Attention Specialization in Multimodal Transformers", NeurIPS 2025,
+    arXiv 2510.21518. Heads that write a concept (colours, numbers, sentiment) are found offline,
+    for any list of words, by `vlmfix.pursuit.rank_heads`; alpha = -1 turns their words away, 5
+    brings them up. The paper controls concepts with it and does not measure hallucination.
+
+    The edit is static: it does not depend on the image, so prompts without one are edited too.
+    The paper's text leaves open how explained variance is centred and how correlations are summed
+    over samples; see `vlmfix.pursuit.pursue`. The authors' code was not consulted.
+    """
+
+    heads: tuple[str, ...] | None = field(
+        default=None,
+        metadata={"help": "layer.head names, e.g. 16.29/26.9, from vlmfix.pursuit.rank_heads"},
+    )
+    alpha: float = field(
+        default=-1.0, metadata={"help": "factor on the heads: -1 inhibits, 5 enhances, 1 nothing"}
+    )
+
+    name: ClassVar[str] = "head_pursuit"
+    #: Query heads of a layer of the model; set by prepared().
+    _num_heads: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        check_range(self, "alpha", -100.0, 100.0)
+
+    def prepared(self, info: ModelInfo, model: torch.nn.Module) -> HeadPursuit:
+        if self.heads is None:
+            raise CalibrationNeeded(
+                "head_pursuit needs the heads of a concept, which depend on the model and on the "
+                "words. Rank them with vlmfix.pursuit.rank_heads(model, processor, inputs, words) "
+                "and pass the first ones as heads=(...), such as ('16.29', '26.9')."
+            )
+        made = replace(self, heads=head_names(head_list(self.heads, info, self.name)))
+        object.__setattr__(made, "_num_heads", info.num_heads)
+        return made
+
+    def idle(self) -> str | None:
+        return None if self.heads else "its list of heads is empty"
+
+    def _by_layer(self) -> dict[int, list[int]]:
+        listing: dict[int, list[int]] = {}
+        for layer, head in (map(int, name.split(".")) for name in self.heads or ()):
+            listing.setdefault(layer, []).append(head)
+        return listing
+
+    def layers(self, info: ModelInfo) -> Sequence[int]:
+        return sorted(self._by_layer())
+
+    def plan(self, keys: Keys) -> Plan | None:
+        if self.alpha == 1:
+            return None
+        batch = len(keys.kinds)
+        factors = static_factors(self._by_layer()[keys.layer], self._num_heads, self.alpha)
+        heads = factors.to(keys.kinds.device).expand(batch, -1)
+        return Plan((), [True] * batch, heads=heads)
