@@ -280,6 +280,20 @@ def test_chunks_do_not_matter(masked: bool) -> None:
         assert whole[0][1, 20:].tolist() == [0] * 17
 
 
+def test_rows_are_held_in_bounded_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    original = vlmfix.tap.reference.row_scores
+
+    def measured(*args: Any) -> Tensor:
+        scores: Tensor = original(*args)
+        sizes.append(scores.numel() * scores.element_size())
+        return scores
+
+    monkeypatch.setattr(vlmfix.tap.reference, "row_scores", measured)
+    received_attention(noise(1, 16, 2048, 8), noise(1, 16, 2048, 8), 0.3)
+    assert sizes == [64 * 2**20] * 4
+
+
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_batch_equals_singles(name: str) -> None:
     tiny = family(name)
@@ -404,6 +418,20 @@ def test_a_failed_encoding_leaves_nothing_behind() -> None:
         assert tap.take() == []
 
 
+def test_outside_an_encoding_nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = build("llava")
+    inputs = tiny.inputs()
+
+    def forbidden(*_: Any) -> None:
+        raise AssertionError("attention was read")
+
+    with Tap(tower_of(tiny), LAYERS) as tap:
+        encode(tiny.model, inputs)
+        monkeypatch.setattr(vlmfix.tap, "received_attention", forbidden)
+        tower_of(tiny).module(inputs["pixel_values"])
+        assert len(tap.take()) == 1
+
+
 def test_the_last_encoding_counts_and_text_has_none() -> None:
     tiny = build("qwen2_5_vl")
     one, other = tiny.inputs(batch=1, seed=1), tiny.inputs(batch=2, seed=2)
@@ -431,8 +459,11 @@ def test_videos_are_not_read() -> None:
     plain = tiny.model.generate(**inputs, **generate_kwargs())
     with Tap(tower_of(tiny), LAYERS) as tap:
         assert torch.equal(tiny.model.generate(**inputs, **generate_kwargs()), plain)
-        images = tap.take()
-    same(images, read(tiny, qwen_images((4, 4))))
+        with_video = tap.take()
+        encode(tiny.model, inputs)
+        alone = tap.take()
+    same(with_video, read(tiny, qwen_images((4, 4))))
+    same(with_video, alone)
 
 
 def test_threads_read_their_own_images() -> None:
@@ -539,6 +570,26 @@ def test_features_that_do_not_fit_the_rule_are_refused() -> None:
                 pixel_values=pixels, vision_feature_select_strategy="full", return_dict=True
             )
         assert tap.take() == []
+
+
+def test_a_layer_that_does_not_run_is_named() -> None:
+    tiny = build("llava")
+    tower = tower_of(tiny)
+    tower.module.encoder.layers[1].forward = lambda hidden, *args, **kwargs: hidden
+    with (
+        Tap(tower, LAYERS),
+        pytest.raises(UnsupportedModel, match=r"layers \[1\] .* did not run"),
+    ):
+        encode(tiny.model, tiny.inputs())
+
+
+def test_patches_that_make_no_whole_squares() -> None:
+    tower = tower_of(family("gemma3"))
+    calls = {0: [(torch.zeros(1, 25), torch.zeros(1, 25))]}
+    with pytest.raises(UnsupportedModel, match="25 patches in 20 x 20 pixels.* 2 x 2 squares"):
+        vlmfix.tap._images(
+            tower, calls, {"pixel_values": torch.zeros(1, 3, 20, 20)}, torch.zeros(1, 4, 64)
+        )
 
 
 def test_values_must_match_the_tiles() -> None:
