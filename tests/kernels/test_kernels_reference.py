@@ -120,6 +120,20 @@ def test_zero_groups_mean_plain_attention(edits: tuple[str, ...]) -> None:
     assert not torch.equal(attend_rows(*clean.arguments(), **clean.options).out, plain.out)
 
 
+@pytest.mark.parametrize(
+    ("epilogue", "groups"), [("var", (0, 1)), ("var", (0, 2)), ("drop", (0, 1))], ids=str
+)
+def test_rows_with_nothing_to_take_or_to_give_stay(epilogue: str, groups: tuple[int, int]) -> None:
+    clean = make(Case((epilogue,))).clean(torch.float32)
+    assert clean.edit.groups is not None
+    ids = torch.tensor(groups, dtype=torch.uint8)[clean.edit.groups.long() % 2]
+    open_rules = {"rho": 0.0, "minimum_visual_mass": 0.0, "threshold": 0.0}
+    edit = replace(clean.edit, groups=ids, **open_rules)
+    found = attend_rows(*clean.arguments()[:3], edit, **clean.options)
+    plain = attend_rows(*clean.arguments()[:3], FusedEdit(), **clean.options)
+    assert torch.equal(found.out, plain.out) and not found.edited.any()
+
+
 def test_rows_that_may_not_be_edited_equal_plain_attention() -> None:
     edits = ("var", "gain", "log_weight", "head_scale", "rows")
     clean = make(Case(edits, queries=3, mask="full")).clean(torch.float32)

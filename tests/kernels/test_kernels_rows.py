@@ -81,19 +81,23 @@ def bound(call: Call, exact: RowsOutput, monkeypatch: pytest.MonkeyPatch) -> flo
     return 2 * eager_error(call, exact, monkeypatch) + rounding
 
 
-def check(call: Call, monkeypatch: pytest.MonkeyPatch, splits: int | None = None) -> RowsOutput:
-    """Outputs, masses and decisions, within what the dtype allows."""
+def check(
+    call: Call,
+    monkeypatch: pytest.MonkeyPatch,
+    splits: int | None = None,
+    idle: bool = False,
+) -> RowsOutput:
+    """Outputs, masses and decisions, within what the dtype allows; unless idle, the edit shows."""
     exact, found = call.exact(), triton(call, splits)
     assert found.out.dtype == call.query.dtype
     assert torch.equal(found.edited, exact.edited)
     assert (found.masses - exact.masses).abs().max() <= MASS_ERROR
     error = float((found.out - exact.out).abs().max())
     assert error <= bound(call, exact, monkeypatch)
-    if call.edit.groups is not None or call.edit.log_weight is not None:
-        touched = call.edit.gain is not None or call.edit.log_weight is not None
-        touched = touched or call.edit.epilogue != "plain" or call.edit.head_scale is not None
-        if touched and call.key.shape[2] > 1:
-            assert (exact.out - call.plain().out).abs().max() > 8 * error, "an idle edit"
+    edit = call.edit
+    acts = edit.gain is not None or edit.log_weight is not None or edit.head_scale is not None
+    if not idle and (acts or edit.epilogue != "plain"):
+        assert (exact.out - call.plain().out).abs().max() > 8 * error, "an idle edit"
     return found
 
 
@@ -152,7 +156,8 @@ SHAPES = (
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_shapes(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(make(replace(case, dtype=dtype)), monkeypatch)
+    # One key has all the weight, whatever its score.
+    check(make(replace(case, dtype=dtype)), monkeypatch, idle=case.keys == 1)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3])
@@ -228,6 +233,22 @@ def test_zero_groups_mean_plain_attention(edits: tuple[str, ...]) -> None:
     found, expected = triton(neutral), triton(plain)
     assert torch.equal(found.out, expected.out) and not found.edited.any()
     assert not torch.equal(triton(call).out, expected.out)
+
+
+@pytest.mark.parametrize(
+    ("edits", "groups"), [(("var",), (0, 1)), (("var",), (0, 2)), (("drop",), (0, 1))], ids=str
+)
+def test_rows_with_nothing_to_take_or_to_give_stay(
+    edits: tuple[str, ...], groups: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = make(Case(edits, torch.bfloat16))
+    assert call.edit.groups is not None
+    ids = torch.tensor(groups, dtype=torch.uint8)[call.edit.groups.long() % 2]
+    open_rules = {"rho": 0.0, "minimum_visual_mass": 0.0, "threshold": 0.0}
+    call.edit = replace(call.edit, groups=ids, **open_rules)
+    found = check(call, monkeypatch, idle=True)
+    plain = triton(replace(call, edit=FusedEdit(groups=ids)))
+    assert torch.equal(found.out, plain.out) and not found.edited.any()
 
 
 def test_rows_that_may_not_be_edited_equal_plain_attention() -> None:
