@@ -1,4 +1,4 @@
-"""Sink channels: found where they are, stored by the model's fingerprint, refused elsewhere."""
+"""Calibration: found where it is, stored by the model's fingerprint, refused elsewhere."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_folders
 import torch
 from matrix import family, logits, prompt
 from tiny import build
@@ -18,10 +19,17 @@ from vlmfix.calibrate import (
     calibrate,
     fingerprint,
     load_calibration,
+    store,
 )
+from vlmfix.chat import chat_inputs
+from vlmfix.divergence import measure_divergence
 from vlmfix.doctor import examine
+from vlmfix.emoji.dataset import split_scenes
+from vlmfix.emoji.draw import paint
 from vlmfix.errors import BadInput, CalibrationNeeded, StateError
 from vlmfix.massive import magnitude
+
+QUESTION = "Please describe this image in detail."
 
 
 def _with_sink(channels: tuple[int, ...] = (5, 40)) -> Any:
@@ -118,7 +126,9 @@ def test_fingerprint_survives_saving_and_a_folder_may_carry_its_file(tmp_path: P
     assert load_calibration(again) is None
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99}', "\x00"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"format": 99}', '{"format": 1, "odd": 2}', "\x00"]
+)
 def test_damaged_file_is_reported(content: str) -> None:
     model = _with_sink()
     path = cache_folder() / "calibration" / f"{fingerprint(model)}.json"
@@ -128,7 +138,110 @@ def test_damaged_file_is_reported(content: str) -> None:
         load_calibration(model)
 
 
+def test_a_file_of_before_the_other_parts_still_loads() -> None:
+    model = _with_sink()
+    path = cache_folder() / "calibration" / f"{fingerprint(model)}.json"
+    path.parent.mkdir(parents=True)
+    old = {
+        "format": 1, "fingerprint": fingerprint(model), "model_type": "llava",
+        "sink_channels": [5, 40], "tau": 2.5, "largest": 5.6, "layers": [0, 1, 2],
+        "magnitudes": {"5": 5.5, "40": 5.4},
+    }  # fmt: skip
+    path.write_text(json.dumps(old))
+    loaded = load_calibration(model)
+    assert loaded is not None and loaded.sink_channels == (5, 40)
+    assert loaded.magnitudes == {5: 5.5, 40: 5.4}
+    assert loaded.vision_heads is None and loaded.hallucination_heads is None
+    assert loaded.gift_saliency_layer is None and loaded.gift_layers is None
+
+
+def test_parts_are_measured_one_by_one_and_kept_together(own_cache: Path) -> None:
+    model, processor = _with_sink(), tiny_folders.processor()
+    heads = calibrate(model, processor, only=("heads",))
+    assert heads.sink_channels is None and heads.gift_layers is None
+    assert heads.vision_heads is not None
+    assert [len(row) for row in heads.vision_heads] == [4, 4, 4]
+    assert min(map(min, heads.vision_heads)) > 0
+    with pytest.raises(CalibrationNeeded, match="var does not know the sink channels"):
+        vlmfix.wrap(model, "var")
+    gift = calibrate(model, processor, only=("gift",))
+    assert gift.vision_heads == heads.vision_heads
+    assert gift.gift_changes is not None and gift.gift_correlations is not None
+    assert gift.gift_changes[gift.gift_saliency_layer or 0] == max(gift.gift_changes)
+    positive = tuple(layer for layer, c in enumerate(gift.gift_correlations) if c > 0)
+    assert gift.gift_layers == positive
+    store(model, hallucination_heads=((2, 1), (0, 3)))
+    sinks = calibrate(model)
+    assert sorted(sinks.sink_channels or ()) == [5, 40]
+    assert sinks.hallucination_heads == ((2, 1), (0, 3))
+    assert (sinks.vision_heads, sinks.gift_layers) == (heads.vision_heads, gift.gift_layers)
+    assert load_calibration(model) == sinks
+    assert calibrate(model, save=False, only=["sinks"]).gift_changes == gift.gift_changes
+    assert len(list(own_cache.rglob("*"))) == 2  # one folder, one file
+
+
+def test_with_a_processor_of_images_everything_is_measured() -> None:
+    found = calibrate(_with_sink(), tiny_folders.processor(), save=False)
+    assert found.sink_channels and found.vision_heads and found.gift_changes
+    assert found.gift_saliency_layer is not None and found.gift_layers is not None
+    tokenizer_only = calibrate(_with_sink(), tiny_folders.tokenizer(), save=False)
+    assert tokenizer_only.sink_channels and tokenizer_only.vision_heads is None
+
+
+def test_vision_heads_are_the_mean_divergence_over_the_tuning_pictures() -> None:
+    model, processor = _with_sink(), tiny_folders.processor()
+    found = calibrate(model, processor, only=("heads",), save=False).vision_heads
+    total = torch.zeros(3, 4)
+    for _, scene in split_scenes("tuning", 8):
+        parts = [{"type": "image", "image": paint(scene)}, {"type": "text", "text": QUESTION}]
+        inputs = chat_inputs(model, processor, [[{"role": "user", "content": parts}]])
+        total += measure_divergence(model, inputs)[:, 0] / 8
+    assert torch.allclose(torch.tensor(found), total, atol=1e-4)
+
+
+@pytest.mark.parametrize("only", [(), ("sink",), ("sinks", "vision")])
+def test_unknown_parts_are_refused(only: tuple[str, ...]) -> None:
+    with pytest.raises(BadInput, match="one or more of sinks, heads, gift"):
+        calibrate(_with_sink(), tiny_folders.processor(), only=only)
+
+
+def test_parts_that_need_pictures_need_a_processor(own_cache: Path) -> None:
+    for processor in (None, tiny_folders.tokenizer()):
+        with pytest.raises(BadInput, match="takes its processor"):
+            calibrate(_with_sink(), processor, only=("sinks", "gift"))
+    assert not own_cache.exists()
+
+
+def test_no_sinks_do_not_keep_the_rest_from_being_measured(own_cache: Path) -> None:
+    model, processor = build("llava").model, tiny_folders.processor()
+    with pytest.raises(CalibrationNeeded, match="--only heads,gift"):
+        calibrate(model, processor)
+    assert not own_cache.exists()
+    assert calibrate(model, processor, only=("heads", "gift")).gift_layers is not None
+
+
+def test_the_cache_and_the_model_folder_complete_each_other(tmp_path: Path) -> None:
+    _with_sink().save_pretrained(tmp_path)
+    model = type(_with_sink()).from_pretrained(tmp_path).eval()
+    calibrate(model, beside=True)
+    store(model, hallucination_heads=((0, 1),))
+    both = load_calibration(model)
+    assert both is not None and both.sink_channels and both.hallucination_heads == ((0, 1),)
+    # What is measured here wins over what came with the weights.
+    store(model, sink_channels=(7,))
+    again = load_calibration(model)
+    assert again is not None and again.sink_channels == (7,)
+    # Written beside the weights, all of it moves there.
+    moved = store(model, beside=True, sink_channels=(8,))
+    assert moved.hallucination_heads == ((0, 1),)
+    assert load_calibration(model) == moved and moved.path == str(tmp_path / FOLDER_FILE)
+    assert not list((cache_folder() / "calibration").iterdir())
+
+
 def test_wrapped_model_is_refused() -> None:
     model = _with_sink()
     with vlmfix.wrapped(model, None), pytest.raises(StateError, match="unwrap"):
         calibrate(model)
+    model.train()
+    with pytest.raises(StateError, match="training mode"):
+        calibrate(model, tiny_folders.processor(), only=("heads",))

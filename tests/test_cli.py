@@ -322,6 +322,40 @@ def test_calibration_makes_var_fit(tmp_path: Path) -> None:
     assert Path(beside).parent == tmp_path
 
 
+def test_calibration_of_some_parts_draws_a_map(llava: Path, tmp_path: Path) -> None:
+    sinks = ("calibrate", llava, "--only", "sinks", "--allow-none", "--no-save")
+    refused(*sinks, "--plots", tmp_path / "none", says="--only heads", run=inside)
+    assert not (tmp_path / "none").exists()
+    command = ("calibrate", llava, "--only", "heads,gift", "--plots", tmp_path / "maps")
+    found = document(*command, run=inside)
+    assert found["sink_channels"] is None and len(found["vision_heads"]) == 3
+    assert (tmp_path / "maps" / "vision_heads.png").is_file()
+    shown = inside(*command, "--no-save")
+    assert shown.returncode == 0, shown.stderr
+    assert "largest VHD in" in shown.stdout and "sink channels" not in shown.stdout
+    refused("calibrate", llava, "--only", "sink", says="sinks, heads, gift", run=inside)
+
+
+def test_attribution_is_kept_for_ad_hh(tmp_path: Path) -> None:
+    # The bundled model would take minutes: a tiny one that can say nothing but objects.
+    objects = {"dog", "cat", "car", "person", "chair", "cup", "book", "bench", "bird"}
+    with mock.patch.object(tiny_folders, "WORDS", ("image", *sorted(objects))):
+        tiny_folders.save("llava", tmp_path / "model", with_processor=True)
+        vocabulary = tiny_folders.tokenizer().get_vocab()
+    config = {"suppress_tokens": [n for word, n in vocabulary.items() if word not in objects]}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(config))
+    command = ("attribute", tmp_path / "model", "--limit", 12, "--max-new-tokens", 5)
+    results = document(*command, "--output", tmp_path / "one", "--save", run=inside)
+    assert len(results["heads"]) == 12 and 0 < results["n_hallucinated"] < results["n_mentions"]
+    report = document("doctor", tmp_path / "model", run=inside)
+    assert report["calibration"]["hallucination_heads"] == results["hallucination_heads"]
+    shown = inside(*command, "--output", tmp_path / "two", "--top", 2)
+    assert shown.returncode == 0, shown.stderr
+    assert "hallucination head" in shown.stdout and str(tmp_path / "two") in shown.stdout
+    refused(*command, "--output", tmp_path / "one", says="--overwrite", run=inside)
+    refused(*command, "--top", 0, says="a number of heads", run=inside)
+
+
 def _fits(folder: Path) -> dict[str, bool]:
     return {row["name"]: row["fits"] for row in document("doctor", folder, run=inside)["methods"]}
 
