@@ -113,7 +113,7 @@ class AdaptiveHeadDeactivation(AttentionMethod):
         raise CalibrationNeeded(
             f"ad_hh does not know the hallucination heads of this {info.model_type} model "
             f"({info.num_layers} layers of {info.num_heads} heads). Find them with "
-            "`vlmfix attribute MODEL`, or pass heads=(...), such as ('16.29', '26.9')."
+            "`vlmfix attribute MODEL --save`, or pass heads=(...), such as ('16.29', '26.9')."
         )
 
     def idle(self) -> str | None:
