@@ -77,6 +77,21 @@ def test_other_caches_equal_the_dynamic_cache(row: Row, name: str, mode: str) ->
         assert torch.equal(_generate(tiny.model, inputs), _generate(tiny.model, inputs, mode))
 
 
+@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+def test_a_model_loaded_with_eager_attention(row: Row) -> None:
+    """Its masks are additive floats, of the cache's capacity where that is static."""
+    tiny = build(row.families[0])
+    inputs = prompt(tiny)
+    with vlmfix.wrapped(tiny.model, row.strong):
+        expected = _steps(tiny.model, inputs)
+    tiny.model.set_attn_implementation({"text_config": "eager"})
+    static = {"cache_implementation": "static", "disable_compile": True}
+    with vlmfix.wrapped(tiny.model, row.strong):
+        for kwargs in ({}, static):
+            assert torch.allclose(_steps(tiny.model, inputs, **kwargs), expected, atol=1e-4)
+            assert vlmfix.last_call(tiny.model).edited_rows > 0
+
+
 @cells
 @pytest.mark.parametrize("mode", ["sampling", "returns"])
 def test_modes_equal_without_cache(row: Row, name: str, mode: str) -> None:

@@ -280,8 +280,9 @@ def prompt_kinds(
         window = slice(past, past + ids.shape[1])
         if mask.ndim == 2:
             kinds[mask[:, window] == 0] = PAD
-        elif mask.dtype == torch.bool:  # already expanded, as for a static cache
-            kinds[~mask[:, 0, -1, window]] = PAD
+        else:  # already expanded, as for a static cache; additive masks are 0 where visible
+            visible = mask if mask.dtype == torch.bool else mask == 0
+            kinds[~visible[:, 0, -1, window]] = PAD
     return kinds
 
 
