@@ -16,9 +16,10 @@ import contextlib
 import csv
 import itertools
 import math
+import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ _MOST_COPIES = 64
 _KEEP, _RHO, _MINIMUM = 0.6, 0.5, 0.2  # VAR
 _ALPHA = 0.5  # PAI
 
+Cache = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # query, key, value
 Operator = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -99,7 +101,7 @@ class _Arm:
 class _Problem:
     """Inputs of one shape: several caches, and what the edits know of their keys."""
 
-    caches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    caches: list[Cache]
     edits: dict[str, FusedEdit]
     groups: torch.Tensor
     mask: torch.Tensor | None
@@ -174,13 +176,16 @@ def _measure(
             continue
         arms.append(arm)
         errors[arm.name] = error
-    calls = {arm.name: _timed(arm, problem, device) for arm in arms}
+    turns = itertools.cycle(problem.caches)
+    calls = {arm.name: _timed(arm, problem, turns, device) for arm in arms}
     seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
     order = [arm.name for arm in arms]
+    shuffle = random.Random(0).shuffle
     for _ in range(rounds):
+        # In a fixed order an arm would always meet what the same other arm left in the processor.
+        shuffle(order)
         for name in order:
             seconds[name].append(calls[name]())
-        order = order[1:] + order[:1]
     sdpa = [name for name in order if name.startswith("sdpa")]
     best = min(sdpa, key=lambda name: statistics.median(seconds[name]), default=None)
     for arm in arms:
@@ -219,7 +224,7 @@ def _problem(shape: Shape, device: str) -> _Problem:
     """
     dtype = getattr(torch, shape.dtype)
     copies = -(-_COLD_BYTES[torch.device(device).type] // shape.cache_bytes)
-    random = torch.Generator(device).manual_seed(0)
+    source = torch.Generator(device).manual_seed(0)
     index = torch.arange(shape.keys, device=device)
     visual = (index >= shape.keys // 20) & (index < shape.keys * 17 // 20)
     sinks = visual & (index % 33 == 0)
@@ -228,7 +233,7 @@ def _problem(shape: Shape, device: str) -> _Problem:
     scaling = shape.width**-0.5
 
     def normal(*dims: int) -> torch.Tensor:
-        return torch.randn(dims, generator=random, device=device)
+        return torch.randn(dims, generator=source, device=device)
 
     caches = []
     for _ in range(max(1, min(copies, _MOST_COPIES))):
@@ -245,7 +250,7 @@ def _problem(shape: Shape, device: str) -> _Problem:
     groups[:, 0] = 1
     gain = torch.ones(4, 2)
     gain[2:] = torch.tensor([1 + _ALPHA, 1 - _ALPHA])
-    scale = torch.rand(shape.batch, shape.heads, generator=random, device=device) + 0.5
+    scale = torch.rand(shape.batch, shape.heads, generator=source, device=device) + 0.5
     edits = {
         "plain": FusedEdit(),
         "var": FusedEdit(
@@ -339,9 +344,14 @@ def _check(
     return error, ""
 
 
-def _timed(arm: _Arm, problem: _Problem, device: str) -> Callable[[], float]:
-    """A function that runs an arm and gives its seconds per call."""
-    turns = itertools.cycle(problem.caches)
+def _timed(
+    arm: _Arm, problem: _Problem, turns: Iterator[Cache], device: str
+) -> Callable[[], float]:
+    """A function that runs an arm and gives its seconds per call.
+
+    On a CPU it takes the next of `turns`, which all arms share: none finds in the processor what
+    the arm before it has read. On a GPU it runs through all caches.
+    """
     if not device.startswith("cuda"):
 
         def on_cpu() -> float:
@@ -397,7 +407,7 @@ def write_csv(report: Report, path: Path) -> None:
 
 
 def draw(report: Report, path: Path) -> None:
-    """Bars of time over the fastest SDPA, one panel per dtype and head count, as a PNG.
+    """Time over the fastest SDPA, one panel per dtype and head count, as a PNG.
 
     Raises:
         BadInput: There is nothing to draw.
@@ -418,7 +428,7 @@ def draw(report: Report, path: Path) -> None:
     figure = Figure(figsize=(max(7.0, 1.6 * len(places) * len(panels)), 3.8), dpi=110)
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    bar = 0.8 / len(arms)
+    step = 0.8 / len(arms)
     for axis, panel in zip(axes, panels, strict=True):
         for number, arm in enumerate(arms):
             chosen = [
@@ -429,19 +439,22 @@ def draw(report: Report, path: Path) -> None:
             low, middle, high = (
                 np.array([row[f"over_sdpa_p{p}"] for _, row in chosen]) for p in PERCENTILES
             )
-            at = np.array([place for place, _ in chosen]) + (number + 0.5) * bar - 0.4
+            at = np.array([place for place, _ in chosen]) + (number + 0.5) * step - 0.4
             spread = np.array([middle - low, high - middle])
-            axis.bar(at, middle, bar, yerr=spread, label=arm, color=f"C{number}", ecolor="0.4")
+            axis.errorbar(at, middle, spread, label=arm, color=f"C{number}", fmt="o", capsize=3)
         axis.axhline(1.0, color="0.2", linewidth=1)
         axis.set_yscale("log", base=2)
         axis.yaxis.set_major_formatter("{x:g}")
+        axis.grid(axis="y", color="0.9")
+        axis.set_xlim(-0.5, len(places) - 0.5)
         axis.set_xticks(range(len(places)), [f"B={b}\nK={k}" for b, k in places])
         axis.set_title("{}, heads {}:{}".format(*panel), fontsize=10)
     axes[0].set_ylabel("time over the fastest SDPA (log)")
     axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     first = rows[0]
     where = f"{first['device']}, torch {first['torch']}, {first['threads']} thread(s)"
-    figure.suptitle(f"{where}. {first['note']}".strip(), fontsize=10)
+    points = "median, 20 to 80 %"
+    figure.suptitle(", ".join(filter(None, (where, first["note"], points))), fontsize=10)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -472,7 +485,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vlmfix.kernels.bench", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--output", type=Path, help="csv file for the rows")
-    parser.add_argument("--plot", type=Path, help="PNG file for the bars; needs matplotlib")
+    parser.add_argument("--plot", type=Path, help="PNG file to draw them in; needs matplotlib")
     parser.add_argument("--rounds", type=int, default=25, help="timed turns of every arm")
     parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
