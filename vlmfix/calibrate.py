@@ -29,6 +29,7 @@ __all__ = [
     "Calibration",
     "cache_folder",
     "calibrate",
+    "calibration_path",
     "fingerprint",
     "load_calibration",
     "store",
@@ -171,7 +172,9 @@ def calibrate(
     info = describe_model(model)
     parts = _parts(only, processor)
     if beside:
-        _target(model, beside)  # refuses a model without a folder before anything is measured
+        calibration_path(
+            model, beside=True
+        )  # refuses a model without a folder before anything is measured
     known = load_calibration(model)
     measured: dict[str, Any] = {}
     if "sinks" in parts:
@@ -196,7 +199,7 @@ def store(model: Any, *, beside: bool = False, **measured: Any) -> Calibration:
         BadInput: `beside`, and the model was not loaded from a folder; a stored file that cannot be
             read.
     """
-    target = _target(model, beside)
+    target = calibration_path(model, beside=beside)
     mark, kind = fingerprint(model), str(model.config.model_type)
     result = Calibration(mark, kind, **measured).over(load_calibration(model))
     write(result, target)
@@ -300,8 +303,12 @@ def _cached(mark: str) -> Path:
     return cache_folder() / "calibration" / f"{mark}.json"
 
 
-def _target(model: Any, beside: bool) -> Path:
-    """Where the calibration of this model goes."""
+def calibration_path(model: Any, *, beside: bool = False) -> Path:
+    """Where the calibration of this model goes; see `store`.
+
+    Raises:
+        BadInput: `beside`, and the model was not loaded from a folder.
+    """
     if not beside:
         return _cached(fingerprint(model))
     folder = _model_folder(model)

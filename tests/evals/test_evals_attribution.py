@@ -198,6 +198,7 @@ def test_ranking_equals_brute_force(
     best = sorted(expected, key=lambda pair: expected[pair][1] - expected[pair][0])
     assert [tuple(pair) for pair in results["hallucination_heads"]] == best[:3]
     assert 0 < results["n_hallucinated"] < results["n_mentions"]
+    assert all(value < 0 for value in results["log_probability"].values())
     assert results["agreement"] == 1.0
     assert results["forwards"] == 3 * (1 + len(expected))
 
@@ -279,6 +280,15 @@ def test_answers_that_name_nothing(world: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "o").exists()
     with vlmfix.wrapped(tiny.model, None), pytest.raises(StateError, match="already wrapped"):
         attribute(tiny.model, tiny_folders.processor(), world, output=tmp_path / "o", **settings)
+
+
+def test_what_could_not_be_kept_is_not_measured(
+    talker: tuple[TinyFamily, Any], world: Path, tmp_path: Path
+) -> None:
+    tiny, processor = talker
+    with pytest.raises(BadInput, match="not loaded from a folder"):
+        attribute(tiny.model, processor, world, limit=7, output=tmp_path / "o", beside=True)
+    assert not (tmp_path / "o").exists()
 
 
 def test_without_data_it_draws_the_tuning_split(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import csv
 import math
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from vlmfix import machine
-from vlmfix.calibrate import store
+from vlmfix.calibrate import calibration_path, load_calibration, store
 from vlmfix.chat import chat_inputs
 from vlmfix.errors import BadInput
 from vlmfix.evals.chair import PROMPT
@@ -38,7 +38,7 @@ from vlmfix.evals.report import write_json
 from vlmfix.evals.stats import LEVEL, Resamples, percentile_interval
 from vlmfix.families import ModelInfo, describe_model
 from vlmfix.method import AttentionMethod, Keys, Plan
-from vlmfix.teacher_forcing import ForcedAnswers, answer_greedily
+from vlmfix.teacher_forcing import answer_greedily
 from vlmfix.wrapper import using, wrapped
 
 __all__ = [
@@ -150,7 +150,10 @@ class Contrast:
 
 
 def contrast(
-    influence: Floats, hallucinated: Sequence[bool], images: Sequence[object], seed: int = 0
+    influence: Floats,
+    hallucinated: Sequence[bool] | NDArray[np.bool_],
+    images: Sequence[object],
+    seed: int = 0,
 ) -> Contrast:
     """Compare the influence of heads on hallucinated and on present words.
 
@@ -252,41 +255,21 @@ def attribute(
     layers = sorted(info.attention)
     pairs = [(layer, head) for layer in layers for head in range(info.num_heads)]
     wanted = _how_many(top, len(pairs))
+    if save or beside:  # what could fail at the end fails now
+        calibration_path(model, beside=beside)
+        load_calibration(model)
     started = datetime.now(timezone.utc)
     title = name or str(getattr(model, "name_or_path", "") or type(model).__name__)
     folder = output_folder(output, overwrite, started, ("attribute",), title)
     with tempfile.TemporaryDirectory() as scratch:
         opened = data if isinstance(data, CocoData) else CocoData(data or _tuning(scratch, limit))
         images = _choice(opened, limit, seed)
-        truth = ground_truth(opened)
-        opened.require_images([opened.files[image] for image in images])
         batches = [images[at : at + batch_size] for at in range(0, len(images), batch_size)]
-        rows: list[Floats] = []
-        found: list[tuple[int, Mention]] = []
-        agreement = tokens = 0.0
-        with (
-            wrapped(model, None),
-            progress_bar(len(batches) * (1 + len(pairs)), quiet) as advance,
-        ):
-            for batch in batches:
-                chats = [_chat(opened, image) for image in batch]
-                prompt = chat_inputs(model, processor, chats)
-                forced = answer_greedily(model, prompt, max_new_tokens)
-                advance(1, "describing")
-                tokenizer = getattr(processor, "tokenizer", processor)
-                named = find_mentions(forced.answers, [truth[i] for i in batch], tokenizer)
-                found += [(batch[mention.answer], mention) for mention in named]
-                influences = _influences(model, info, forced, named, pairs)
-                columns = []
-                for column in influences:
-                    columns.append(column)
-                    advance(1, "switching heads off")
-                rows.append(np.stack(columns, axis=1))
-                written = sum(map(len, forced.answers))
-                agreement, tokens = agreement + forced.agreement * written, tokens + written
+        with progress_bar(len(batches) * (1 + len(pairs)), quiet) as advance:
+            seen = _measure(model, processor, opened, batches, pairs, max_new_tokens, advance)
         facts = {"data": opened.source.name, "data_sha256": opened.sha256}
-    wrong = [mention.hallucinated for _, mention in found]
-    by_head = contrast(np.concatenate(rows), wrong, [image for image, _ in found], seed)
+    wrong = np.array([mention.hallucinated for mention in seen.mentions], dtype=bool)
+    by_head = contrast(seen.influence, wrong, seen.images, seed)
     order = sorted(range(len(pairs)), key=lambda at: -by_head.score[at])
     heads = [_entry(pairs[at], by_head, at) for at in order]
     chosen = [row for row in heads if row["score"] > 0][:wanted]
@@ -307,9 +290,14 @@ def attribute(
             "machine": machine.facts(str(model.device)),
         },
         "n_images": len(images),
-        "n_mentions": len(found),
-        "n_hallucinated": sum(wrong),
-        "agreement": agreement / tokens,
+        "n_mentions": len(wrong),
+        "n_hallucinated": int(wrong.sum()),
+        # Words of which the model is less sure lose more under any disturbance.
+        "log_probability": {
+            "hallucinated": float(seen.plain[wrong].mean()),
+            "present": float(seen.plain[~wrong].mean()),
+        },
+        "agreement": seen.agreement,
         "forwards": len(batches) * (1 + len(pairs)),
         "seconds": round((datetime.now(timezone.utc) - started).total_seconds(), 1),
         "n_distinct": int(by_head.distinct.sum()),
@@ -321,6 +309,64 @@ def attribute(
         kept = tuple((row["layer"], row["head"]) for row in chosen)
         results["calibration"] = store(model, beside=beside, hallucination_heads=kept).path
     return results
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What the ablations gave: M mentions, F heads.
+
+    Attributes:
+        mentions: (M,).
+        images: (M,), id of the image of each.
+        plain: (M,), log-probability of each word by the plain model.
+        influence: (M, F), what it loses without each head.
+        agreement: see `teacher_forcing.ForcedAnswers`, over all answers.
+    """
+
+    mentions: list[Mention]
+    images: list[int]
+    plain: Floats
+    influence: Floats
+    agreement: float
+
+
+def _measure(
+    model: Any,
+    processor: Any,
+    data: CocoData,
+    batches: Sequence[Sequence[int]],
+    pairs: Sequence[tuple[int, int]],
+    max_new_tokens: int,
+    advance: Callable[[int, str], None],
+) -> _Measured:
+    """Describe images and switch the heads `pairs` off one by one, batch by batch."""
+    truth = ground_truth(data)
+    data.require_images([data.files[image] for batch in batches for image in batch])
+    tokenizer = getattr(processor, "tokenizer", processor)
+    num_heads = describe_model(model).num_heads
+    found: list[Mention] = []
+    images: list[int] = []
+    plain: list[Floats] = []
+    lost: list[Floats] = []
+    predicted = tokens = 0.0
+    with wrapped(model, None):
+        for batch in batches:
+            prompt = chat_inputs(model, processor, [_chat(data, image) for image in batch])
+            forced = answer_greedily(model, prompt, max_new_tokens)
+            named = find_mentions(forced.answers, [truth[image] for image in batch], tokenizer)
+            found += named
+            images += [batch[mention.answer] for mention in named]
+            plain.append(_words(forced.log_probabilities, named))
+            written = sum(map(len, forced.answers))
+            predicted, tokens = predicted + forced.agreement * written, tokens + written
+            advance(1, "describing")
+            columns = []
+            for layer, head in pairs:
+                with using(model, ZeroHead(layer, head, num_heads)):
+                    columns.append(plain[-1] - _words(forced.read(model), named))
+                advance(1, "switching heads off")
+            lost.append(np.stack(columns, axis=1))
+    return _Measured(found, images, np.concatenate(plain), np.concatenate(lost), predicted / tokens)
 
 
 def _how_many(top: float, heads: int) -> int:
@@ -351,20 +397,6 @@ def _chat(data: CocoData, image: int) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
-def _influences(
-    model: Any,
-    info: ModelInfo,
-    forced: ForcedAnswers,
-    named: Sequence[Mention],
-    pairs: Sequence[tuple[int, int]],
-) -> Iterator[Floats]:
-    """By head, its influence (mentions,): what its words lose in log-probability without it."""
-    plain = _words(forced.log_probabilities, named)
-    for layer, head in pairs:
-        with using(model, ZeroHead(layer, head, info.num_heads)):
-            yield plain - _words(forced.read(model), named)
-
-
 def _words(scores: Sequence[torch.Tensor], named: Sequence[Mention]) -> Floats:
     """Log-probability of each word: the sum over its tokens."""
     rows = [row.double().cpu().numpy() for row in scores]
@@ -391,9 +423,9 @@ def _write(results: dict[str, Any], folder: Path, info: ModelInfo) -> None:
         scores[row["layer"], row["head"]] = row["score"]
     layer_head_map(
         scores,
-        f"{results['config']['model']}: hallucinated minus present words",
+        f"{results['config']['model']}: what words lose without a head, hallucinated minus present",
         folder / "heads.png",
-        "mean log-probability lost: difference in nats",
+        "score (nats)",
         symmetric=True,
         marked=results["hallucination_heads"],
     )
