@@ -16,6 +16,7 @@ from vlmfix.method import Method
 from vlmfix.methods.ad_hh import AdaptiveHeadDeactivation
 from vlmfix.methods.gift import GazeShiftFusion
 from vlmfix.methods.head_pursuit import HeadPursuit
+from vlmfix.methods.imba import PayAttentionToInformedTokens
 from vlmfix.methods.pai import PayAttentionToImage
 from vlmfix.methods.spin import ImageGuidedHeadSuppression
 from vlmfix.methods.vaf import VisualAmplificationFusion
@@ -64,6 +65,11 @@ ROWS = (
         "head_pursuit",
         HeadPursuit(heads=("1.0", "2.3"), alpha=-1.0),
         HeadPursuit(heads=("1.0", "2.3"), alpha=1.0),
+    ),
+    Row(
+        "imba",
+        PayAttentionToInformedTokens(alpha=2.0, beta=1.0, local_ratio=0.5, start_layer=0),
+        PayAttentionToInformedTokens(alpha=0.0, beta=0.0, start_layer=0),
     ),
     Row(
         "pai",

@@ -71,6 +71,16 @@ METHODS: tuple[MethodInfo, ...] = (
         aliases=("headpursuit",),
     ),
     MethodInfo(
+        name="imba",
+        target="vlmfix.methods.imba:PayAttentionToInformedTokens",
+        title="IMBA (PAINT), paying attention to informed tokens",
+        stage="attention",
+        summary="Raise the scores of the visual tokens that the vision encoder itself attends to.",
+        paper="Arif et al., arXiv 2501.12206",
+        needs=("a vision encoder whose patches become visual tokens one to one or in squares",),
+        aliases=("paint",),
+    ),
+    MethodInfo(
         name="pai",
         target="vlmfix.methods.pai:PayAttentionToImage",
         title="PAI, attention part",
