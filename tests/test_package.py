@@ -129,7 +129,7 @@ def test_the_method_that_the_docs_show_edits_a_model(tmp_path: Path) -> None:
     assert (logits[4.0] - plain).abs().max() > 1e-3
 
 
-APP = {"cli", "cli_options", "__main__", "show", "bench", "bench_models", "bench_plot"}
+APP = {"cli", "cli_options", "__main__", "show", "bench", "bench_arm", "bench_models", "bench_plot"}
 ALLOWED = {
     "leaf": {"leaf"},
     "kernels": {"kernels", "leaf"},

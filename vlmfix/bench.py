@@ -1,37 +1,34 @@
-"""How fast a model decodes with methods, over the same model plain, in one process.
+"""How fast a model generates with methods, and in how much memory, over the same model plain.
 
 Arms take turns within each round, so a machine that slows down slows all of them, and the ratio of
-a round compares neighbours in time. Only decode steps count: the clock starts when the first new
-token is there. A row whose method changed nothing while decoding is refused, not printed.
+a round compares neighbours in time. The prompt and the decode steps are timed apart. Before an arm
+is timed it must have edited rows while decoding, and its logits must agree with a forward that has
+no cache, no kernel and no graph; otherwise there is no row for it, but the reason.
 """
 
 from __future__ import annotations
 
 import csv
-import platform
-import subprocess
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from transformers.generation.streamers import BaseStreamer
 
-import vlmfix
-from vlmfix.bench_models import MODELS, Subject, subject
+from vlmfix import machine
+from vlmfix.bench_arm import CHECKED, MINIMUM_TOKENS, Arm, Decoding, Memory, Turn
+from vlmfix.bench_models import LARGE, MODELS, Subject, subject
 from vlmfix.calibrate import load_calibration
 from vlmfix.errors import BadInput
 from vlmfix.registry import build_stack
 
-__all__ = ["Report", "render", "run", "write_csv"]
+__all__ = ["NO_GPU", "PERCENTILES", "SLOW_PLAIN", "Report", "render", "run", "write_csv"]
 
 PERCENTILES = (20, 50, 80)
 NO_GPU = "not measured on a GPU"
@@ -41,9 +38,10 @@ SLOW_PLAIN = (
     "a method avoids it: ratios above 1 come from there; --dtype float32 shows a method's cost"
 )
 # A random model has no massive activations, nor has every trained one. One channel and a threshold
-# of one standard deviation call about a third of the tokens sinks, so VAR edits nearly every head:
-# more work than usual. The csv says which options ran.
-FORCED = {"var": "var:sink_channels=0;tau=1"}
+# of one standard deviation call about a third of the tokens sinks, and without a least mass on the
+# image VAR edits nearly every head, however long the text: more work than usual. The csv says
+# which options ran.
+FORCED = {"var": "var:sink_channels=0;tau=1;minimum_visual_mass=0"}
 
 
 @dataclass
@@ -55,157 +53,175 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
 
-class Clock(BaseStreamer):  # type: ignore[misc]
-    """Notes when each new token is there; handing it over waits for the device."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        """Called with the prompt, then with each step's tokens."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is left to do."""
-
-
 def run(
     models: Sequence[str] = ("emoji", "llava-300m"),
-    methods: Sequence[Sequence[str]] = (("var",), ("pai",)),
+    methods: Sequence[Sequence[str]] = (("var",), ("vhr",), ("pai",)),
     *,
     dtypes: Sequence[str] = ("bfloat16",),
     devices: Sequence[str] | None = None,
     rounds: int = 9,
     new_tokens: int = 32,
     batch: int = 1,
+    text_tokens: int | None = None,
+    cache: str = "dynamic",
+    compile: str | None = None,
     threads: int = 1,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """Time the decoding of every model plain and with every stack of methods.
+    """Time generate() on every model, plain and with every stack of methods.
 
     Args:
         models: Names of `MODELS`.
         methods: One stack of specs per arm.
         dtypes: bfloat16, float16 or float32.
-        devices: cpu, cuda; if absent, the CPU, and a GPU where there is one.
+        devices: cpu, cuda, cuda:1; if absent, the CPU, and a GPU where there is one. Without it,
+            the models of `LARGE` run on a GPU only.
         rounds: Timed turns of every arm.
         new_tokens: Tokens per turn, the same in every arm.
         batch: Rows, all of the same prompt.
+        text_tokens: Text tokens after the image; 28 if absent. Not for emoji.
+        cache: dynamic or static.
+        compile: Backend of torch.compile for the decode steps, e.g. inductor; needs the static
+            cache. None: not compiled.
         threads: Torch threads; put back afterwards.
         progress: Told what runs next.
 
     Returns:
-        One row per model, dtype, device and arm; tokens/s counts all rows of the batch.
+        One row per model, device, dtype and arm; tokens/s counts all rows of the batch.
 
     Raises:
-        BadInput: A name or a number that cannot be used.
+        BadInput: A name or a number that cannot be used, or too little memory for a model.
     """
     if unknown := set(models) - set(MODELS):
         names = ", ".join(MODELS)
         raise BadInput(f"no benchmark model {sorted(unknown)[0]!r}: choose from {names}")
-    if rounds < 1 or new_tokens < 3:
-        raise BadInput("a benchmark needs at least 1 round and 3 new tokens")
+    if rounds < 1 or new_tokens < MINIMUM_TOKENS:
+        raise BadInput(f"a benchmark needs at least 1 round and {MINIMUM_TOKENS} new tokens")
+    if cache not in ("dynamic", "static"):
+        raise BadInput(f"no cache {cache!r}: choose dynamic or static")
+    if compile is not None and cache != "static":
+        raise BadInput("generate() compiles decode steps over a static cache only: --cache static")
+    if text_tokens is not None and text_tokens < 1:
+        raise BadInput("a prompt needs at least 1 text token after the image")
+    places = [(name, device) for name in models for device in _devices(name, devices)]
     report = Report()
-    has_gpu = torch.cuda.is_available()
-    if devices is None:
-        devices = ("cpu", "cuda") if has_gpu else ("cpu",)
-    if not has_gpu or "cuda" not in devices:
+    if not any(device.startswith("cuda") for _, device in places):
         report.notes.append(NO_GPU)
-    if "cpu" in devices and set(dtypes) - {"float32", "fp32"}:
+    if ("cpu" in {device for _, device in places}) and set(dtypes) - {"float32", "fp32"}:
         report.notes.append(SLOW_PLAIN)
+    decoding = Decoding(new_tokens, cache, compile)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for name in models:
-            for device in devices:
-                for dtype in dtypes:
-                    progress(f"{name}, {dtype}, {device}")
-                    made = subject(name, dtype, device, batch)
-                    _measure(made, methods, rounds, new_tokens, report)
+        for name, device in places:
+            for dtype in dtypes:
+                progress(f"{name}, {dtype}, {device}")
+                made = subject(name, dtype, device, batch, text_tokens)
+                with _room_for_graphs(decoding, 1 + len(methods)):
+                    _measure(made, methods, decoding, rounds, report)
     finally:
         torch.set_num_threads(before)
     return report
 
 
+def _devices(name: str, devices: Sequence[str] | None) -> Sequence[str]:
+    if devices is not None:
+        return devices
+    has_gpu = torch.cuda.is_available()
+    if name not in LARGE:
+        return ("cpu", "cuda") if has_gpu else ("cpu",)
+    if not has_gpu:
+        raise BadInput(
+            f"{name} is meant for a GPU, and torch sees none here. `--device cpu` runs it on the "
+            "CPU all the same, in minutes per turn."
+        )
+    return ("cuda",)
+
+
+@contextmanager
+def _room_for_graphs(decoding: Decoding, arms: int) -> Iterator[None]:
+    """One graph per arm: past a limit torch.compile would quietly stop compiling."""
+    if decoding.compile is None:
+        yield
+        return
+    import torch._dynamo as dynamo
+
+    dynamo.reset()
+    limit = max(8, 4 * arms)
+    with dynamo.config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
+        yield
+
+
 def _measure(
     subject: Subject,
     methods: Sequence[Sequence[str]],
+    decoding: Decoding,
     rounds: int,
-    new_tokens: int,
     report: Report,
 ) -> None:
-    stacks: dict[str, Any] = {"plain": None}
-    edited = {"plain": 0}
+    plain = Arm("plain", subject, (), decoding)
+    arms, memory, edited = [plain], {"plain": plain.memory()}, {"plain": 0.0}
+    logits = plain.reference_logits()
+    found = load_calibration(subject.model)
+    forced = FORCED if found is None or not found.sink_channels else {}
     for specs in methods:
-        arm = "+".join(specs)
-        found = load_calibration(subject.model)
-        if found is None or not found.sink_channels:
-            specs = [FORCED.get(spec, spec) for spec in specs]
-        stack = build_stack(list(specs))
-        # Two untimed turns: rows edited by the prompt alone, and rows edited while decoding.
-        first, more = (_turn(subject, stack, tokens)[1] for tokens in (1, new_tokens))
-        if more <= first:
-            why = f"{arm} on {subject.name} ({subject.dtype}, {subject.device}) edited no row"
-            report.refused.append(f"{why} while decoding, so its speed means nothing")
+        name = "+".join(specs)
+        stack = build_stack([forced.get(spec, spec) for spec in specs])
+        arm = Arm(name, subject, stack, decoding)
+        used, rows = arm.memory(), arm.edited_rows()
+        why = arm.disagreement(logits)
+        decode_rows = (rows - arm.edited_rows()) / (decoding.new_tokens - CHECKED)
+        if decode_rows <= 0:
+            why = "it edited no row while decoding"
+        if why is not None:
+            where = f"{name} on {subject.name} ({subject.dtype}, {subject.device})"
+            report.refused.append(f"{where}: {why}")
             continue
-        stacks[arm], edited[arm] = stack, more
-    _turn(subject, None, new_tokens)
-    seconds: dict[str, list[float]] = {arm: [] for arm in stacks}
-    order = list(stacks)
+        arms.append(arm)
+        memory[name], edited[name] = used, decode_rows
+    for arm in arms:
+        arm.turn()
+    turns: dict[str, list[Turn]] = {arm.name: [] for arm in arms}
+    order = list(arms)
     for _ in range(rounds):
         for arm in order:
-            seconds[arm].append(_turn(subject, stacks[arm], new_tokens)[0])
+            turns[arm.name].append(arm.turn())
         order = order[1:] + order[:1]
     batch, prompt = subject.inputs["input_ids"].shape
-    for arm, stack in stacks.items():
-        speed = [batch / step for step in seconds[arm]]
-        ratio = [p / s for p, s in zip(seconds["plain"], seconds[arm], strict=True)]
+    weights = list(subject.model.parameters())
+    for arm in arms:
         report.rows.append(
             {
-                **_machine(subject.device),
+                **machine.facts(subject.device),
                 "model": subject.name,
-                "parameters": sum(p.numel() for p in subject.model.parameters()),
+                "parameters": sum(p.numel() for p in weights),
                 "dtype": subject.dtype,
                 "batch": batch,
                 "prompt": prompt,
                 "visual_tokens": subject.visual_tokens,
-                "new_tokens": new_tokens,
+                "new_tokens": decoding.new_tokens,
                 "rounds": rounds,
-                "arm": arm,
-                "spec": "+".join(method.spec() for method in stack or ()),
-                "edited_rows": edited[arm],
-                **_spread("tokens_per_second", speed),
-                **_spread("over_plain", ratio),
+                "cache": decoding.cache,
+                "compile": decoding.compile or "",
+                "arm": arm.name,
+                "spec": arm.spec,
+                "edited_rows_per_step": edited[arm.name],
+                **_times(turns[arm.name], turns["plain"], batch),
+                "weight_bytes": sum(p.numel() * p.element_size() for p in weights),
+                **_memory(memory[arm.name], memory["plain"]),
             }
         )
 
 
-def _turn(subject: Subject, stack: Any, new_tokens: int) -> tuple[float, int]:
-    """Seconds per decode step, and attention rows that were edited (prompt included)."""
-    if stack is None:
-        return _decode(subject, new_tokens), 0
-    with vlmfix.wrapped(subject.model, stack) as model:
-        seconds = _decode(subject, new_tokens)
-        return seconds, vlmfix.last_call(model).edited_rows
-
-
-def _decode(subject: Subject, new_tokens: int) -> float:
-    clock = Clock()
-    model = subject.model
-    model.generate(
-        **subject.inputs,
-        do_sample=False,
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-        suppress_tokens=[model.config.image_token_id],
-        pad_token_id=0,
-        streamer=clock,
-    )
-    # times[0] is the prompt, times[1] the token that prefill gave.
-    steps = len(clock.times) - 2
-    if steps != new_tokens - 1:
-        raise RuntimeError(f"{steps + 1} new tokens came instead of {new_tokens}")
-    return (clock.times[-1] - clock.times[1]) / max(steps, 1)
+def _times(turns: Sequence[Turn], plain: Sequence[Turn], batch: int) -> dict[str, float]:
+    """Percentiles over the rounds; a ratio is taken within its round."""
+    pairs = list(zip(turns, plain, strict=True))
+    return {
+        **_spread("first_token_seconds", [turn.first_token for turn in turns]),
+        **_spread("first_token_over_plain", [a.first_token / p.first_token for a, p in pairs]),
+        **_spread("tokens_per_second", [batch / turn.step for turn in turns]),
+        **_spread("tokens_per_second_over_plain", [p.step / a.step for a, p in pairs]),
+    }
 
 
 def _spread(name: str, values: list[float]) -> dict[str, float]:
@@ -213,36 +229,13 @@ def _spread(name: str, values: list[float]) -> dict[str, float]:
     return {f"{name}_p{p}": float(v) for p, v in zip(PERCENTILES, found, strict=True)}
 
 
-def _machine(device: str) -> dict[str, Any]:
-    gpu = device.startswith("cuda")
+def _memory(memory: Memory, plain: Memory) -> dict[str, float]:
+    """What a turn needs on top of the weights, and on top of weights and KV cache over plain."""
     return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "vlmfix": vlmfix.__version__,
-        "git": _git(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name() if gpu else _cpu(),
-        "threads": torch.get_num_threads(),
+        "peak_above_weights_bytes": memory.peak,
+        "kv_cache_bytes": memory.cache,
+        "memory_over_plain": (memory.peak - memory.cache) / (plain.peak - plain.cache),
     }
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _git() -> str:
-    """The commit of the checkout that runs, "+" if it has changes; empty if there is none."""
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists():
-        return ""
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def write_csv(report: Report, path: Path) -> None:
@@ -269,16 +262,27 @@ def write_csv(report: Report, path: Path) -> None:
 
 def render(report: Report) -> RenderableType:
     """The rows as a table, then what was not measured."""
-    table = Table(caption="median [20 %, 80 %] of the rounds")
-    for column in ("model", "dtype", "arm", "B", "K", "tokens/s", "over plain", "edited rows"):
+    table = Table(
+        caption="median [20 %, 80 %] of the rounds; memory above weights and KV cache, over plain"
+    )
+    for column in ("model", "dtype", "B", "K", "cache", "arm"):
         table.add_column(column)
+    for column in ("first token, s", "over plain", "tokens/s", "over plain", "memory", "rows/step"):
+        table.add_column(column, justify="right")
     for row in report.rows:
-        cells = [row[key] for key in ("model", "dtype", "arm", "batch", "prompt")]
-        speed, ratio = (
+        cache = " ".join(filter(None, (row["cache"], row["compile"])))
+        cells = [row[key] for key in ("model", "dtype", "batch", "prompt")]
+        figures = [
             "{1:.3g} [{0:.3g}, {2:.3g}]".format(*(row[f"{name}_p{p}"] for p in PERCENTILES))
-            for name in ("tokens_per_second", "over_plain")
-        )
-        table.add_row(*map(str, cells), speed, ratio, str(row["edited_rows"]))
+            for name in (
+                "first_token_seconds",
+                "first_token_over_plain",
+                "tokens_per_second",
+                "tokens_per_second_over_plain",
+            )
+        ]
+        rest = (f"{row['memory_over_plain']:.3f}", f"{row['edited_rows_per_step']:.0f}")
+        table.add_row(*map(str, cells), cache, row["arm"], *figures, *rest)
     lines: list[RenderableType] = [table]
     if report.rows:
         keys = ("device", "threads", "torch", "transformers", "vlmfix", "git")
