@@ -107,14 +107,18 @@ def calibration(values: Mapping[str, Any]) -> RenderableType:
 
 
 def _measured(values: Mapping[str, Any]) -> dict[str, Any]:
-    known = {key: value for key, value in values.items() if value is not None}
-    if heads := known.get("vision_heads"):
+    known = {
+        key: value if value or value == 0 else "none"
+        for key, value in values.items()
+        if value is not None
+    }
+    if heads := values.get("vision_heads"):
         every = [(value, f"{i}.{j}") for i, row in enumerate(heads) for j, value in enumerate(row)]
         largest = sorted(every, reverse=True)[:5]
         known["vision_heads"] = "largest VHD in " + ", ".join(
             f"{name} ({value:.2f})" for value, name in largest
         )
-    if heads := known.get("hallucination_heads"):
+    if heads := values.get("hallucination_heads"):
         known["hallucination_heads"] = [f"{layer}.{head}" for layer, head in heads]
     return known
 

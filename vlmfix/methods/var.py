@@ -164,7 +164,7 @@ class VisualAttentionRedistribution(AttentionMethod):
         raise CalibrationNeeded(
             f"var does not know the sink channels of this {info.model_type} model "
             f"({info.num_layers} layers of width {info.hidden_size}). Measure them with "
-            "`vlmfix calibrate MODEL` (or vlmfix.calibrate.calibrate(model, processor)), or pass "
+            "`vlmfix calibrate MODEL --only sinks` (or vlmfix.calibrate.calibrate(model)), or pass "
             "sink_channels=(...)."
         )
 
