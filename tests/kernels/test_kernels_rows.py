@@ -263,6 +263,14 @@ def test_rows_that_may_not_be_edited_equal_plain_attention() -> None:
     assert (moved > 1e-3).all()
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_the_output_is_rounded_to_nearest(dtype: torch.dtype) -> None:
+    call = make(Case(("head_scale",), dtype, keys=1))
+    assert call.edit.head_scale is not None
+    product = call.edit.head_scale[:, :, None, None] * call.value.float()  # all weight on one key
+    assert torch.equal(triton(call).out, product.to(dtype))
+
+
 def test_keep_everything_is_plain_attention() -> None:
     call = make(Case(("var",), torch.bfloat16))
     kept = replace(call, edit=replace(call.edit, keep=1.0))
