@@ -59,6 +59,12 @@ def test_sigma_is_unbiased() -> None:
     assert torch.equal(prune_outliers(values, outputs), values)
 
 
+def test_text_only_activation_is_the_squared_norm() -> None:
+    """Norms 0, 0.6, 1 have no outlier (see above), their squares have one."""
+    outputs, divergence = _vector(0, 0.6, 1)[:, None], _vector(0, 0, 1)
+    assert not prune_outliers(divergence, outputs).any()
+
+
 @pytest.mark.parametrize("heads", [8, 28, 32])
 def test_half_of_the_heads_of_each_sample_is_selected(heads: int) -> None:
     generator = torch.Generator().manual_seed(heads)

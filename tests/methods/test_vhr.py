@@ -224,6 +224,13 @@ def test_head_scale_without_divergence_and_without_an_image() -> None:
         assert torch.equal(knockout.head_scale(outputs, without, visual), scale)
 
 
+@pytest.mark.parametrize(("prune", "factors"), [(True, [3, 3, 1, 1]), (False, [3, 1, 1, 3])])
+def test_options_reach_the_choice(prune: bool, factors: list[int]) -> None:
+    method = VisionAwareHeadReinforcement(alpha=3.0, prune_outliers=prune)
+    scale = method.head_scale(WITH[None, :, None].float(), torch.tensor([True]), WITHOUT[None])
+    assert scale.flatten().tolist() == factors
+
+
 @dataclass(frozen=True)
 class Mirror(VisionAwareHeadReinforcement):
     """VHR whose text stream sees what the image stream sees."""
