@@ -18,8 +18,8 @@ import vlmfix
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import describe_model
 from vlmfix.ledger import IMAGE, PAD, TEXT
-from vlmfix.methods.imba import PayAttentionToInformedTokens, select_tokens
-from vlmfix.methods.pai import PayAttentionToImage, lift_scores
+from vlmfix.methods.imba import PayAttentionToInformedTokens, lift_scores, select_tokens
+from vlmfix.methods.pai import PayAttentionToImage
 from vlmfix.registry import build as build_method
 from vlmfix.tap import Received
 
@@ -150,7 +150,9 @@ def test_all_tokens_local_is_pai() -> None:
     plan = PayAttentionToInformedTokens(alpha=0.6, beta=0.6).plan(keys_of(values, KINDS[:1]))
     pai = PayAttentionToImage(alpha=0.6).plan(keys_of(values, KINDS[:1]))
     assert plan is not None and pai is not None
-    assert torch.equal(lift_scores(scores, plan.tensors[0]), lift_scores(scores, pai.tensors[0]))
+    edited = lift_scores(scores, plan.tensors[0])
+    expected = PayAttentionToImage(alpha=0.6).edit_scores(scores, *pai.tensors)
+    assert torch.equal(edited, expected) and not torch.equal(edited, scores)
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, tiny: Any, inputs: Any) -> torch.Tensor:
