@@ -59,6 +59,16 @@ def test_every_step_is_a_least_squares_fit_on_the_best_atom() -> None:
     assert (found.explained.diff(dim=-1) >= -1e-12).all()
 
 
+def test_words_that_lie_close_together_are_fitted_exactly_in_float32() -> None:
+    """Spellings of a word point in nearly one direction; float64 is the ruler."""
+    generator = torch.Generator().manual_seed(0)
+    stems = torch.randn(3, 64, generator=generator)
+    words = stems.repeat(8, 1) + 1e-4 * torch.randn(24, 64, generator=generator)
+    heads = torch.randn(200, 64, generator=generator)
+    exact = pursue(heads.double(), words.double()).explained
+    assert torch.allclose(pursue(heads, words).explained.double(), exact, atol=1e-5)
+
+
 def test_a_word_given_twice_and_a_silent_head() -> None:
     words = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0]])
     heads = torch.tensor([[[3.0, 1, 2]], [[0, 0, 0]]])

@@ -222,6 +222,19 @@ def test_a_prompt_without_an_image_is_left_alone(score: Any) -> None:
         assert vlmfix.last_call(tiny.model).edited_rows == 0
 
 
+def test_heads_are_ranked_by_unedited_scores_whatever_the_order_of_the_stack() -> None:
+    tiny = family("llava")
+    inputs = prompt(tiny)
+    outputs = []
+    lift = "pai:alpha=2;start_layer=0"
+    for stack in ([HALF, lift], [lift, HALF], HALF, lift):
+        with vlmfix.wrapped(tiny.model, stack):
+            outputs.append(logits(tiny.model, inputs))
+    one, other, *single = outputs
+    assert torch.equal(one, other)
+    assert all((one - alone).abs().max() > 1e-3 for alone in single)
+
+
 def test_neutral_settings_reproduce_64_greedy_tokens() -> None:
     tiny = family("llava")
     inputs = prompt(tiny)

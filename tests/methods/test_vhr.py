@@ -300,6 +300,67 @@ def test_knockout_compares_with_the_same_row_without_visual_keys() -> None:
     assert (with_image - blind).abs().max() > 1e-3
 
 
+def test_two_images_are_taken_away_together() -> None:
+    tiny = family("llava")
+    inputs = tiny.inputs(1)
+    ids, image = inputs["input_ids"], torch.full((1, 16), 90)
+    both = torch.cat([ids[:, :-3], image, ids[:, -3:]], dim=1)
+    prompts = {
+        "input_ids": both,
+        "attention_mask": torch.ones_like(both),
+        "pixel_values": torch.cat([inputs["pixel_values"], inputs["pixel_values"].flip(-1)]),
+    }
+    text = {"input_ids": both[:, both[0] != 90]}
+    streams = []
+    for arguments in (prompts, text):
+        probe = LastHeads((1,))
+        with vlmfix.wrapped(tiny.model, probe):
+            logits(tiny.model, arguments)
+        streams.append(probe.seen[1])
+    cache = DynamicCache(config=tiny.model.config.get_text_config())
+    with vlmfix.wrapped(tiny.model, VisionAwareHeadReinforcement(reinforced_layers=(1,))):
+        logits(tiny.model, prompts, past_key_values=cache)
+        assert torch.equal(_ledger_scales(tiny.model)[1], reinforce(*streams, 2.0, prune=True))
+
+
+def test_beams_of_a_sample_share_their_heads() -> None:
+    tiny = family("llava")
+    chosen: list[torch.Tensor] = []
+
+    class Spy(VisionAwareHeadReinforcement):
+        def head_scale(self, outputs: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
+            chosen.append(super().head_scale(outputs, *plan))
+            return chosen[-1]
+
+    with vlmfix.wrapped(tiny.model, Spy()):
+        tiny.model.generate(**prompt(tiny, 2), **generate_kwargs(num_beams=3))
+    assert len(chosen) == 2  # once per reinforced layer: steps and beams add none
+    for scale in chosen:
+        beams = scale.view(2, 3, -1)
+        assert (beams == beams[:, :1]).all() and (beams == 2).any()
+
+
+def test_heads_are_scaled_after_the_rows_whatever_the_order_of_the_stack() -> None:
+    tiny = family("qwen2_5_vl")
+    inputs = prompt(tiny)
+    outputs = []
+    for stack in (["vhr", "pai:start_layer=0"], ["pai:start_layer=0", "vhr"], "vhr", "pai"):
+        with vlmfix.wrapped(tiny.model, stack):
+            outputs.append(logits(tiny.model, inputs))
+    one, other, *single = outputs
+    assert torch.equal(one, other)
+    assert all((one - alone).abs().max() > 1e-3 for alone in single)
+
+
+def test_neutral_alpha_reproduces_64_greedy_tokens() -> None:
+    tiny = family("llava")
+    inputs = prompt(tiny)
+    kwargs = generate_kwargs(max_new_tokens=64, min_new_tokens=64)
+    plain = tiny.model.generate(**inputs, **kwargs)
+    with vlmfix.wrapped(tiny.model, VisionAwareHeadReinforcement(alpha=1.0)):
+        assert torch.equal(tiny.model.generate(**inputs, **kwargs), plain)
+
+
 def test_plan_is_made_of_samples_with_an_image() -> None:
     kinds = torch.tensor([[PAD, TEXT, IMAGE, TEXT], [TEXT] * 4]).to(torch.uint8)
     method = VisionAwareHeadReinforcement(reinforced_layers=(2,))
