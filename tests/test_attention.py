@@ -406,6 +406,32 @@ def test_rerun_of_the_last_token_equals_a_prefill_of_its_own(
     assert (plain.logits[0] - with_rerun.logits[0]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_prelude_knows_the_question(use_cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever way the prompt is looked at first: with a rerun, or by a forward of its own."""
+    tiny = family("llava")
+    inputs = tiny.inputs(1)
+    content = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    content[:, -3] = True
+    question = torch.zeros_like(content)
+    question[:, -5:] = True
+    monkeypatch.setattr(vlmfix.session, "find_question", lambda *args: (question, content))
+    monkeypatch.setattr(Boost, "reads_question", True)
+    told: list[Keys] = []
+
+    def keep(self: Rows, keys: Keys) -> Plan:
+        told.append(keys)
+        return Plan((), [True])
+
+    monkeypatch.setattr(Rows, "plan", keep)
+    with vlmfix.wrapped(tiny.model, Boost()):
+        kwargs = generate_kwargs(use_cache=use_cache)
+        tiny.model.generate(**inputs, processor=object(), **kwargs)
+    assert len(told) == 1
+    assert torch.equal(told[0].content[:, : content.shape[1]], content)
+    assert torch.equal(told[0].question[:, : content.shape[1]], question)
+
+
 def test_a_prelude_on_the_text_sees_no_image() -> None:
     tiny = family("llava")
     inputs = prompt(tiny)

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from vlmfix.call import Call
 from vlmfix.errors import CompositionError
 from vlmfix.frame import Frame, Stack
-from vlmfix.ledger import PAD, Ledger
+from vlmfix.ledger import PAD
 from vlmfix.method import AttentionMethod, Prelude, Watcher
 from vlmfix.surgeon import module_state, prompt_without_images
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from vlmfix.session import Session
 
 __all__ = ["look_first", "run_last_token"]
+
+_PER_TOKEN = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids")
 
 
 def look_first(
@@ -66,30 +68,36 @@ def look_first(
             prelude = method.prelude(session.info)
             assert prelude is not None  # Stack.preludes
             frame.call.extra_passes += 1
-            _watch(session, prelude, frame.ledger, ids, kwargs)
+            _watch(session, prelude, frame, ids, kwargs)
             seen[method] = prelude.watcher.seen
         frame.ledger.seen[method] = seen[method]
     return frame
 
 
 def _watch(
-    session: Session, prelude: Prelude, ledger: Ledger, ids: torch.Tensor, kwargs: dict[str, Any]
+    session: Session, prelude: Prelude, frame: Frame, ids: torch.Tensor, kwargs: dict[str, Any]
 ) -> None:
     """One forward over the prompt without a cache, in which only the watcher looks."""
     model: Any = session.model
-    length = ledger.prompt_length
+    ledger = frame.ledger
+    length = ledger.prompt_length  # a forward may hold drafted tokens beyond it
     inputs = {**kwargs, "input_ids": ids[:, :length]}
+    for name in _PER_TOKEN:
+        if inputs.get(name) is not None:
+            inputs[name] = inputs[name][..., :length]
+    # A static cache's mask spans its capacity; transformers makes another of this one.
+    inputs["attention_mask"] = (ledger.kinds[:, :length] != PAD).long()
+    call = Call(methods=())
     if prelude.prompt == "text":
         inputs = prompt_without_images(model, session.info, inputs)
     else:
-        # A static cache's mask spans its capacity; transformers makes another of this one.
-        inputs["attention_mask"] = (ledger.kinds[:, :length] != PAD).long()
+        call.question, call.rows = frame.call.question, frame.call.rows
         for name in ("past_key_values", "labels"):
             inputs.pop(name, None)
     inputs |= {"use_cache": False, "return_dict": True}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs["logits_to_keep"] = 1
-    call = Call(methods=(), prompt_length=inputs["input_ids"].shape[1])
+    call.prompt_length = inputs["input_ids"].shape[1]
     watching = Stack((prelude.watcher,), session.info)
     with session.apart(watching, call), module_state(model), torch.no_grad():
         model(**inputs)
@@ -156,11 +164,10 @@ def run_last_token(session: Session, frame: Frame, kwargs: dict[str, Any], outpu
     call.seen[method] = ledger.seen[method] = watcher.seen
     ledger.derived.clear()
     kwargs["past_key_values"].crop(-1)
-    per_token = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids")
     as_they_are = ("past_key_values", "attention_mask", "use_cache")
     inputs = {
-        name: value[..., -1:] if name in per_token else value
-        for name in (*per_token, *as_they_are)
+        name: value[..., -1:] if name in _PER_TOKEN else value
+        for name in (*_PER_TOKEN, *as_they_are)
         if (value := kwargs.get(name)) is not None
     }
     call.passes -= 1  # the forward that now follows is not one of generate()'s
