@@ -14,5 +14,5 @@ def make_keys(kinds: torch.Tensor, flags: torch.Tensor | None = None, **fields: 
     """Keys of one layer: kinds (B, K) of ledger.py; the question is what follows the image."""
     ledger = Ledger(kinds.shape[0], 0, kinds.device)
     ledger.kinds = kinds
-    made = {"layer": 2, "question": ledger.question, "content": ledger.content, **fields}
-    return Keys(kinds=kinds, flags=flags, **made)
+    made = {"layer": 2, "num_heads": 4, "question": ledger.question, "content": ledger.content}
+    return Keys(kinds=kinds, flags=flags, **{**made, **fields})

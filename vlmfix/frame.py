@@ -158,6 +158,7 @@ class Frame:
         values = self._image_values(method) if method.overrides("image_values") else None
         return Keys(
             layer=layer,
+            num_heads=self.stack.info.num_heads,
             kinds=ledger.kinds.to(device),
             flags=None if flags is None else flags.to(device),
             question=ledger.question.to(device),

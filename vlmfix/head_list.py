@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo
 
-__all__ = ["head_list", "head_names"]
+__all__ = ["head_list", "head_names", "heads_by_layer"]
 
 _PAIR = re.compile(r"(\d+)\.(\d+)", re.ASCII)
 
@@ -49,3 +49,11 @@ def head_list(names: Iterable[str], info: ModelInfo, method: str) -> tuple[tuple
 def head_names(pairs: Iterable[tuple[int, int]]) -> tuple[str, ...]:
     """(layer, head) pairs as options take them: ((16, 29), (26, 9)) -> ("16.29", "26.9")."""
     return tuple(f"{layer}.{head}" for layer, head in pairs)
+
+
+def heads_by_layer(names: Iterable[str] | None) -> dict[int, list[int]]:
+    """Checked names by layer: ("16.29", "26.9") -> {16: [29], 26: [9]}."""
+    listing: dict[int, list[int]] = {}
+    for layer, head in (map(int, name.split(".")) for name in names or ()):
+        listing.setdefault(layer, []).append(head)
+    return listing

@@ -108,6 +108,7 @@ class Keys:
 
     Attributes:
         layer: index of the decoder layer.
+        num_heads: its query heads.
         kinds: (B, K) uint8 of ledger.py.
         flags: (B, K) bool, what `flag_tokens` noted at this layer; None without it.
         question: (B, K) bool, text of the user's question: after the last visual token, without
@@ -119,6 +120,7 @@ class Keys:
     """
 
     layer: int
+    num_heads: int
     kinds: torch.Tensor
     flags: torch.Tensor | None
     question: torch.Tensor

@@ -77,20 +77,28 @@ def test_samples_heads_and_rows_decide_for_themselves() -> None:
 
 
 def test_plan_counts_generated_tokens_and_text_after_the_first_image() -> None:
-    plan = prepared(AdaptiveHeadDeactivation(("2.1", "2.7", "1.0"))).plan(make_keys(KINDS))
+    plan = prepared(AdaptiveHeadDeactivation(("2.1", "2.7", "1.0"))).plan(
+        make_keys(KINDS, num_heads=8)
+    )
     assert plan is not None and plan.samples == [True, False]
     text, (listed,) = plan.tensors[0], plan.constants
     assert text.tolist() == [[0, 0, 0, 0, 1, 0, 1, 1], [0] * 8]
     assert listed.nonzero().flatten().tolist() == [1, 7] and len(listed) == 8
     assert plan.fused is not None and plan.fused.groups is not None
     assert plan.fused.groups.tolist() == [[0, 0, 1, 1, 2, 1, 2, 2], [0] * 8]
-    assert prepared(AdaptiveHeadDeactivation(("2.1",), tau=1.1)).plan(make_keys(KINDS)) is None
-    assert prepared(AdaptiveHeadDeactivation(("2.1",), tau=1.0)).plan(make_keys(KINDS)) is not None
+    assert (
+        prepared(AdaptiveHeadDeactivation(("2.1",), tau=1.1)).plan(make_keys(KINDS, num_heads=8))
+        is None
+    )
+    assert (
+        prepared(AdaptiveHeadDeactivation(("2.1",), tau=1.0)).plan(make_keys(KINDS, num_heads=8))
+        is not None
+    )
 
 
 def test_without_an_image_the_plan_edits_nothing() -> None:
     method = prepared(AdaptiveHeadDeactivation(("2.1",), tau=0.0))
-    plan = method.plan(make_keys(KINDS[1:]))
+    plan = method.plan(make_keys(KINDS[1:], num_heads=8))
     assert plan is not None and plan.samples == [False]
     weights = torch.rand(1, 8, 2, 8)
     edited, changed = method.edit_weights(weights, *plan.tensors, *plan.constants)
@@ -100,7 +108,7 @@ def test_without_an_image_the_plan_edits_nothing() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_fused_form_equals_the_torch_path(seed: int) -> None:
     method = prepared(AdaptiveHeadDeactivation(("2.0", "2.3", "2.5", "2.6")))
-    plan = method.plan(make_keys(KINDS))
+    plan = method.plan(make_keys(KINDS, num_heads=8))
     assert plan is not None
     torch_path, fused, plain = both_forms(method, plan, seed=seed)
     assert torch.allclose(torch_path, fused, atol=1e-12)

@@ -11,7 +11,7 @@ import torch
 from vlmfix.calibrate import load_calibration
 from vlmfix.errors import CalibrationNeeded
 from vlmfix.families import ModelInfo
-from vlmfix.head_list import head_list, head_names
+from vlmfix.head_list import head_list, head_names, heads_by_layer
 from vlmfix.ledger import GENERATED, TEXT
 from vlmfix.method import AttentionMethod, FusedEdit, Keys, Plan, Preset, check_range, find_preset
 
@@ -91,17 +91,13 @@ class AdaptiveHeadDeactivation(AttentionMethod):
         Preset("LLaVA-1.5-13B", "llava", "llama", 5120, 40, _LLAVA_13B, _CODE, _VICUNA),
         Preset("LLaVA-1.6-34B", "llava_next", "llama", 7168, 60, _LLAVA_NEXT_34B, _CODE),
     )
-    #: Query heads of a layer of the model; set by prepared().
-    _num_heads: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         check_range(self, "tau", 0.0, 2.0)
 
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> AdaptiveHeadDeactivation:
         names = self.heads if self.heads is not None else self._known_heads(info, model)
-        made = replace(self, heads=head_names(head_list(names, info, self.name)))
-        object.__setattr__(made, "_num_heads", info.num_heads)
-        return made
+        return replace(self, heads=head_names(head_list(names, info, self.name)))
 
     def _known_heads(self, info: ModelInfo, model: torch.nn.Module) -> tuple[str, ...]:
         if preset := find_preset(self.PRESETS, info):
@@ -119,15 +115,8 @@ class AdaptiveHeadDeactivation(AttentionMethod):
     def idle(self) -> str | None:
         return None if self.heads else "its list of hallucination heads is empty"
 
-    def _by_layer(self) -> dict[int, list[int]]:
-        assert self.heads is not None  # set by prepared()
-        listing: dict[int, list[int]] = {}
-        for layer, head in (map(int, name.split(".")) for name in self.heads):
-            listing.setdefault(layer, []).append(head)
-        return listing
-
     def layers(self, info: ModelInfo) -> Sequence[int]:
-        return sorted(self._by_layer())
+        return sorted(heads_by_layer(self.heads))
 
     def plan(self, keys: Keys) -> Plan | None:
         if self.tau > 1:
@@ -135,8 +124,8 @@ class AdaptiveHeadDeactivation(AttentionMethod):
         visual = keys.visual
         after = visual.cumsum(1) > 0
         text = after & ((keys.kinds == TEXT) | (keys.kinds == GENERATED))
-        listed = torch.zeros(self._num_heads, dtype=torch.bool, device=visual.device)
-        listed[self._by_layer()[keys.layer]] = True
+        listed = torch.zeros(keys.num_heads, dtype=torch.bool, device=visual.device)
+        listed[heads_by_layer(self.heads)[keys.layer]] = True
         groups = visual.to(torch.uint8) + 2 * text.to(torch.uint8)
         fused = FusedEdit(groups=groups, epilogue="drop", threshold=self.tau, heads=listed)
         return Plan((text.float(),), visual.any(1).tolist(), constants=(listed,), fused=fused)

@@ -10,7 +10,7 @@ import torch
 
 from vlmfix.errors import CalibrationNeeded
 from vlmfix.families import ModelInfo
-from vlmfix.head_list import head_list, head_names
+from vlmfix.head_list import head_list, head_names, heads_by_layer
 from vlmfix.method import AttentionMethod, Keys, Plan, check_range
 
 __all__ = ["HeadPursuit", "static_factors"]
@@ -46,8 +46,6 @@ class HeadPursuit(AttentionMethod):
     )
 
     name: ClassVar[str] = "head_pursuit"
-    #: Query heads of a layer of the model; set by prepared().
-    _num_heads: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         check_range(self, "alpha", -100.0, 100.0)
@@ -59,26 +57,18 @@ class HeadPursuit(AttentionMethod):
                 "words. Rank them with vlmfix.pursuit.rank_heads(model, processor, inputs, words) "
                 "and pass the first ones as heads=(...), such as ('16.29', '26.9')."
             )
-        made = replace(self, heads=head_names(head_list(self.heads, info, self.name)))
-        object.__setattr__(made, "_num_heads", info.num_heads)
-        return made
+        return replace(self, heads=head_names(head_list(self.heads, info, self.name)))
 
     def idle(self) -> str | None:
         return None if self.heads else "its list of heads is empty"
 
-    def _by_layer(self) -> dict[int, list[int]]:
-        listing: dict[int, list[int]] = {}
-        for layer, head in (map(int, name.split(".")) for name in self.heads or ()):
-            listing.setdefault(layer, []).append(head)
-        return listing
-
     def layers(self, info: ModelInfo) -> Sequence[int]:
-        return sorted(self._by_layer())
+        return sorted(heads_by_layer(self.heads))
 
     def plan(self, keys: Keys) -> Plan | None:
         if self.alpha == 1:
             return None
         batch = len(keys.kinds)
-        factors = static_factors(self._by_layer()[keys.layer], self._num_heads, self.alpha)
+        factors = static_factors(heads_by_layer(self.heads)[keys.layer], keys.num_heads, self.alpha)
         heads = factors.to(keys.kinds.device).expand(batch, -1)
         return Plan((), [True] * batch, heads=heads)

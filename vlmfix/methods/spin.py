@@ -89,16 +89,17 @@ class ImageGuidedHeadSuppression(AttentionMethod):
             return None
         return Plan((keys.visual.float(),), keys.visual.any(1).tolist())
 
+    def overrides(self, function: str) -> bool:
+        # Raw scores decide before the softmax, attention mass is known after it only.
+        unused = "edit_weights" if self.score == "raw" else "score_scale"
+        return function != unused and super().overrides(function)
+
     def score_scale(self, scores: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
-        if self.score == "mass":  # known after the softmax only
-            return torch.ones_like(scores[..., 0])
         return self._factors(scores, plan[0])
 
     def edit_weights(
         self, weights: torch.Tensor, *plan: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.score == "raw":
-            return weights, torch.zeros_like(weights[..., 0], dtype=torch.bool)
         # A row times a factor is a head output times that factor; the row then sums to it.
         factors = self._factors(weights, plan[0])
         return weights * factors[..., None], factors != 1
