@@ -361,9 +361,12 @@ def _fits(folder: Path) -> dict[str, bool]:
 
 
 def test_bench(tmp_path: Path) -> None:
-    path = tmp_path / "bench.csv"
+    path, plot = tmp_path / "bench.csv", tmp_path / "bench.png"
     command = ("bench", "--model", "llava-300m", "--quick", "--dtype", "float32", "--output", path)
-    report = document(*command, run=inside)
-    assert [row["arm"] for row in report["rows"]] == ["plain", "var", "pai"]
-    assert len(path.read_text().splitlines()) == 4
+    more = ("--plot", plot, "--text-tokens", "9", "--cache", "static", "--device", "cpu")
+    report = document(*command, *more, run=inside)
+    assert [row["arm"] for row in report["rows"]] == ["plain", "var", "vhr", "pai"]
+    assert {(row["prompt"], row["cache"]) for row in report["rows"]} == {(49, "static")}
+    assert len(path.read_text().splitlines()) == 5
+    assert plot.is_file()
     refused("bench", "--model", "gpt", says="llava-300m", run=inside)

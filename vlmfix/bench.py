@@ -9,6 +9,7 @@ no cache, no kernel and no graph; otherwise there is no row for it, but the reas
 from __future__ import annotations
 
 import csv
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -182,11 +183,11 @@ def _measure(
     for arm in arms:
         arm.turn()
     turns: dict[str, list[Turn]] = {arm.name: [] for arm in arms}
-    order = list(arms)
+    order, shuffle = list(arms), random.Random(0).shuffle
     for _ in range(rounds):
+        shuffle(order)  # so that no arm always follows the same other one
         for arm in order:
             turns[arm.name].append(arm.turn())
-        order = order[1:] + order[:1]
     batch, prompt = subject.inputs["input_ids"].shape
     weights = list(subject.model.parameters())
     for arm in arms:

@@ -10,7 +10,7 @@ from vlmfix.bench import PERCENTILES
 from vlmfix.errors import BadInput
 from vlmfix.evals.head_plots import require_matplotlib
 
-__all__ = ["draw"]
+__all__ = ["draw", "require_matplotlib"]
 
 _PANELS = (
     ("tokens_per_second_over_plain", "decode tokens/s over plain (more is better)", (0.9, 1.0)),

@@ -338,36 +338,49 @@ def attribute_command(
 @app.command("bench")
 def bench_command(
     model: opt.BenchModels = "emoji,llava-300m",
-    method: opt.Methods = "var,pai",
+    method: opt.Methods = "var,vhr,pai",
     dtype: opt.BenchDtypes = "bfloat16,float32",
+    device: opt.BenchDevices = None,
     rounds: opt.Rounds = 9,
     new_tokens: opt.BenchTokens = 32,
     batch_size: opt.BatchSize = 1,
+    text_tokens: opt.TextTokens = None,
+    cache: opt.CacheKind = "dynamic",
+    compile: opt.Compile = False,
     output: opt.CsvFile = None,
+    plot: opt.PlotFile = None,
     quick: opt.Quick = False,
     threads: opt.BenchThreads = 1,
     json: opt.Json = False,
 ) -> None:
-    """Measure decoding speed, wrapped over plain. Exit code 1 if a method edited nothing."""
+    """Measure speed and memory, wrapped over plain. Exit code 1 if a row was refused."""
     from vlmfix.registry import parse_spec
 
     methods = parse_spec(method) if method else []
     with show.only_stderr(json):
-        from vlmfix import bench
+        from vlmfix import bench, bench_plot
 
+        if plot is not None:
+            bench_plot.require_matplotlib()
         _quiet_transformers()
         report = bench.run(
             ["llava-tiny" if quick and name == "llava-300m" else name for name in _split(model)],
             methods,
             dtypes=_split(dtype),
+            devices=_split(device) if device else None,
             rounds=3 if quick else rounds,
             new_tokens=8 if quick else new_tokens,
             batch=batch_size,
+            text_tokens=text_tokens,
+            cache="static" if compile else cache,
+            compile="inductor" if compile else None,
             threads=threads,
             progress=lambda line: print(line, file=sys.stderr),
         )
         if output is not None:
             bench.write_csv(report, output)
+        if plot is not None:
+            bench_plot.draw(report.rows, plot)
     show.report(json, report, bench.render(report))
     if report.refused:
         raise typer.Exit(1)

@@ -76,10 +76,30 @@ KeepHeads = Annotated[
     bool, Option("--save", help="Keep the heads in the calibration, where ad_hh finds them.")
 ]
 
-BenchModels = Annotated[str, Option("--model", "-m", help="emoji, llava-300m, or both.")]
+BenchModels = Annotated[
+    str,
+    Option(
+        "--model",
+        "-m",
+        help="emoji, llava-300m, llava-1.5-7b, qwen2.5-vl-7b (random weights but for emoji).",
+    ),
+]
 BenchDtypes = Annotated[str, Option(help="bfloat16, float32, or both.")]
+BenchDevices = Annotated[
+    str | None, Option("--device", help="cpu, cuda, or both; the 7B shapes only on CUDA if absent.")
+]
+TextTokens = Annotated[
+    int | None, Option(min=1, help="Text tokens after the image; 28 if absent. Not for emoji.")
+]
+CacheKind = Annotated[str, Option("--cache", help="KV cache: dynamic or static.")]
+Compile = Annotated[
+    bool, Option("--compile", help="Compile the decode steps; implies --cache static.")
+]
+PlotFile = Annotated[
+    Path | None, Option("--plot", help="Draw the ratios to this image file; needs matplotlib.")
+]
 Rounds = Annotated[int, Option(min=1, help="Timed turns of every arm.")]
-BenchTokens = Annotated[int, Option("--new-tokens", min=3, help="Tokens per turn.")]
+BenchTokens = Annotated[int, Option("--new-tokens", min=4, help="Tokens per turn.")]
 CsvFile = Annotated[Path | None, Option("--output", help="Append the rows to this csv file.")]
 Quick = Annotated[bool, Option("--quick", help="Small and short; the numbers mean little.")]
 BenchThreads = Annotated[int, Option(min=1, help="Torch threads on the CPU.")]
