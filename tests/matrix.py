@@ -80,14 +80,6 @@ ROWS = (
         "spin",
         ImageGuidedHeadSuppression(rho=0.5, epsilon=0.1),
         ImageGuidedHeadSuppression(rho=1.0),
-        families=tuple(name for name in FAMILIES if name != "gemma3"),
-    ),
-    # Raw scores also count image keys that Gemma's sliding window hides, if the cache holds them.
-    Row(
-        "spin",
-        ImageGuidedHeadSuppression(rho=0.5, epsilon=0.1, score="mass"),
-        ImageGuidedHeadSuppression(rho=1.0, score="mass"),
-        families=("gemma3",),
     ),
     Row(
         "vaf",

@@ -359,7 +359,10 @@ def _edited_weights(
     factors: torch.Tensor | None = None
     for step, edit, plan, chosen in edits:
         if edit.score_scale:
-            scale = edit.method.score_scale(scores, *plan)
+            # A sliding layer's cache drops what its mask would hide: both must look the same.
+            shown = _as_bool(visible)
+            seen = scores if shown is None else scores.masked_fill(~shown, 0.0)
+            scale = edit.method.score_scale(seen, *plan)
             if chosen is not None:
                 scale = torch.where(chosen[:, None, :], scale, torch.ones_like(scale))
             factors = scale if factors is None else factors * scale

@@ -210,10 +210,13 @@ class Frame:
                 fused = replace(fused, groups=fused.groups[:, offset:])
             factors = self.factors(layer, edit)
             if factors is None and edit.heads and edit.method.head_scale_from == "prompt":
-                raise StateError(
-                    f"this KV cache was filled while {edit.method.name} was off, so the heads that "
-                    "it chose are missing. Start from the prompt, without this cache."
-                )
+                if edit.live:
+                    raise StateError(
+                        f"this KV cache was filled while {edit.method.name} was off, so the heads "
+                        "that it chose are missing. Start from the prompt, without this cache."
+                    )
+                factors = torch.ones(len(self.ledger.kinds), self.stack.info.num_heads)
+                factors = factors.to(self.ledger.kinds.device)
             steps.append(Step(edit, edit.tensors(offset, keys), fused, factors, None))
         return tuple(steps)
 

@@ -231,7 +231,10 @@ class AttentionMethod(Method):
         raise NotImplementedError
 
     def score_scale(self, scores: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
-        """Scaled scores (B, H, R, K), unedited -> factors (B, H, R) on the head outputs."""
+        """Scaled scores (B, H, R, K), unedited -> factors (B, H, R) on the head outputs.
+
+        Scores are 0 where a row does not see a key.
+        """
         raise NotImplementedError
 
     def head_scale(self, outputs: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
@@ -276,6 +279,10 @@ class Watcher(AttentionMethod):
     seen: dict[int, torch.Tensor] = field(default_factory=dict)
 
     name: ClassVar[str] = "watcher"
+
+    # One watcher is one look: eq=False alone would inherit the comparison by fields.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     def layers(self, info: ModelInfo) -> Sequence[int]:
         return self.watched
