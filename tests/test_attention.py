@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 import torch
 from matrix import ROWS, family, logits, prompt
-from tiny import generate_kwargs
+from tiny import build, generate_kwargs
 
 import vlmfix
 import vlmfix.attention
@@ -119,6 +119,14 @@ class Scale(Everywhere):
 @dataclass(frozen=True)
 class ScaleStep(Scale):
     head_scale_from: ClassVar[Literal["prompt", "step"]] = "step"
+
+
+@dataclass(frozen=True)
+class ScaleWithImage(Scale):
+    """Scales the heads of rows with an image; plans other rows as nothing to edit."""
+
+    def plan(self, keys: Keys) -> Plan | None:
+        return Plan((), keys.visual.any(1).tolist())
 
 
 FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "paligemma")
@@ -448,3 +456,17 @@ def test_no_image_no_prelude() -> None:
     with vlmfix.wrapped(tiny.model, WithPrelude()):
         logits(tiny.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         assert vlmfix.last_call(tiny.model).extra_passes == 0
+
+
+def test_compiled_head_scale_of_a_prompt_that_had_nothing_to_scale() -> None:
+    from transformers import CompileConfig
+
+    tiny = build("llava")
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config._compile_all_devices = True
+    kwargs = generate_kwargs(cache_implementation="static", compile_config=config)
+    ids = torch.tensor([[1, 5, 9, 20, 31]])
+    plain = tiny.model.generate(input_ids=ids, **generate_kwargs())
+    with vlmfix.wrapped(tiny.model, ScaleWithImage()):
+        assert torch.equal(tiny.model.generate(input_ids=ids, **kwargs), plain)
+        assert vlmfix.last_call(tiny.model).edited_rows == 0

@@ -186,6 +186,26 @@ def test_compiled_static_decoding_is_one_graph_and_equals_greedy(row: Row, name:
     assert (plain - edited)[1:].abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+def test_compiled_step_of_a_prompt_without_an_image_changes_nothing(row: Row) -> None:
+    """A compiled step runs every planned layer; with nothing to edit it must edit nothing."""
+    from transformers import CompileConfig
+
+    if row.name == "head_pursuit":
+        pytest.skip("its edit does not depend on an image")
+    tiny = build("llava")
+    ids = torch.tensor([[0, 0, 1, 5, 9, 20, 31], [1, 7, 11, 30, 41, 52, 63]])
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config._compile_all_devices = True
+    compiled = {"cache_implementation": "static", "compile_config": config}
+    plain = _steps(tiny.model, inputs)
+    torch.compiler.reset()
+    with vlmfix.wrapped(tiny.model, row.strong):
+        assert torch.allclose(_steps(tiny.model, inputs, **compiled), plain, atol=1e-4)
+        assert vlmfix.last_call(tiny.model).edited_rows == 0
+
+
 FUSED = [row for row in ROWS if getattr(row.strong, "has_fused_form", False)]
 
 
