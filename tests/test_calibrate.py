@@ -245,3 +245,19 @@ def test_wrapped_model_is_refused() -> None:
     model.train()
     with pytest.raises(StateError, match="training mode"):
         calibrate(model, tiny_folders.processor(), only=("heads",))
+
+
+def test_the_bundled_model_carries_its_calibration() -> None:
+    model, processor = vlmfix.load("emoji")
+    stored = load_calibration(model)
+    assert stored is not None and stored.hallucination_heads
+    found = calibrate(model, processor, save=False, allow_none=True)
+    assert found.sink_channels == stored.sink_channels == ()
+    assert (found.gift_saliency_layer, found.gift_layers) == (
+        stored.gift_saliency_layer,
+        stored.gift_layers,
+    )
+    assert found.gift_correlations == pytest.approx(stored.gift_correlations, abs=1e-2)
+    assert torch.allclose(
+        torch.tensor(found.vision_heads), torch.tensor(stored.vision_heads), rtol=1e-2, atol=1e-2
+    )

@@ -62,6 +62,13 @@ def test_heads_that_do_not_exist_are_white_and_do_not_count() -> None:
     assert np.ma.masked_invalid(picture.get_array()).mask[1, 2]
 
 
+def test_a_long_title_stays_on_the_picture() -> None:
+    figure = draw_layer_head_map(VALUES, "a long title of many words " * 8, "unit")
+    figure.canvas.draw()
+    box = figure.axes[0].title.get_window_extent()
+    assert box.y1 <= figure.bbox.y1 and figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+
+
 def test_marks_lie_on_their_heads() -> None:
     (axes, _) = draw_layer_head_map(VALUES, "title", "unit", marked=[(1, 2)]).axes
     (mark,) = axes.patches

@@ -292,7 +292,7 @@ def attribute(
         "n_images": len(images),
         "n_mentions": len(wrong),
         "n_hallucinated": int(wrong.sum()),
-        # Words of which the model is less sure lose more under any disturbance.
+        # Words of which a model is less sure may lose more under any disturbance.
         "log_probability": {
             "hallucinated": float(seen.plain[wrong].mean()),
             "present": float(seen.plain[~wrong].mean()),
@@ -423,7 +423,7 @@ def _write(results: dict[str, Any], folder: Path, info: ModelInfo) -> None:
         scores[row["layer"], row["head"]] = row["score"]
     layer_head_map(
         scores,
-        f"{results['config']['model']}: what words lose without a head, hallucinated minus present",
+        f"{results['config']['model']}: loss without a head, hallucinated minus present words",
         folder / "heads.png",
         "score (nats)",
         symmetric=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,8 @@ def draw_layer_head_map(
     for layer, head in marked:
         corner = (head - 0.5, layer - 0.5)
         axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=1.5))
-    axes.set_title(title, fontsize=10, wrap=True)
+    # matplotlib's own wrapping makes no room for the lines that it adds.
+    axes.set_title(textwrap.fill(title, int(9 * size[0])), fontsize=10)
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
