@@ -166,7 +166,7 @@ def test_the_csv_grows_and_keeps_its_columns(report: bench.Report, tmp_path: Pat
 
 
 def test_the_table_says_what_was_not_measured(report: bench.Report) -> None:
-    console = Console(width=200, record=True, file=StringIO())
+    console = Console(width=80, record=True, file=StringIO())
     console.print(bench.render(report))
     text = console.export_text()
     assert "llava-tiny" in text

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ from vlmfix.registry import build_stack
 __all__ = ["NO_GPU", "PERCENTILES", "SLOW_PLAIN", "Report", "render", "run", "write_csv"]
 
 PERCENTILES = (20, 50, 80)
+LEGEND = (
+    "Median [20 %, 80 %] of the rounds. Memory: peak above the weights, less the KV cache, over "
+    "plain's."
+)
 NO_GPU = "not measured on a GPU"
 # Seen with torch 2.13: 0.85 ms for 16 heads and 608 keys, 0.10 ms as two matrix products.
 SLOW_PLAIN = (
@@ -262,32 +267,38 @@ def write_csv(report: Report, path: Path) -> None:
 
 
 def render(report: Report) -> RenderableType:
-    """The rows as a table, then what was not measured."""
-    table = Table(
-        caption="median [20 %, 80 %] of the rounds; memory above weights and KV cache, over plain"
-    )
-    for column in ("model", "dtype", "B", "K", "cache", "arm"):
-        table.add_column(column)
-    for column in ("first token, s", "over plain", "tokens/s", "over plain", "memory", "rows/step"):
-        table.add_column(column, justify="right")
-    for row in report.rows:
-        cache = " ".join(filter(None, (row["cache"], row["compile"])))
-        cells = [row[key] for key in ("model", "dtype", "batch", "prompt")]
-        figures = [
-            "{1:.3g} [{0:.3g}, {2:.3g}]".format(*(row[f"{name}_p{p}"] for p in PERCENTILES))
-            for name in (
-                "first_token_seconds",
-                "first_token_over_plain",
-                "tokens_per_second",
-                "tokens_per_second_over_plain",
+    """One table per model, dtype and prompt, then what was not measured."""
+    lines: list[RenderableType] = []
+    for (model, dtype, batch, prompt, cache, compiled), rows in groupby(report.rows, _setting):
+        title = f"{model}, {dtype}, B={batch}, K={prompt}, {cache} cache"
+        title += f", compiled ({compiled})" if compiled else ""
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False, expand=False)
+        table.add_column("arm")
+        for column in ("first token", "over plain", "tokens/s", "over plain", "memory"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(
+                row["arm"],
+                f"{row['first_token_seconds_p50']:.3g} s",
+                _interval(row, "first_token_over_plain"),
+                f"{row['tokens_per_second_p50']:.3g}",
+                _interval(row, "tokens_per_second_over_plain"),
+                f"{row['memory_over_plain']:.3f}",
             )
-        ]
-        rest = (f"{row['memory_over_plain']:.3f}", f"{row['edited_rows_per_step']:.0f}")
-        table.add_row(*map(str, cells), cache, row["arm"], *figures, *rest)
-    lines: list[RenderableType] = [table]
+        lines += [table, Text()]
     if report.rows:
         keys = ("device", "threads", "torch", "transformers", "vlmfix", "git")
+        lines.append(Text(LEGEND))
         lines.append(Text(", ".join(f"{key} {report.rows[0][key]}" for key in keys)))
     lines += [Text(f"refused: {line}", "yellow") for line in report.refused]
     lines += [Text(line) for line in report.notes]
     return Group(*lines)
+
+
+def _setting(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("model", "dtype", "batch", "prompt", "cache", "compile"))
+
+
+def _interval(row: dict[str, Any], quantity: str) -> str:
+    low, middle, high = (row[f"{quantity}_p{p}"] for p in PERCENTILES)
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
