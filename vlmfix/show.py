@@ -176,17 +176,19 @@ def failure(results: Mapping[str, Any]) -> str:
 
 
 def answers(arms: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """Answers side by side; words that differ from the first arm's stand out.
+    """Answers under each other; words that differ from the first arm's stand out.
 
     Args:
         arms: Each with "method", "answer" and "last_call"; the first is the base.
     """
     table = Table(show_lines=True)
-    for arm in arms:
-        table.add_column(Text(arm["method"]), overflow="fold", ratio=1)
+    table.add_column("method", no_wrap=True)
+    table.add_column("answer", ratio=3)
+    table.add_column("what was done", ratio=2)
     base = arms[0]["answer"]
-    table.add_row(*(changed_words(base, arm["answer"]) for arm in arms))
-    table.add_row(*(Text(_done(arm["last_call"]), "dim") for arm in arms))
+    for arm in arms:
+        done = Text(_done(arm["last_call"]), "dim")
+        table.add_row(Text(arm["method"]), changed_words(base, arm["answer"]), done)
     return table
 
 
@@ -195,15 +197,19 @@ def _done(call: Mapping[str, Any] | None) -> str:
     if call is None:
         return "plain model"
     layers = ", ".join(map(str, call["rows_by_layer"]))
+    extra = f" + {call['extra_passes']}" if call["extra_passes"] else ""
     lines = [
-        " + ".join(call["methods"]),
         f"{call['edited_rows']} rows edited" + (f", layers {layers}" if layers else ""),
-        f"{call['new_tokens']} tokens, {call['passes']} passes, {call['seconds']:.2f} s",
+        f"{call['new_tokens']} tokens, {call['passes']}{extra} passes, {call['seconds']:.2f} s",
     ]
-    for method, notes in call["notes"].items():
+    for notes in call["notes"].values():
         for what, by_layer in notes.items():
-            counts = ", ".join(f"{layer}: {_sentence(n)}" for layer, n in by_layer.items())
-            lines.append(f"{method}, {what.replace('_', ' ')} by layer: {counts}")
+            counts = [_sentence(count) for count in by_layer.values()]
+            if len(set(counts)) == 1:
+                found = f"{counts[0]} in each layer"
+            else:
+                found = ", ".join(f"{at}: {n}" for at, n in zip(by_layer, counts, strict=True))
+            lines.append(f"{what.replace('_', ' ')} {found}")
     return "\n".join(lines)
 
 
