@@ -25,8 +25,8 @@ setup: $(FOR_DEV)  ## make .venv with everything that the tests need
 eval: $(FOR_EVAL)  ## POPE on the bundled images and model: base, VAR and PAI, 100 images
 	$(PYTHON) -m vlmfix eval pope --method var,pai --limit 100 --threads 1
 
-eval-full: $(FOR_EVAL)  ## POPE and CHAIR on all bundled images: base, VAR and PAI
-	$(PYTHON) -m vlmfix eval pope,chair --method var,pai --threads 1
+eval-full: $(FOR_EVAL)  ## POPE and CHAIR on all bundled images: base and every method that fits
+	$(PYTHON) -m vlmfix eval pope,chair --method var,vhr,gift,pai,imba,ad_hh,spin,vaf --threads 1
 
 test: $(FOR_DEV)  ## the tests of every change; a few minutes on two cores
 	$(PYTHON) -m pytest -q -m "not slow and not gpu"
