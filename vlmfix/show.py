@@ -182,9 +182,9 @@ def answers(arms: Sequence[Mapping[str, Any]]) -> RenderableType:
         arms: Each with "method", "answer" and "last_call"; the first is the base.
     """
     table = Table(show_lines=True)
-    table.add_column("method", no_wrap=True)
-    table.add_column("answer", ratio=3)
-    table.add_column("what was done", ratio=2)
+    table.add_column("method", overflow="fold", min_width=8, ratio=1)
+    table.add_column("answer", ratio=4)
+    table.add_column("what was done", ratio=4)
     base = arms[0]["answer"]
     for arm in arms:
         done = Text(_done(arm["last_call"]), "dim")
