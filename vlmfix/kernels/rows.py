@@ -498,8 +498,8 @@ def _flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
 def _blocks(dtype: torch.dtype, width: int, full_mask: bool) -> tuple[int, int, int]:
     """Keys per block, warps and pipeline stages of `_partials`, by rule.
 
-    What ptxas says of sm_90 decides: no variant may spill or need more than 227 KB of shared memory
-    (tests/kernels compiles them all). Nothing here was timed on a GPU.
+    What ptxas says of sm_90 decides: half precision must not spill, nothing may need more than
+    227 KB of shared memory (tests/kernels compiles all variants). Nothing was timed on a GPU.
     """
     if dtype == torch.float32:  # exact products, without tensor cores: operands fill registers
         return 16, 8, 2
