@@ -119,12 +119,14 @@ def run(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
+        # The commit of now is the code that runs, whatever the checkout becomes meanwhile.
+        facts = {device: machine.facts(device) for _, device in places}
         for name, device in places:
             for dtype in dtypes:
                 progress(f"{name}, {dtype}, {device}")
                 made = subject(name, dtype, device, batch, text_tokens)
                 with _room_for_graphs(decoding, 1 + len(methods)):
-                    _measure(made, methods, decoding, rounds, report)
+                    _measure(made, methods, decoding, rounds, facts[device], report)
     finally:
         torch.set_num_threads(before)
     return report
@@ -163,6 +165,7 @@ def _measure(
     methods: Sequence[Sequence[str]],
     decoding: Decoding,
     rounds: int,
+    facts: dict[str, Any],
     report: Report,
 ) -> None:
     plain = Arm("plain", subject, (), decoding)
@@ -198,7 +201,7 @@ def _measure(
     for arm in arms:
         report.rows.append(
             {
-                **machine.facts(subject.device),
+                **facts,
                 "model": subject.name,
                 "parameters": sum(p.numel() for p in weights),
                 "dtype": subject.dtype,
