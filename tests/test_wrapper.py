@@ -380,6 +380,10 @@ def test_other_families_work_through_the_generic_rule(name: str) -> None:
     inputs = tiny.inputs(3, lengths=(1, 2, 3) if name == "aya_vision" else None)
     plain = logits(tiny.model, inputs)
     for row in ROWS:
+        if row.name == "imba" and name in ("llava_onevision", "mistral3"):
+            with pytest.raises(UnsupportedModel, match="vision tower"):
+                vlmfix.wrap(tiny.model, row.strong)
+            continue
         with vlmfix.wrapped(tiny.model, row.strong):
             assert (logits(tiny.model, inputs) - plain).abs().max() > 1e-3
     assert torch.equal(logits(tiny.model, inputs), plain)
@@ -437,6 +441,8 @@ def test_text_only_rows_and_prompts_pass_through(tiny: Any) -> None:
     text = torch.tensor([[1, 5, 9, 20, 31]])
     plain = logits(tiny.model, {"input_ids": text})
     for row in ROWS:
+        if row.name == "head_pursuit":
+            continue  # its edit does not depend on an image
         with vlmfix.wrapped(tiny.model, row.strong):
             assert torch.equal(logits(tiny.model, {"input_ids": text}), plain)
             assert vlmfix.last_call(tiny.model).edited_rows == 0

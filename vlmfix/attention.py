@@ -8,14 +8,16 @@ attention and is bit-identical. During decoding, a layer with an edit computes i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmfix.errors import CompositionError, UnsupportedModel
 from vlmfix.kernels import ops, reference
@@ -29,11 +31,13 @@ if TYPE_CHECKING:
 __all__ = [
     "NAME",
     "SLOT",
+    "AttentionOutput",
     "Edit",
     "Implementation",
     "Slot",
     "Step",
     "attention_forward",
+    "base_attention",
     "in_python",
 ]
 
@@ -58,6 +62,53 @@ class Slot:
     def fused(self, query: torch.Tensor) -> bool:
         """Whether rows of this query go through the fused kernel where an edit has such a form."""
         return self.impl == "triton" or (self.impl == "auto" and query.is_cuda)
+
+
+class Inputs(NamedTuple):
+    """What transformers hands to an attention function.
+
+    query is (B, H, Q, D), key and value (B, Hkv, K, D); the mask is None, bool (True: visible) or
+    additive, (B, 1 or H, Q or 1, at least K).
+    """
+
+    module: torch.nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    kwargs: dict[str, Any]
+
+    @property
+    def keys(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def scaling(self) -> float:
+        scaling: float | None = self.kwargs.get("scaling")
+        return self.query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    def base(self, slot: Slot) -> AttentionOutput:
+        """The attention that the module has without us."""
+        return slot.base(*self[:5], **self.kwargs)
+
+    def visible(self, first: int, rows: int) -> torch.Tensor | None:
+        """The mask of the rows from `first`: sliced, or built where transformers leaves it out."""
+        if self.mask is not None:
+            mask = self.mask[..., : self.keys]
+            return mask if mask.shape[2] == 1 else mask[:, :, first : first + rows]
+        causal = self.kwargs.get("is_causal")
+        if causal is None:
+            causal = getattr(self.module, "is_causal", True)
+        if self.query.shape[2] == 1 or not causal:
+            return None
+        # transformers leaves the mask out only where queries and keys both start at position 0.
+        position = torch.arange(first, first + rows, device=self.query.device)
+        key = torch.arange(self.keys, device=self.query.device)
+        return (key[None, :] <= position[:, None])[None, None]
+
+    def scores(self, query: torch.Tensor) -> torch.Tensor:
+        """Scaled scores (B, H, R, K) of some of the rows, before the mask."""
+        return reference.row_scores(query, self.key, self.scaling, self.kwargs.get("softcap"))
 
 
 @dataclass(frozen=True)
@@ -134,13 +185,21 @@ def attention_forward(
             module, query, key, value, attention_mask, **kwargs
         )
         return output
+    inputs = Inputs(module, query, key, value, attention_mask, kwargs)
     prepared = slot.session.prepared_steps
     if prepared is not None:  # a decode step whose Python part ran outside the compiled graph
         steps = prepared.get(slot.layer)
-        if not steps:
-            return slot.base(module, query, key, value, attention_mask, **kwargs)
-        return _decode(slot, steps, None, module, query, key, value, attention_mask, kwargs), None
-    return _hooked_attention(slot, module, query, key, value, attention_mask, kwargs)
+        return (_decode(slot, steps, None, inputs), None) if steps else inputs.base(slot)
+    return _hooked_attention(slot, inputs)
+
+
+def base_attention(module: Any) -> Callable[..., AttentionOutput]:
+    """The attention function that a module's own configuration names."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function: Callable[..., AttentionOutput] = ALL_ATTENTION_FUNCTIONS.get_interface(
+        module.config._attn_implementation, eager
+    )
+    return function
 
 
 def in_python(function: Function) -> Function:
@@ -150,79 +209,55 @@ def in_python(function: Function) -> Function:
 
 
 @in_python
-def _hooked_attention(
-    slot: Slot,
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    kwargs: dict[str, Any],
-) -> AttentionOutput:
+def _hooked_attention(slot: Slot, inputs: Inputs) -> AttentionOutput:
     """Attention of a layer that some stack wants: edited, or the model's own."""
     frame = slot.session.frame
     if frame is None:
-        return slot.base(module, query, key, value, mask, **kwargs)
-    edits = tuple(edit for edit in frame.edits(slot.layer, query.device) if edit.live)
+        return inputs.base(slot)
+    edits = tuple(edit for edit in frame.edits(slot.layer, inputs.query.device) if edit.live)
     if not edits:
-        return slot.base(module, query, key, value, mask, **kwargs)
-    refuse_learned_sinks(slot, module, kwargs)
-    arguments = (slot, frame, edits, module, query, key, value, mask, kwargs)
-    watchers = tuple(edit for edit in edits if edit.sees_weights)
-    if watchers:
-        _watch(watchers, *arguments)
-    if not frame.decoding:
-        return _prefill(*arguments)
-    steps = frame.steps(slot.layer, edits, key.shape[2])
-    return _decode(slot, steps, frame, module, query, key, value, mask, kwargs), None
-
-
-def refuse_learned_sinks(slot: Slot, module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
-    """Stop where a layer adds learned sinks to its softmax."""
-    if kwargs.get("s_aux") is not None:
+        return inputs.base(slot)
+    if inputs.kwargs.get("s_aux") is not None:
         raise UnsupportedModel(
-            f"layer {slot.layer} of {type(module).__name__} uses learned attention sinks, which "
-            "the row path does not model. No method that edits attention can run on this model."
+            f"layer {slot.layer} of {type(inputs.module).__name__} uses learned attention sinks, "
+            "which the row path does not model. No method that edits attention can run on this "
+            "model."
         )
+    _watch(slot, frame, edits, inputs)
+    if not frame.decoding:
+        return _prefill(slot, frame, edits, inputs)
+    return _decode(slot, frame.steps(slot.layer, edits, inputs.keys), frame, inputs), None
 
 
 # -- decode ------------------------------------------------------------------------------------
 
 
 def _decode(
-    slot: Slot,
-    steps: tuple[Step, ...],
-    frame: Frame | None,
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    kwargs: dict[str, Any],
+    slot: Slot, steps: tuple[Step, ...], frame: Frame | None, inputs: Inputs
 ) -> torch.Tensor:
     """All rows belong to generated tokens: (B, Q, H, D), edited, without the model's own pass.
 
     Nothing here but tensors and facts that hold for the whole prompt, so that it compiles.
     """
     on_rows = tuple(step for step in steps if step.edit.edits_rows)
+    query = inputs.query
     result: torch.Tensor
     if not on_rows:
-        result, _ = slot.base(module, query, key, value, mask, **kwargs)
+        result, _ = inputs.base(slot)
     else:
-        rows, keys = query.shape[2], key.shape[2]
-        visible = _row_mask(module, mask, 0, rows, rows, keys, query.device, kwargs)
+        visible = inputs.visible(0, query.shape[2])
         step, fused = on_rows[0], on_rows[0].fused
         if fused is not None and len(on_rows) == 1 and slot.fused(query):
             done = ops.attend_rows(
-                query, key, value, fused, scaling=_scaling(query, kwargs),
-                mask=_as_bool(visible), softcap=kwargs.get("softcap"), impl="triton",
+                query, inputs.key, inputs.value, fused, scaling=inputs.scaling,
+                mask=_as_bool(visible), softcap=inputs.kwargs.get("softcap"), impl="triton",
             )  # fmt: skip
             counted = _row_count(step.edit, None, query) if step.edit.scores else done.edited
             _count(slot, frame, step, counted)
             result = done.out.transpose(1, 2)
         else:
             chosen = [(step, step.edit, step.tensors, None) for step in on_rows]
-            result = _edited_rows(slot, frame, chosen, query, key, value, visible, kwargs)
+            result = _edited_rows(slot, frame, chosen, inputs, query, visible)
     for step in steps:
         if step.factors is not None:
             factors = step.factors[:, None, :].to(result.dtype)
@@ -253,59 +288,56 @@ def _count(slot: Slot, frame: Frame | None, step: Step | None, rows: torch.Tenso
 # -- prefill -----------------------------------------------------------------------------------
 
 
-def _prefill(
-    slot: Slot,
-    frame: Frame,
-    edits: tuple[Edit, ...],
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    kwargs: dict[str, Any],
-) -> AttentionOutput:
+def _prefill(slot: Slot, frame: Frame, edits: tuple[Edit, ...], inputs: Inputs) -> AttentionOutput:
     """The model's own attention, then the edited rows in chunks, then the head scales."""
-    batch, heads, queries, _ = query.shape
-    keys = key.shape[2]
-    result: torch.Tensor
-    result, base_weights = slot.base(module, query, key, value, mask, **kwargs)
-    on_rows = _windows(frame, edits, query.device)
+    query = inputs.query
+    queries = query.shape[2]
+    result, base_weights = inputs.base(slot)
+    on_rows = _windows(frame, edits)
     if on_rows:
         start = min(window.start for _, window in on_rows)
-        step = _chunk(batch, heads, keys)
+        step = _chunk(inputs)
         pieces = [result[:, :start]]
         for first in range(start, queries, step):
             last = min(first + step, queries)
-            chunk = [
-                (None, edit, edit.tensors(frame.offset(slot.layer), keys), chosen)
-                for edit, window in on_rows
-                for chosen in [window.mask(first, last, query.device)]
-            ]
-            visible = _row_mask(
-                module, mask, first, last - first, queries, keys, query.device, kwargs
-            )
-            edited = _edited_rows(
-                slot, frame, chunk, query[:, :, first:last], key, value, visible, kwargs
-            )
+            chunk = _chosen(slot, frame, on_rows, inputs, first, last)
+            visible = inputs.visible(first, last - first)
+            rows = query[:, :, first:last]
+            edited = _edited_rows(slot, frame, chunk, inputs, rows, visible)
             pieces.append(_choose(edited, result[:, first:last], [rows for *_, rows in chunk]))
         result = torch.cat(pieces, dim=1)
     for edit in edits:
         if edit.scales_heads or edit.sees_heads:
-            result = _heads(slot, frame, edit, module, query, key, value, mask, kwargs, result)
+            result = _heads(slot, frame, edit, inputs, result)
     return result, base_weights
 
 
-def _windows(
-    frame: Frame, edits: tuple[Edit, ...], device: torch.device
-) -> list[tuple[Edit, Window]]:
+def _windows(frame: Frame, edits: tuple[Edit, ...]) -> list[tuple[Edit, Window]]:
     """The edits that change rows of this forward, with the rows that each changes."""
     pairs = [(edit, frame.window(edit.method.rows)) for edit in edits if edit.edits_rows]
     return [(edit, window) for edit, window in pairs if window is not None]
 
 
-def _chunk(batch: int, heads: int, keys: int) -> int:
+def _chunk(inputs: Inputs) -> int:
     """How many rows of a prefill are computed at once."""
-    return max(1, _CHUNK_BYTES // (4 * batch * heads * keys))
+    batch, heads = inputs.query.shape[:2]
+    return max(1, _CHUNK_BYTES // (4 * batch * heads * inputs.keys))
+
+
+def _chosen(
+    slot: Slot,
+    frame: Frame,
+    on_rows: list[tuple[Edit, Window]],
+    inputs: Inputs,
+    first: int,
+    last: int,
+) -> Chosen:
+    """The edits of the rows from `first` to `last` of a prefill."""
+    offset, device = frame.offset(slot.layer), inputs.query.device
+    return [
+        (None, edit, edit.tensors(offset, inputs.keys), window.mask(first, last, device))
+        for edit, window in on_rows
+    ]
 
 
 def _choose(
@@ -331,15 +363,13 @@ def _edited_rows(
     slot: Slot,
     frame: Frame | None,
     edits: Chosen,
+    inputs: Inputs,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
     visible: torch.Tensor | None,
-    kwargs: dict[str, Any],
 ) -> torch.Tensor:
     """Edited attention for the rows in `query` (B, H, R, D) -> (B, R, H, D)."""
-    weights, factors = _edited_weights(slot, frame, edits, query, key, visible, kwargs)
-    output = reference.attend(weights, value)
+    weights, factors = _edited_weights(slot, frame, edits, inputs, query, visible)
+    output = reference.attend(weights, inputs.value)
     if factors is not None:
         output = output * factors[..., None].to(output.dtype)
     return output.transpose(1, 2)
@@ -349,13 +379,12 @@ def _edited_weights(
     slot: Slot,
     frame: Frame | None,
     edits: Chosen,
+    inputs: Inputs,
     query: torch.Tensor,
-    key: torch.Tensor,
     visible: torch.Tensor | None,
-    kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Softmax rows (B, H, R, K) after every edit, and factors (B, H, R) on the head outputs."""
-    scores = reference.row_scores(query, key, _scaling(query, kwargs), kwargs.get("softcap"))
+    scores = inputs.scores(query)
     factors: torch.Tensor | None = None
     for step, edit, plan, chosen in edits:
         if edit.score_scale:
@@ -388,11 +417,6 @@ def _where(rows: torch.Tensor, edited: torch.Tensor, plain: torch.Tensor) -> tor
     return torch.where(rows[:, None, :, None], edited, plain)
 
 
-def _scaling(query: torch.Tensor, kwargs: dict[str, Any]) -> float:
-    scaling: float | None = kwargs.get("scaling")
-    return query.shape[-1] ** -0.5 if scaling is None else scaling
-
-
 def _row_count(edit: Edit, chosen: torch.Tensor | None, query: torch.Tensor) -> int:
     """Edited rows x heads of a score edit: rows of samples that have something to edit."""
     heads, rows = query.shape[1], query.shape[2]
@@ -403,88 +427,35 @@ def _row_count(edit: Edit, chosen: torch.Tensor | None, query: torch.Tensor) -> 
     return heads * int(sum(count for live, count in pairs if live))
 
 
-def _row_mask(
-    module: torch.nn.Module,
-    mask: torch.Tensor | None,
-    first: int,
-    rows: int,
-    queries: int,
-    keys: int,
-    device: torch.device,
-    kwargs: dict[str, Any],
-) -> torch.Tensor | None:
-    """The mask of the rows from `first`: sliced, or built where transformers leaves it out."""
-    if mask is not None:
-        mask = mask[..., :keys]
-        return mask if mask.shape[2] == 1 else mask[:, :, first : first + rows]
-    causal = kwargs.get("is_causal")
-    if causal is None:
-        causal = getattr(module, "is_causal", True)
-    if queries == 1 or not causal:
-        return None
-    # transformers leaves the mask out only where queries and keys both start at the first token.
-    position = torch.arange(first, first + rows, device=device)
-    return (torch.arange(keys, device=device)[None, :] <= position[:, None])[None, None]
-
-
 # -- watching ----------------------------------------------------------------------------------
 
 
-def _watch(
-    watchers: tuple[Edit, ...],
-    slot: Slot,
-    frame: Frame,
-    edits: tuple[Edit, ...],
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    kwargs: dict[str, Any],
-) -> None:
+def _watch(slot: Slot, frame: Frame, edits: tuple[Edit, ...], inputs: Inputs) -> None:
     """Show the rows of every watcher's rule, each with the row before it, as they are used."""
-    batch, heads, queries, _ = query.shape
-    keys = key.shape[2]
-    offset = frame.offset(slot.layer)
-    on_rows = _windows(frame, edits, query.device)
-    for watcher in watchers:
-        window = frame.window(watcher.method.rows)
+    queries = inputs.query.shape[2]
+    for watcher in edits:
+        window = frame.window(watcher.method.rows) if watcher.sees_weights else None
         if window is None:
             continue
-        step = max(2, _chunk(batch, heads, keys))
-        tensors = watcher.tensors(offset, keys)
+        on_rows = _windows(frame, edits)
+        tensors = watcher.tensors(frame.offset(slot.layer), inputs.keys)
+        step = max(2, _chunk(inputs))
         for first in range(max(0, window.start - 1), queries, step - 1):
             last = min(first + step, queries)
             if last - first == 1 and first >= window.start:
                 break  # the last row of the piece before was this one
-            chunk: Chosen = [
-                (None, edit, edit.tensors(offset, keys), other.mask(first, last, query.device))
-                for edit, other in on_rows
-            ]
-            visible = _row_mask(
-                module, mask, first, last - first, queries, keys, query.device, kwargs
-            )
-            weights, _ = _edited_weights(
-                slot, None, chunk, query[:, :, first:last], key, visible, kwargs
-            )
-            position = frame.past + first
-            watcher.method.observe_weights(slot.layer, weights, position, *tensors)
+            chunk = _chosen(slot, frame, on_rows, inputs, first, last)
+            visible = inputs.visible(first, last - first)
+            rows = inputs.query[:, :, first:last]
+            weights, _ = _edited_weights(slot, None, chunk, inputs, rows, visible)
+            watcher.method.observe_weights(slot.layer, weights, frame.past + first, *tensors)
 
 
 # -- heads -------------------------------------------------------------------------------------
 
 
 def _heads(
-    slot: Slot,
-    frame: Frame,
-    edit: Edit,
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    kwargs: dict[str, Any],
-    result: torch.Tensor,
+    slot: Slot, frame: Frame, edit: Edit, inputs: Inputs, result: torch.Tensor
 ) -> torch.Tensor:
     """Head scale and head-output probe on a prefill's result (B, Q, H, D), before o_proj."""
     method = edit.method
@@ -493,10 +464,10 @@ def _heads(
         method.observe_heads(slot.layer, result[:, window.start :].transpose(1, 2))
     if not edit.scales_heads:
         return result
-    tensors = edit.tensors(frame.offset(slot.layer), key.shape[2])
     if edit.plan.heads is None and method.head_scale_from == "step":
         if window is None:
             return result
+        tensors = edit.tensors(frame.offset(slot.layer), inputs.keys)
         outputs = result[:, window.start :].transpose(1, 2)
         scale = method.head_scale(outputs, *tensors)  # (B, H, R)
         if window.chosen is not None:
@@ -507,27 +478,36 @@ def _heads(
     else:
         stored = frame.factors(slot.layer, edit)
         if stored is None:
-            row = frame.last_prompt_row()
-            if row is None:
-                raise CompositionError(
-                    f"{method.name} chooses heads at the last prompt token, but this forward ends "
-                    "before it (chunked prefill). Generate without prefill_chunk_size."
-                )
-            row = row.to(result.device)
-            seen = [_take_rows(result, row, 1).transpose(1, 2)]
-            if method.knocks_out():
-                blind = ~frame.visual(slot.layer, key.shape[2], key.device)[:, None, None, :]
-                visible = _mask_of_rows(module, mask, row, query.shape[2], key.shape[2], kwargs)
-                scores = reference.row_scores(
-                    _take_rows(query, row, 2), key, _scaling(query, kwargs), kwargs.get("softcap")
-                )
-                scores = reference.mask_scores(reference.mask_scores(scores, visible), blind)
-                seen.append(reference.attend(torch.softmax(scores, dim=-1), value))
-            stored = method.head_scale(*seen, *tensors)[:, :, 0]
+            stored = _decide_heads(slot, frame, edit, inputs, result)
             frame.ledger.scales[method, slot.layer] = stored
         factors = stored[:, None, :].to(result.dtype)
     frame.call.count(slot.layer, (factors != 1).expand(result.shape[:-1]))
     return result * factors[..., None]
+
+
+def _decide_heads(
+    slot: Slot, frame: Frame, edit: Edit, inputs: Inputs, result: torch.Tensor
+) -> torch.Tensor:
+    """(B, H) factors that a method decides on at the last prompt row, for all rows to come."""
+    method = edit.method
+    row = frame.last_prompt_row()
+    if row is None:
+        raise CompositionError(
+            f"{method.name} chooses heads at the last prompt token, but this forward ends before "
+            "it (chunked prefill). Generate without prefill_chunk_size."
+        )
+    row = row.to(result.device)
+    outputs = [_take_rows(result, row, 1).transpose(1, 2)]
+    if method.knocks_out():
+        mask = inputs.visible(0, inputs.query.shape[2])
+        if mask is not None and mask.shape[2] > 1:
+            mask = _take_rows(mask.expand(len(row), *mask.shape[1:]), row, 2)
+        blind = ~frame.visual(slot.layer, inputs.keys, row.device)[:, None, None, :]
+        scores = reference.mask_scores(inputs.scores(_take_rows(inputs.query, row, 2)), mask)
+        weights = torch.softmax(reference.mask_scores(scores, blind), dim=-1)
+        outputs.append(reference.attend(weights, inputs.value))
+    tensors = edit.tensors(frame.offset(slot.layer), inputs.keys)
+    return method.head_scale(*outputs, *tensors)[:, :, 0]
 
 
 def _take_rows(tensor: torch.Tensor, row: torch.Tensor, dim: int) -> torch.Tensor:
@@ -535,21 +515,6 @@ def _take_rows(tensor: torch.Tensor, row: torch.Tensor, dim: int) -> torch.Tenso
     shape = list(tensor.shape)
     shape[dim] = 1
     return tensor.gather(dim, row[:, None, None, None].expand(shape))
-
-
-def _mask_of_rows(
-    module: torch.nn.Module,
-    mask: torch.Tensor | None,
-    row: torch.Tensor,
-    queries: int,
-    keys: int,
-    kwargs: dict[str, Any],
-) -> torch.Tensor | None:
-    """The mask (B, 1, 1, K) of one row per sample."""
-    full = _row_mask(module, mask, 0, queries, queries, keys, row.device, kwargs)
-    if full is None or full.shape[2] == 1:
-        return full
-    return _take_rows(full.expand(len(row), *full.shape[1:]), row, 2)
 
 
 AttentionInterface.register(NAME, attention_forward)

@@ -32,6 +32,7 @@ __all__ = [
     "Watcher",
     "check_range",
     "find_preset",
+    "layer_range",
 ]
 
 
@@ -305,3 +306,21 @@ def check_range(
             f"{method.name}: option {name}={value!r} is out of range; give a number in "
             f"[{low:g}, {high:g}{bracket}. `vlmfix methods {method.name}` explains it."
         )
+
+
+def layer_range(
+    method: Method, info: ModelInfo, start: int | None, end: int | None, default: tuple[int, int]
+) -> tuple[int, int]:
+    """The options start_layer and end_layer of a method, with the defaults filled in.
+
+    Raises:
+        BadInput: they name no layer, or layers that the model does not have.
+    """
+    first = default[0] if start is None else start
+    stop = default[1] if end is None else end
+    if not 0 <= first < stop <= info.num_layers:
+        raise BadInput(
+            f"{method.name}: layers [{first}, {stop}) do not lie in a model of {info.num_layers} "
+            "layers; give start_layer < end_layer within it."
+        )
+    return first, stop

@@ -7,7 +7,6 @@ generate call with the call (call.py); nothing counts steps.
 from __future__ import annotations
 
 import copy
-import sys
 import threading
 import warnings
 import weakref
@@ -19,9 +18,8 @@ from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vlmfix.attention import NAME, SLOT, Implementation, Slot, Step, in_python
+from vlmfix.attention import NAME, SLOT, Implementation, Slot, Step, base_attention, in_python
 from vlmfix.call import Call
 from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
 from vlmfix.families import ModelInfo
@@ -144,7 +142,7 @@ class Session:
     def _hook_attention(self, layer: int) -> None:
         module: Any = self.info.attention[layer]
         self._configs[layer] = module.config
-        module.__dict__[SLOT] = Slot(self, layer, _base_attention(module), self.impl)
+        module.__dict__[SLOT] = Slot(self, layer, base_attention(module), self.impl)
         # The model object keeps its own configuration, so it goes on making its native masks.
         override = copy.copy(module.config)
         override._attn_implementation_internal = NAME
@@ -447,9 +445,3 @@ class Session:
     def _end(self) -> None:
         # The frame holds the cache's ledger: leaving it would keep the last prompt alive.
         self.local.frame = None
-
-
-def _base_attention(module: Any) -> Any:
-    """The attention function that the module used before it was hooked."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)

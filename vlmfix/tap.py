@@ -30,7 +30,6 @@ import copy
 import functools
 import inspect
 import math
-import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -38,9 +37,8 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vlmfix.attention import AttentionOutput, in_python
+from vlmfix.attention import AttentionOutput, base_attention, in_python
 from vlmfix.errors import BadInput, StateError, UnsupportedModel
 from vlmfix.families import ModelInfo
 from vlmfix.kernels import reference
@@ -386,7 +384,7 @@ class Tap:
             shadows["get_video_features"] = self._unread(host.get_video_features)
         for layer in self.layers:
             module = tower.layers[layer]
-            module.__dict__[SLOT] = _Slot(self, layer, _base_attention(module))
+            module.__dict__[SLOT] = _Slot(self, layer, base_attention(module))
             self._configs[layer] = module.config
             # The tower keeps its own configuration, so it goes on making its native masks.
             override = copy.copy(module.config)
@@ -496,12 +494,6 @@ def _tapped_attention(
 
 
 AttentionInterface.register(NAME, _tapped_attention)
-
-
-def _base_attention(module: Any) -> Any:
-    """The attention function that the module uses without a tap."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
 
 
 # -- from patches to visual tokens ----------------------------------------------------------------

@@ -9,9 +9,17 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo
-from vlmfix.method import AttentionMethod, FusedEdit, Keys, Plan, Preset, check_range, find_preset
+from vlmfix.method import (
+    AttentionMethod,
+    FusedEdit,
+    Keys,
+    Plan,
+    Preset,
+    check_range,
+    find_preset,
+    layer_range,
+)
 from vlmfix.tap import describe_tower
 
 if TYPE_CHECKING:
@@ -128,14 +136,8 @@ class PayAttentionToInformedTokens(AttentionMethod):
         describe_tower(model, info)  # raises where tokens cannot be traced to patches
         preset = find_preset(self.PRESETS, info)
         known = preset.values if preset else {"alpha": 0.5, "beta": 0.2}
-        count, start, end = info.num_layers, self.start_layer, self.end_layer
-        start = math.ceil(count / 16) if start is None else start
-        end = count if end is None else end
-        if not 0 <= start < end <= count:
-            raise BadInput(
-                f"imba: layers [{start}, {end}) do not lie in a model of {count} layers; give "
-                "start_layer < end_layer within it."
-            )
+        default = (math.ceil(info.num_layers / 16), info.num_layers)
+        start, end = layer_range(self, info, self.start_layer, self.end_layer, default)
         alpha = known["alpha"] if self.alpha is None else self.alpha
         beta = known["beta"] if self.beta is None else self.beta
         return replace(self, alpha=alpha, beta=beta, start_layer=start, end_layer=end)

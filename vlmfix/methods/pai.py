@@ -9,9 +9,17 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo
-from vlmfix.method import AttentionMethod, FusedEdit, Keys, Plan, Preset, check_range, find_preset
+from vlmfix.method import (
+    AttentionMethod,
+    FusedEdit,
+    Keys,
+    Plan,
+    Preset,
+    check_range,
+    find_preset,
+    layer_range,
+)
 
 __all__ = ["PayAttentionToImage", "lift_scores"]
 
@@ -69,14 +77,8 @@ class PayAttentionToImage(AttentionMethod):
         alpha = self.alpha
         if alpha is None:
             alpha = preset.values["alpha"] if preset else 0.2
-        start, end = self.start_layer, self.end_layer
-        start = math.ceil(info.num_layers * 2 / 32) if start is None else start
-        end = info.num_layers if end is None else end
-        if not 0 <= start < end <= info.num_layers:
-            raise BadInput(
-                f"pai: layers [{start}, {end}) do not lie in a model of {info.num_layers} layers; "
-                "give start_layer < end_layer within it."
-            )
+        default = (math.ceil(info.num_layers * 2 / 32), info.num_layers)
+        start, end = layer_range(self, info, self.start_layer, self.end_layer, default)
         return replace(self, alpha=alpha, start_layer=start, end_layer=end)
 
     def layers(self, info: ModelInfo) -> Sequence[int]:

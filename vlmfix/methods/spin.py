@@ -9,9 +9,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo
-from vlmfix.method import AttentionMethod, Keys, Plan, Preset, check_range, find_preset
+from vlmfix.method import AttentionMethod, Keys, Plan, Preset, check_range, find_preset, layer_range
 
 __all__ = ["ImageGuidedHeadSuppression", "suppress"]
 
@@ -73,12 +72,8 @@ class ImageGuidedHeadSuppression(AttentionMethod):
         if epsilon is None:
             preset = find_preset(self.PRESETS, info)
             epsilon = preset.values["epsilon"] if preset else 0.0
-        end = info.num_layers if self.end_layer is None else self.end_layer
-        if not 0 <= self.start_layer < end <= info.num_layers:
-            raise BadInput(
-                f"spin: layers [{self.start_layer}, {end}) do not lie in a model of "
-                f"{info.num_layers} layers; give start_layer < end_layer within it."
-            )
+        default = (0, info.num_layers)
+        _, end = layer_range(self, info, self.start_layer, self.end_layer, default)
         return replace(self, epsilon=epsilon, end_layer=end)
 
     def layers(self, info: ModelInfo) -> Sequence[int]:

@@ -8,10 +8,18 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo
 from vlmfix.ledger import TEXT
-from vlmfix.method import AttentionMethod, FusedEdit, Keys, Plan, Preset, check_range, find_preset
+from vlmfix.method import (
+    AttentionMethod,
+    FusedEdit,
+    Keys,
+    Plan,
+    Preset,
+    check_range,
+    find_preset,
+    layer_range,
+)
 
 __all__ = ["VisualAmplificationFusion", "multiply_scores"]
 
@@ -78,13 +86,8 @@ class VisualAmplificationFusion(AttentionMethod):
         else:
             first = round(0.28 * info.num_layers)
             stop = max(first + 1, round(0.47 * info.num_layers))
-        start = first if self.start_layer is None else self.start_layer
-        end = stop if self.end_layer is None else self.end_layer
-        if not 0 <= start < end <= info.num_layers:
-            raise BadInput(
-                f"vaf: layers [{start}, {end}) do not lie in a model of {info.num_layers} layers; "
-                "give start_layer < end_layer within it."
-            )
+        default = (first, stop)
+        start, end = layer_range(self, info, self.start_layer, self.end_layer, default)
         return replace(self, start_layer=start, end_layer=end)
 
     def layers(self, info: ModelInfo) -> Sequence[int]:
