@@ -8,6 +8,7 @@ A generated part stands between `<!-- generated: WHAT -->` and `<!-- end -->`.
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import sys
@@ -96,11 +97,32 @@ def _results() -> dict[str, Any]:
     return content
 
 
+def benchmarks(name: str) -> str:
+    """One row per arm of a file that `vlmfix bench` wrote: median ratios over plain."""
+    with (ROOT / "docs" / "benchmarks" / name).open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["arm"] != "plain"]
+    lines = [
+        "| model | dtype | B | K | method | tokens/s | time to first token | memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        where = " | ".join(row[key] for key in ("model", "dtype", "batch", "prompt", "arm"))
+        speed, first = (
+            "{1:.2f} ({0:.2f}-{2:.2f})".format(*(float(row[f"{name}_p{p}"]) for p in (20, 50, 80)))
+            for name in ("tokens_per_second_over_plain", "first_token_over_plain")
+        )
+        lines.append(f"| {where} | {speed} | {first} | {float(row['memory_over_plain']):.2f} |")
+    keys = ("device", "threads", "torch", "transformers", "git")
+    runs = {", ".join(f"{key} {row[key]}" for key in keys) for row in rows}
+    return "\n".join([*lines, "", *(f"{run}." for run in sorted(runs))]) + "\n"
+
+
 PARTS: dict[str, Callable[..., str]] = {
     "methods": methods,
     "method": method,
     "results": results,
     "full_results": full_results,
+    "benchmarks": benchmarks,
 }
 
 
@@ -118,7 +140,11 @@ def main(check: bool) -> int:
     """Write or check all files; the exit code."""
     stale = []
     docs = ROOT / "docs"
-    pages = [*docs.glob("methods/*.md"), *docs.glob("results/*/*.md")]
+    pages = [
+        *docs.glob("methods/*.md"),
+        *docs.glob("results/*/*.md"),
+        *docs.glob("benchmarks/README.md"),
+    ]
     for path in [ROOT / "README.md", *sorted(pages)]:
         before = path.read_text()
         after = filled(before)
