@@ -110,10 +110,9 @@ def test_a_method_that_edits_nothing_is_refused() -> None:
 def test_a_wrong_decode_step_is_refused(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     right = attention._decode
 
-    def wrong(slot: Any, steps: Any, frame: Any, module: Any, *rest: Any) -> torch.Tensor:
-        edited = right(slot, steps, frame, module, *rest)
-        plain, _ = slot.base(module, *rest[:4], **rest[4])
-        return plain + factor * (edited - plain)
+    def wrong(slot: Any, steps: Any, frame: Any, inputs: attention.Inputs) -> torch.Tensor:
+        plain, _ = inputs.base(slot)
+        return plain + factor * (right(slot, steps, frame, inputs) - plain)
 
     monkeypatch.setattr(attention, "_decode", wrong)
     found = bench.run(**TINY, methods=(("pai",),))
