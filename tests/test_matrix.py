@@ -217,7 +217,7 @@ def test_fused_kernel_decodes_what_the_row_path_decodes(row: Row, name: str) -> 
     from transformers import CompileConfig
 
     tiny = build(name)
-    inputs = prompt(tiny, batch=2)
+    inputs = prompt(tiny)
     config = CompileConfig(fullgraph=True, backend="eager", mode=None)
     config._compile_all_devices = True
     short = {"max_new_tokens": 2, "min_new_tokens": 2}  # the interpreter takes its time

@@ -33,6 +33,7 @@ __all__ = [
     "SLOT",
     "AttentionOutput",
     "Edit",
+    "HeadFactors",
     "Implementation",
     "Slot",
     "Step",
@@ -59,9 +60,12 @@ class Slot:
     base: Callable[..., AttentionOutput]
     impl: Implementation
 
-    def fused(self, query: torch.Tensor) -> bool:
-        """Whether rows of this query go through the fused kernel where an edit has such a form."""
-        return self.impl == "triton" or (self.impl == "auto" and query.is_cuda)
+    def fused(self, inputs: Inputs) -> bool:
+        """Whether these rows go through the fused kernel where an edit has a form for it."""
+        if self.impl == "triton":
+            return True
+        tensors = (inputs.query, inputs.key, inputs.value)
+        return self.impl == "auto" and inputs.query.is_cuda and ops.runs_on_triton(*tensors)
 
 
 class Inputs(NamedTuple):
@@ -151,6 +155,22 @@ class Edit:
         return (*sliced, *self.plan.constants)
 
 
+class HeadFactors(NamedTuple):
+    """Factors on the heads of a layer that hold for a prompt: (B, 1, H, 1), as outputs want them.
+
+    `changed` (B, 1, H) bool says where they are not 1.
+    """
+
+    values: torch.Tensor
+    changed: torch.Tensor
+
+    @classmethod
+    def of(cls, factors: torch.Tensor, dtype: torch.dtype) -> HeadFactors:
+        """From (B, H)."""
+        values = factors.to(dtype)[:, None, :, None]
+        return cls(values, values[..., 0] != 1)
+
+
 @dataclass(frozen=True)
 class Step:
     """One edit of a layer, ready for the row of a decode step.
@@ -159,14 +179,14 @@ class Step:
         edit: the method and its plan.
         tensors: the plan's tensors for the keys of this step, and its constants.
         fused: the same row edit for the fused kernel, for the keys of this step.
-        factors: (B, H) head factors that hold for this prompt.
+        factors: head factors that hold for this prompt.
         counter: int64 scalar that takes the number of edited rows; None where a frame counts.
     """
 
     edit: Edit
     tensors: tuple[torch.Tensor, ...]
     fused: FusedEdit | None
-    factors: torch.Tensor | None
+    factors: HeadFactors | None
     counter: torch.Tensor | None
 
 
@@ -226,7 +246,8 @@ def _hooked_attention(slot: Slot, inputs: Inputs) -> AttentionOutput:
     _watch(slot, frame, edits, inputs)
     if not frame.decoding:
         return _prefill(slot, frame, edits, inputs)
-    return _decode(slot, frame.steps(slot.layer, edits, inputs.keys), frame, inputs), None
+    steps = frame.steps(slot.layer, edits, inputs.keys, inputs.query.dtype)
+    return _decode(slot, steps, frame, inputs), None
 
 
 # -- decode ------------------------------------------------------------------------------------
@@ -247,7 +268,7 @@ def _decode(
     else:
         visible = inputs.visible(0, query.shape[2])
         step, fused = on_rows[0], on_rows[0].fused
-        if fused is not None and len(on_rows) == 1 and slot.fused(query):
+        if fused is not None and len(on_rows) == 1 and slot.fused(inputs):
             done = ops.attend_rows(
                 query, inputs.key, inputs.value, fused, scaling=inputs.scaling,
                 mask=_as_bool(visible), softcap=inputs.kwargs.get("softcap"), impl="triton",
@@ -260,15 +281,16 @@ def _decode(
             result = _edited_rows(slot, frame, chosen, inputs, query, visible)
     for step in steps:
         if step.factors is not None:
-            factors = step.factors[:, None, :].to(result.dtype)
+            values, changed = step.factors
         elif step.edit.scales_heads:
             outputs = result.transpose(1, 2)
-            factors = step.edit.method.head_scale(outputs, *step.tensors).transpose(1, 2)
-            factors = factors.to(result.dtype)
+            scale = step.edit.method.head_scale(outputs, *step.tensors)
+            values = scale.transpose(1, 2).to(result.dtype)[..., None]
+            changed = values[..., 0] != 1
         else:
             continue
-        _count(slot, frame, step, (factors != 1).expand(result.shape[:-1]))
-        result = result * factors[..., None]
+        _count(slot, frame, step, changed.expand(result.shape[:-1]))
+        result = result * values
     return result
 
 
@@ -473,16 +495,18 @@ def _heads(
         if window.chosen is not None:
             chosen = window.chosen[:, None, :].to(scale.device)
             scale = torch.where(chosen, scale, torch.ones_like(scale))
-        factors = torch.ones_like(result[..., 0])
-        factors[:, window.start :] = scale.transpose(1, 2).to(result.dtype)
+        values = torch.ones_like(result[..., :1])
+        values[:, window.start :, :, 0] = scale.transpose(1, 2).to(result.dtype)
+        changed = values[..., 0] != 1
     else:
-        stored = frame.factors(slot.layer, edit)
+        stored = frame.factors(slot.layer, edit, result.dtype)
         if stored is None:
-            stored = _decide_heads(slot, frame, edit, inputs, result)
+            decided = _decide_heads(slot, frame, edit, inputs, result)
+            stored = HeadFactors.of(decided, result.dtype)
             frame.ledger.scales[method, slot.layer] = stored
-        factors = stored[:, None, :].to(result.dtype)
-    frame.call.count(slot.layer, (factors != 1).expand(result.shape[:-1]))
-    return result * factors[..., None]
+        values, changed = stored
+    frame.call.count(slot.layer, changed.expand(result.shape[:-1]))
+    return result * values
 
 
 def _decide_heads(

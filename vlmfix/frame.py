@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache
 
-from vlmfix.attention import Edit, Step
+from vlmfix.attention import Edit, HeadFactors, Step
 from vlmfix.call import Call
 from vlmfix.errors import BadInput, StateError
 from vlmfix.families import ModelInfo
@@ -200,31 +200,40 @@ class Frame:
         ledger.image_values[method] = values.repeat_interleave(copies, 0)
         return ledger.image_values[method]
 
-    def steps(self, layer: int, edits: tuple[Edit, ...], keys: int) -> tuple[Step, ...]:
-        """The edits of one layer, ready for the `keys` keys of a decode step."""
+    def steps(
+        self, layer: int, edits: tuple[Edit, ...], keys: int, dtype: torch.dtype
+    ) -> tuple[Step, ...]:
+        """The edits of one layer, ready for the `keys` keys and the dtype of a decode step."""
         offset = self.offset(layer)
         steps = []
         for edit in edits:
             fused = edit.plan.fused
             if fused is not None and offset and fused.groups is not None:
                 fused = replace(fused, groups=fused.groups[:, offset:])
-            factors = self.factors(layer, edit)
+            factors = self.factors(layer, edit, dtype)
             if factors is None and edit.heads and edit.method.head_scale_from == "prompt":
-                if edit.live:
-                    raise StateError(
-                        f"this KV cache was filled while {edit.method.name} was off, so the heads "
-                        "that it chose are missing. Start from the prompt, without this cache."
-                    )
-                factors = torch.ones(len(self.ledger.kinds), self.stack.info.num_heads)
-                factors = factors.to(self.ledger.kinds.device)
+                factors = self._no_factors(edit, dtype)
             steps.append(Step(edit, edit.tensors(offset, keys), fused, factors, None))
         return tuple(steps)
 
-    def factors(self, layer: int, edit: Edit) -> torch.Tensor | None:
-        """(B, H) factors on the head outputs that hold for this prompt, once they are known."""
-        if edit.plan.heads is not None:
-            return edit.plan.heads
-        return self.ledger.scales.get((edit.method, layer))
+    def factors(self, layer: int, edit: Edit, dtype: torch.dtype) -> HeadFactors | None:
+        """Factors on the head outputs that hold for this prompt, once they are known."""
+        scales = self.ledger.scales
+        known = scales.get((edit.method, layer))
+        if known is None and edit.plan.heads is not None:
+            known = scales[edit.method, layer] = HeadFactors.of(edit.plan.heads, dtype)
+        return known
+
+    def _no_factors(self, edit: Edit, dtype: torch.dtype) -> HeadFactors:
+        """Ones, where an edit that decides at the prompt had nothing to decide."""
+        if edit.live:
+            raise StateError(
+                f"this KV cache was filled while {edit.method.name} was off, so the heads that it "
+                "chose are missing. Start from the prompt, without this cache."
+            )
+        kinds = self.ledger.kinds
+        ones = torch.ones(len(kinds), self.stack.info.num_heads, device=kinds.device)
+        return HeadFactors.of(ones, dtype)
 
     def visual(self, layer: int, keys: int, device: torch.device) -> torch.Tensor:
         """(B, K) bool: which of the keys that a layer sees are visual tokens."""

@@ -27,7 +27,7 @@ class Ledger:
         prompt_length: positions below it are prompt, the rest is generated.
         last_prompt: (B,) position of the last prompt token that is not padding.
         flags: {(method, layer): (B, capacity) bool}, what a method noted about prompt tokens.
-        scales: {(method, layer): (B, H)}, head factors that a method chose for this prompt.
+        scales: {(method, layer): attention.HeadFactors}, the head factors of this prompt.
         seen: {method: {layer: tensor}}, what the watcher of a method's prelude kept.
         image_values: {method: (B, capacity) float32}, what a method gave to each visual token.
         derived: {layer: anything}, what was derived from kinds and flags; emptied when they change.
@@ -40,7 +40,7 @@ class Ledger:
         self._written = 0
         self.last_prompt = torch.zeros(batch, dtype=torch.long, device=device)
         self.flags: dict[tuple[Any, int], torch.Tensor] = {}
-        self.scales: dict[tuple[Any, int], torch.Tensor] = {}
+        self.scales: dict[tuple[Any, int], Any] = {}
         self.seen: dict[Any, dict[int, torch.Tensor]] = {}
         self.image_values: dict[Any, torch.Tensor] = {}
         self._question: tuple[torch.Tensor, torch.Tensor] | None = None

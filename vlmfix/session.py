@@ -303,12 +303,13 @@ class Session:
         past, offsets = ledger.prompt_length, sliding_offsets(cache, 1)
         frame = Frame(stack, call, ledger, past, 1, offsets, self._tap)
         steps = {}
+        dtype: Any = self.model.dtype
         for layer in stack.by_layer:
             device = self._device(layer)
             edits = frame.edits(layer, device)
             steps[layer] = tuple(
                 replace(step, counter=call.counter(layer, device))
-                for step in frame.steps(layer, edits, cache.get_max_length(layer))
+                for step in frame.steps(layer, edits, cache.get_max_length(layer), dtype)
             )
         return steps
 

@@ -138,3 +138,18 @@ def test_triton_is_imported_only_when_asked_for() -> None:
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True
     )
     assert "vlmfix[kernels]" in done.stdout, done.stderr
+
+
+def test_what_triton_can_do_is_asked_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """impl="auto" asks; what the kernels cannot do stays in torch."""
+    query, key = torch.randn(2, 4, 1, 32), torch.randn(2, 2, 9, 32)
+    assert ops.runs_on_triton(query, key, key)
+    assert not ops.runs_on_triton(query.double(), key.double(), key.double())
+    wide = torch.randn(2, 2, 9, 512)
+    assert not ops.runs_on_triton(query, key, wide)
+    assert not ops.runs_on_triton(torch.randn(2, 4, 33, 32), key, key)  # 66 rows per key head
+    assert not ops.runs_on_triton(query, key.mT.contiguous().mT, key)
+    assert not ops.runs_on_triton(query.requires_grad_(), key, key)
+    monkeypatch.setitem(sys.modules, "vlmfix.kernels.rows", None)  # as where Triton is missing
+    monkeypatch.delattr("vlmfix.kernels.rows", raising=False)
+    assert not ops.runs_on_triton(query.detach(), key, key)

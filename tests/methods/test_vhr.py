@@ -35,7 +35,7 @@ def _text_only(rows: int = 2) -> dict[str, Any]:
 def _ledger_scales(model: Any) -> dict[int, torch.Tensor]:
     """{layer: (B, H)} the factors that are stored for the one live cache of a wrapped model."""
     (ledger,) = model.__dict__["_vlmfix_session"]._ledgers.values()
-    return {layer: scale for (_, layer), scale in ledger.scales.items()}
+    return {layer: scale.values[:, 0, :, 0] for (_, layer), scale in ledger.scales.items()}
 
 
 def test_worked_layer() -> None:

@@ -15,7 +15,7 @@ from vlmfix.errors import BadInput, MissingDependency
 from vlmfix.kernels import reference
 from vlmfix.kernels.reference import GROUPS, FusedEdit, RowsOutput
 
-__all__ = ["Implementation", "attend_rows"]
+__all__ = ["Implementation", "attend_rows", "runs_on_triton"]
 
 Implementation = Literal["torch", "triton"]
 
@@ -68,11 +68,21 @@ def _run(
     softcap: float | None,
     impl: str,
 ) -> RowsOutput:
-    function = reference.attend_rows if impl == "torch" else _triton()
+    function = reference.attend_rows if impl == "torch" else _triton().attend_rows
     return function(query, key, value, edit, scaling=scaling, mask=mask, rows=rows, softcap=softcap)
 
 
+def runs_on_triton(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether impl="triton" is installed and can do these tensors."""
+    try:
+        rows = _triton()
+    except MissingDependency:
+        return False
+    return rows.unsupported(query, key, value) is None
+
+
 def _triton() -> Any:
+    """The module with the kernels; importing it imports Triton."""
     try:
         from vlmfix.kernels import rows
     except ImportError as error:
@@ -80,7 +90,7 @@ def _triton() -> Any:
             "impl='triton' needs Triton, which runs on Linux: pip install 'vlmfix[kernels]', or "
             "use impl='torch'."
         ) from error
-    return rows.attend_rows
+    return rows
 
 
 def _check(

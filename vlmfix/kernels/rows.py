@@ -25,7 +25,7 @@ import triton.language as tl
 from vlmfix.errors import BadInput
 from vlmfix.kernels.reference import GROUPS, FusedEdit, RowsOutput
 
-__all__ = ["MAX_ROWS", "MAX_WIDTH", "Launch", "attend_rows", "launches"]
+__all__ = ["MAX_ROWS", "MAX_WIDTH", "Launch", "attend_rows", "launches", "unsupported"]
 
 #: Query rows of one key head: G heads times Q positions. Blocks of rows read the cache anew.
 MAX_ROWS = 64
@@ -349,7 +349,8 @@ def attend_rows(
     Raises:
         BadInput: What the kernels do not support, and the way out.
     """
-    _check(query, key, value)
+    if reason := unsupported(query, key, value):
+        raise BadInput(f"impl='triton' {reason}; impl='torch' can do it")
     elsewhere = query.is_cuda and query.device.index != torch.cuda.current_device()
     with torch.cuda.device(query.device) if elsewhere else contextlib.nullcontext():
         output, todo = launches(
@@ -360,30 +361,29 @@ def attend_rows(
     return output
 
 
-def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-    way_out = "; impl='torch' can do it"
+def unsupported(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
+    """Why the kernels cannot run on these tensors; None if they can."""
     if not (query.is_cuda or _INTERPRETED):
-        raise BadInput(f"impl='triton' needs CUDA tensors, not {query.device.type}{way_out}")
+        return f"needs CUDA tensors, not {query.device.type}"
     if query.dtype not in _DTYPES:
-        raise BadInput(f"impl='triton' does not support {query.dtype}{way_out}")
-    if max(query.shape[3], value.shape[3]) > MAX_WIDTH:
-        wide = max(query.shape[3], value.shape[3])
-        raise BadInput(f"impl='triton' supports heads up to {MAX_WIDTH} wide, not {wide}{way_out}")
+        return f"does not support {query.dtype}"
+    wide = max(query.shape[3], value.shape[3])
+    if wide > MAX_WIDTH:
+        return f"supports heads up to {MAX_WIDTH} wide, not {wide}"
     packed = query.shape[1] // key.shape[1] * query.shape[2]
     if packed > MAX_ROWS:
-        raise BadInput(
-            f"impl='triton' takes {MAX_ROWS} rows per key head at a time, not {packed} (heads per "
-            f"key head times query positions): give fewer positions at a time{way_out}"
+        return (
+            f"takes {MAX_ROWS} rows per key head at a time, not {packed} (heads per key head times "
+            "query positions): give fewer positions at a time"
         )
     if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
-        raise BadInput(
-            "impl='triton' needs query, key and value with stride 1 along the head width: call "
-            f".contiguous() on them{way_out}"
+        return (
+            "needs query, key and value with stride 1 along the head width: call .contiguous() on "
+            "them"
         )
-    if torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad
-    ):
-        raise BadInput(f"impl='triton' has no gradient: call it under torch.no_grad(){way_out}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        return "has no gradient: call it under torch.no_grad()"
+    return None
 
 
 def launches(
