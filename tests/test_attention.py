@@ -414,6 +414,53 @@ def test_rerun_of_the_last_token_equals_a_prefill_of_its_own(
     assert (plain.logits[0] - with_rerun.logits[0]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("name", "stack", "kwargs"),
+    [
+        ("llava", 1, {}),
+        ("paligemma", 1, {}),  # its prompt sees the last token
+        ("gemma3", 1, {}),  # its sliding caches cannot be cut
+        ("llava", 2, {}),  # the other method would edit what is watched
+        ("llava", 1, {"cache_implementation": "static", "disable_compile": True}),
+        ("llava", 1, {"use_cache": False}),
+        ("llava", 1, {"output_hidden_states": True, "return_dict_in_generate": True}),
+    ],
+)
+def test_no_rerun_where_it_is_not_exact(
+    name: str, stack: int, kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = family(name)
+    reruns: list[str] = []
+    original = vlmfix.session.run_last_token
+
+    def spy(*args: Any) -> Any:
+        reruns.append(name)
+        return original(*args)
+
+    monkeypatch.setattr(vlmfix.session, "run_last_token", spy)
+    with vlmfix.wrapped(tiny.model, [Boost(), "pai"][:stack]):
+        tiny.model.generate(**prompt(tiny), **generate_kwargs(**kwargs))
+        assert vlmfix.last_call(tiny.model).extra_passes == 1
+    assert bool(reruns) == (name == "llava" and stack == 1 and not kwargs)
+
+
+def test_no_rerun_with_padding_on_the_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import DynamicCache
+
+    tiny = family("llava")
+    left = tiny.inputs(2)
+    count = int((left["attention_mask"][0] == 0).sum())
+    right = {name: left[name].clone() for name in left}
+    for name in ("input_ids", "attention_mask"):
+        right[name][0] = left[name][0].roll(-count)
+    assert count and not right["attention_mask"][0, -1]
+    monkeypatch.setattr(vlmfix.session, "run_last_token", lambda *args: pytest.fail("rerun"))
+    cache = DynamicCache(config=tiny.model.config.get_text_config())
+    with vlmfix.wrapped(tiny.model, Boost()):
+        logits(tiny.model, right, past_key_values=cache)
+        assert vlmfix.last_call(tiny.model).extra_passes == 1
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_a_prelude_knows_the_question(use_cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever way the prompt is looked at first: with a rerun, or by a forward of its own."""

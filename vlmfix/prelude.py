@@ -162,7 +162,6 @@ def run_last_token(session: Session, frame: Frame, kwargs: dict[str, Any], outpu
     watcher = frame.stack.methods[0]
     assert isinstance(watcher, Watcher)
     call.seen[method] = ledger.seen[method] = watcher.seen
-    ledger.derived.clear()
     kwargs["past_key_values"].crop(-1)
     as_they_are = ("past_key_values", "attention_mask", "use_cache")
     inputs = {
