@@ -1,4 +1,4 @@
-"""The one attention function that vlmfix registers, and the primitives behind it.
+"""The one attention function that vlmfix registers.
 
 It is reached through a per-module copy of the configuration that names it (session.py), so only
 the layers that a method wants ever come here. A layer with nothing to edit calls the model's own
@@ -9,9 +9,9 @@ attention and is bit-identical. During decoding, a layer with an edit computes i
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -19,24 +19,31 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vlmfix.edits import (
+    Chosen,
+    Edit,
+    HeadFactors,
+    Inputs,
+    Step,
+    as_bool,
+    count,
+    edited_rows,
+    edited_weights,
+    row_count,
+)
 from vlmfix.errors import CompositionError, UnsupportedModel
 from vlmfix.kernels import ops, reference
-from vlmfix.method import AttentionMethod, Plan
 
 if TYPE_CHECKING:
     from vlmfix.frame import Frame, Window
-    from vlmfix.kernels.reference import FusedEdit
     from vlmfix.session import Session
 
 __all__ = [
     "NAME",
     "SLOT",
     "AttentionOutput",
-    "Edit",
-    "HeadFactors",
     "Implementation",
     "Slot",
-    "Step",
     "attention_forward",
     "base_attention",
     "in_python",
@@ -60,134 +67,16 @@ class Slot:
     base: Callable[..., AttentionOutput]
     impl: Implementation
 
+    def run(self, inputs: Inputs) -> AttentionOutput:
+        """The attention that the module has without us."""
+        return self.base(*inputs[:5], **inputs.kwargs)
+
     def fused(self, inputs: Inputs) -> bool:
         """Whether these rows go through the fused kernel where an edit has a form for it."""
         if self.impl == "triton":
             return True
         tensors = (inputs.query, inputs.key, inputs.value)
         return self.impl == "auto" and inputs.query.is_cuda and ops.runs_on_triton(*tensors)
-
-
-class Inputs(NamedTuple):
-    """What transformers hands to an attention function.
-
-    query is (B, H, Q, D), key and value (B, Hkv, K, D); the mask is None, bool (True: visible) or
-    additive, (B, 1 or H, Q or 1, at least K).
-    """
-
-    module: torch.nn.Module
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    mask: torch.Tensor | None
-    kwargs: dict[str, Any]
-
-    @property
-    def keys(self) -> int:
-        return self.key.shape[2]
-
-    @property
-    def scaling(self) -> float:
-        scaling: float | None = self.kwargs.get("scaling")
-        return self.query.shape[-1] ** -0.5 if scaling is None else scaling
-
-    def base(self, slot: Slot) -> AttentionOutput:
-        """The attention that the module has without us."""
-        return slot.base(*self[:5], **self.kwargs)
-
-    def visible(self, first: int, rows: int) -> torch.Tensor | None:
-        """The mask of the rows from `first`: sliced, or built where transformers leaves it out."""
-        if self.mask is not None:
-            mask = self.mask[..., : self.keys]
-            return mask if mask.shape[2] == 1 else mask[:, :, first : first + rows]
-        causal = self.kwargs.get("is_causal")
-        if causal is None:
-            causal = getattr(self.module, "is_causal", True)
-        if self.query.shape[2] == 1 or not causal:
-            return None
-        # transformers leaves the mask out only where queries and keys both start at position 0.
-        position = torch.arange(first, first + rows, device=self.query.device)
-        key = torch.arange(self.keys, device=self.query.device)
-        return (key[None, :] <= position[:, None])[None, None]
-
-    def scores(self, query: torch.Tensor) -> torch.Tensor:
-        """Scaled scores (B, H, R, K) of some of the rows, before the mask."""
-        return reference.row_scores(query, self.key, self.scaling, self.kwargs.get("softcap"))
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One method at one layer of one prompt; the flags say which functions it overrides."""
-
-    method: AttentionMethod
-    plan: Plan
-    scores: bool
-    weights: bool
-    score_scale: bool
-    heads: bool
-    sees_weights: bool
-    sees_heads: bool
-
-    @classmethod
-    def of(cls, method: AttentionMethod, plan: Plan) -> Edit:
-        names = (
-            "edit_scores", "edit_weights", "score_scale", "head_scale",
-            "observe_weights", "observe_heads",
-        )  # fmt: skip
-        return cls(method, plan, *(method.overrides(name) for name in names))
-
-    @property
-    def edits_rows(self) -> bool:
-        return self.scores or self.weights or self.score_scale
-
-    @property
-    def scales_heads(self) -> bool:
-        return self.heads or self.plan.heads is not None
-
-    @property
-    def live(self) -> bool:
-        """Whether any row of the batch has something to edit here."""
-        return any(self.plan.samples)
-
-    def tensors(self, offset: int, keys: int) -> tuple[torch.Tensor, ...]:
-        """The plan's tensors for the keys that this call sees, then its constants."""
-        sliced = tuple(tensor[:, offset : offset + keys] for tensor in self.plan.tensors)
-        return (*sliced, *self.plan.constants)
-
-
-class HeadFactors(NamedTuple):
-    """Factors on the heads of a layer that hold for a prompt: (B, 1, H, 1), as outputs want them.
-
-    `changed` (B, 1, H) bool says where they are not 1.
-    """
-
-    values: torch.Tensor
-    changed: torch.Tensor
-
-    @classmethod
-    def of(cls, factors: torch.Tensor, dtype: torch.dtype) -> HeadFactors:
-        """From (B, H)."""
-        values = factors.to(dtype)[:, None, :, None]
-        return cls(values, values[..., 0] != 1)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One edit of a layer, ready for the row of a decode step.
-
-    Attributes:
-        edit: the method and its plan.
-        tensors: the plan's tensors for the keys of this step, and its constants.
-        fused: the same row edit for the fused kernel, for the keys of this step.
-        factors: head factors that hold for this prompt.
-        counter: int64 scalar that takes the number of edited rows; None where a frame counts.
-    """
-
-    edit: Edit
-    tensors: tuple[torch.Tensor, ...]
-    fused: FusedEdit | None
-    factors: HeadFactors | None
-    counter: torch.Tensor | None
 
 
 def attention_forward(
@@ -209,7 +98,7 @@ def attention_forward(
     prepared = slot.session.prepared_steps
     if prepared is not None:  # a decode step whose Python part ran outside the compiled graph
         steps = prepared.get(slot.layer)
-        return (_decode(slot, steps, None, inputs), None) if steps else inputs.base(slot)
+        return (_decode(slot, steps, None, inputs), None) if steps else slot.run(inputs)
     return _hooked_attention(slot, inputs)
 
 
@@ -233,10 +122,10 @@ def _hooked_attention(slot: Slot, inputs: Inputs) -> AttentionOutput:
     """Attention of a layer that some stack wants: edited, or the model's own."""
     frame = slot.session.frame
     if frame is None:
-        return inputs.base(slot)
+        return slot.run(inputs)
     edits = tuple(edit for edit in frame.edits(slot.layer, inputs.query.device) if edit.live)
     if not edits:
-        return inputs.base(slot)
+        return slot.run(inputs)
     if inputs.kwargs.get("s_aux") is not None:
         raise UnsupportedModel(
             f"layer {slot.layer} of {type(inputs.module).__name__} uses learned attention sinks, "
@@ -264,21 +153,21 @@ def _decode(
     query = inputs.query
     result: torch.Tensor
     if not on_rows:
-        result, _ = inputs.base(slot)
+        result, _ = slot.run(inputs)
     else:
         visible = inputs.visible(0, query.shape[2])
         step, fused = on_rows[0], on_rows[0].fused
         if fused is not None and len(on_rows) == 1 and slot.fused(inputs):
             done = ops.attend_rows(
                 query, inputs.key, inputs.value, fused, scaling=inputs.scaling,
-                mask=_as_bool(visible), softcap=inputs.kwargs.get("softcap"), impl="triton",
+                mask=as_bool(visible), softcap=inputs.kwargs.get("softcap"), impl="triton",
             )  # fmt: skip
-            counted = _row_count(step.edit, None, query) if step.edit.scores else done.edited
-            _count(slot, frame, step, counted)
+            counted = row_count(step.edit, None, query) if step.edit.scores else done.edited
+            count(slot.layer, frame, step, counted)
             result = done.out.transpose(1, 2)
         else:
             chosen = [(step, step.edit, step.tensors, None) for step in on_rows]
-            result = _edited_rows(slot, frame, chosen, inputs, query, visible)
+            result = edited_rows(slot.layer, frame, chosen, inputs, query, visible)
     for step in steps:
         if step.factors is not None:
             values, changed = step.factors
@@ -289,22 +178,9 @@ def _decode(
             changed = values[..., 0] != 1
         else:
             continue
-        _count(slot, frame, step, changed.expand(result.shape[:-1]))
+        count(slot.layer, frame, step, changed.expand(result.shape[:-1]))
         result = result * values
     return result
-
-
-def _as_bool(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """A mask as bool with True = visible; additive masks are 0 there."""
-    return mask if mask is None or mask.dtype == torch.bool else mask == 0
-
-
-def _count(slot: Slot, frame: Frame | None, step: Step | None, rows: torch.Tensor | int) -> None:
-    """Add edited rows: to the call, or to the step's counter inside a compiled graph."""
-    if frame is not None:
-        frame.call.count(slot.layer, rows)
-    elif step is not None and step.counter is not None:
-        step.counter.add_(rows.sum() if isinstance(rows, torch.Tensor) else rows)
 
 
 # -- prefill -----------------------------------------------------------------------------------
@@ -314,7 +190,7 @@ def _prefill(slot: Slot, frame: Frame, edits: tuple[Edit, ...], inputs: Inputs) 
     """The model's own attention, then the edited rows in chunks, then the head scales."""
     query = inputs.query
     queries = query.shape[2]
-    result, base_weights = inputs.base(slot)
+    result, base_weights = slot.run(inputs)
     on_rows = _windows(frame, edits)
     if on_rows:
         start = min(window.start for _, window in on_rows)
@@ -325,7 +201,7 @@ def _prefill(slot: Slot, frame: Frame, edits: tuple[Edit, ...], inputs: Inputs) 
             chunk = _chosen(slot, frame, on_rows, inputs, first, last)
             visible = inputs.visible(first, last - first)
             rows = query[:, :, first:last]
-            edited = _edited_rows(slot, frame, chunk, inputs, rows, visible)
+            edited = edited_rows(slot.layer, frame, chunk, inputs, rows, visible)
             pieces.append(_choose(edited, result[:, first:last], [rows for *_, rows in chunk]))
         result = torch.cat(pieces, dim=1)
     for edit in edits:
@@ -372,83 +248,6 @@ def _choose(
     return torch.where(union[:, :, None, None], edited, base)
 
 
-# -- rows --------------------------------------------------------------------------------------
-
-#: A step (None in a prefill), its edit, the tensors of its plan, and the rows (B, R) that it edits
-#: (None: all of them).
-Chosen: TypeAlias = (
-    "Sequence[tuple[Step | None, Edit, tuple[torch.Tensor, ...], torch.Tensor | None]]"
-)
-
-
-def _edited_rows(
-    slot: Slot,
-    frame: Frame | None,
-    edits: Chosen,
-    inputs: Inputs,
-    query: torch.Tensor,
-    visible: torch.Tensor | None,
-) -> torch.Tensor:
-    """Edited attention for the rows in `query` (B, H, R, D) -> (B, R, H, D)."""
-    weights, factors = _edited_weights(slot, frame, edits, inputs, query, visible)
-    output = reference.attend(weights, inputs.value)
-    if factors is not None:
-        output = output * factors[..., None].to(output.dtype)
-    return output.transpose(1, 2)
-
-
-def _edited_weights(
-    slot: Slot,
-    frame: Frame | None,
-    edits: Chosen,
-    inputs: Inputs,
-    query: torch.Tensor,
-    visible: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Softmax rows (B, H, R, K) after every edit, and factors (B, H, R) on the head outputs."""
-    scores = inputs.scores(query)
-    factors: torch.Tensor | None = None
-    for step, edit, plan, chosen in edits:
-        if edit.score_scale:
-            # A sliding layer's cache drops what its mask would hide: both must look the same.
-            shown = _as_bool(visible)
-            seen = scores if shown is None else scores.masked_fill(~shown, 0.0)
-            scale = edit.method.score_scale(seen, *plan)
-            if chosen is not None:
-                scale = torch.where(chosen[:, None, :], scale, torch.ones_like(scale))
-            factors = scale if factors is None else factors * scale
-            _count(slot, frame, step, scale != 1)
-    for step, edit, plan, chosen in edits:
-        if edit.scores:
-            edited = edit.method.edit_scores(scores, *plan)
-            scores = edited if chosen is None else _where(chosen, edited, scores)
-            _count(slot, frame, step, _row_count(edit, chosen, query))
-    weights = torch.softmax(reference.mask_scores(scores, visible), dim=-1)
-    for step, edit, plan, chosen in edits:
-        if edit.weights:
-            edited, changed = edit.method.edit_weights(weights, *plan)
-            if chosen is not None:
-                edited = _where(chosen, edited, weights)
-                changed = changed & chosen[:, None, :]
-            weights = edited
-            _count(slot, frame, step, changed)
-    return weights, factors
-
-
-def _where(rows: torch.Tensor, edited: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
-    return torch.where(rows[:, None, :, None], edited, plain)
-
-
-def _row_count(edit: Edit, chosen: torch.Tensor | None, query: torch.Tensor) -> int:
-    """Edited rows x heads of a score edit: rows of samples that have something to edit."""
-    heads, rows = query.shape[1], query.shape[2]
-    if chosen is None:
-        return sum(edit.plan.samples) * heads * rows
-    per_sample = chosen.sum(1).tolist()
-    pairs = zip(edit.plan.samples, per_sample, strict=True)
-    return heads * int(sum(count for live, count in pairs if live))
-
-
 # -- watching ----------------------------------------------------------------------------------
 
 
@@ -469,7 +268,7 @@ def _watch(slot: Slot, frame: Frame, edits: tuple[Edit, ...], inputs: Inputs) ->
             chunk = _chosen(slot, frame, on_rows, inputs, first, last)
             visible = inputs.visible(first, last - first)
             rows = inputs.query[:, :, first:last]
-            weights, _ = _edited_weights(slot, None, chunk, inputs, rows, visible)
+            weights, _ = edited_weights(slot.layer, None, chunk, inputs, rows, visible)
             watcher.method.observe_weights(slot.layer, weights, frame.past + first, *tensors)
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache
 
-from vlmfix.attention import Edit, HeadFactors, Step
 from vlmfix.call import Call
+from vlmfix.edits import Edit, HeadFactors, Step
 from vlmfix.errors import BadInput, StateError
 from vlmfix.families import ModelInfo
 from vlmfix.ledger import GENERATED, IMAGE, PAD, TEXT, VIDEO, Ledger

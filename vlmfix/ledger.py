@@ -27,7 +27,7 @@ class Ledger:
         prompt_length: positions below it are prompt, the rest is generated.
         last_prompt: (B,) position of the last prompt token that is not padding.
         flags: {(method, layer): (B, capacity) bool}, what a method noted about prompt tokens.
-        scales: {(method, layer): attention.HeadFactors}, the head factors of this prompt.
+        scales: {(method, layer): edits.HeadFactors}, the head factors of this prompt.
         seen: {method: {layer: tensor}}, what the watcher of a method's prelude kept.
         image_values: {method: (B, capacity) float32}, what a method gave to each visual token.
         derived: {layer: anything}, what was derived from kinds and flags; emptied when they change.

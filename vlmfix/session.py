@@ -19,8 +19,9 @@ from typing import Any, NoReturn
 import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from vlmfix.attention import NAME, SLOT, Implementation, Slot, Step, base_attention, in_python
+from vlmfix.attention import NAME, SLOT, Implementation, Slot, base_attention, in_python
 from vlmfix.call import Call
+from vlmfix.edits import Step
 from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
 from vlmfix.families import ModelInfo
 from vlmfix.frame import (
