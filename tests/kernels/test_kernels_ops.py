@@ -153,3 +153,17 @@ def test_what_triton_can_do_is_asked_before_it_is_taken(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "vlmfix.kernels.rows", None)  # as where Triton is missing
     monkeypatch.delattr("vlmfix.kernels.rows", raising=False)
     assert not ops.runs_on_triton(query.detach(), key, key)
+
+
+def test_asking_is_no_graph_break() -> None:
+    query, key = torch.randn(2, 4, 1, 32), torch.randn(2, 2, 9, 32)
+
+    def step(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        if not ops.runs_on_triton(query, key, key):
+            return query
+        edit = ops.FusedEdit()
+        return ops.attend_rows(query, key, key, edit, scaling=0.2, impl="triton").out
+
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(query, key), step(query, key), atol=1e-6)
+    assert torch.equal(compiled(query.double(), key.double()), query.double())

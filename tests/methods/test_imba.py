@@ -282,3 +282,14 @@ def test_families_without_a_token_per_patch_are_refused(name: str) -> None:
     with pytest.raises(UnsupportedModel, match="cannot be read"):
         vlmfix.wrap(tiny.model, "imba")
     assert "_vlmfix_session" not in tiny.model.__dict__
+
+
+def test_features_encoded_before_the_call_are_refused() -> None:
+    """Nobody saw the tower at work, so which tokens are informative is not known."""
+    tiny = family("llava")
+    inputs = prompt(tiny)
+    with torch.no_grad(), vlmfix.wrapped(tiny.model, "imba"):
+        features = tiny.model.model.get_image_features(inputs["pixel_values"], return_dict=True)
+        text = {name: value for name, value in inputs.items() if name != "pixel_values"}
+        with pytest.raises(vlmfix.StateError, match="Pass all pixels"):
+            tiny.model.generate(**text, mm_encoder_outputs={"image": features}, max_new_tokens=2)
