@@ -82,6 +82,31 @@ def results() -> str:
     return "\n".join(lines) + "\n"
 
 
+#: Rows of a method page's table: task, place, metric, heading.
+_MEASURED = (
+    ("pope", "pooled", "accuracy", "POPE accuracy"),
+    ("pope", "adversarial", "accuracy", "POPE accuracy, adversarial"),
+    ("pope", "pooled", "yes_ratio", "POPE, share of yes"),
+    ("chair", "caption", "chair_s", "CHAIRs"),
+    ("chair", "caption", "chair_i", "CHAIRi"),
+    ("chair", "caption", "recall", "recall of objects"),
+)
+
+
+def measured(name: str) -> str:
+    """What the committed evaluation of the bundled model says of one method."""
+    tasks = _results()["tasks"]
+    lines = ["| bundled model, per cent | base | method | difference |", "|---|---:|---:|---:|"]
+    for task, place, metric, heading in _MEASURED:
+        arms = tasks[task]["arms"]
+        base, scored = arms["base"]["scores"][place][metric], arms[name]["scores"][place][metric]
+        cells = [_figure(score, "{:.1f}") for score in (base, scored)]
+        cells.append(_figure(arms[name]["delta"][place][metric], "{:+.1f}"))
+        lines.append(f"| {heading} | {' | '.join(cells)} |")
+    lines += ["", "± half a 95 % interval; default options; `make eval-full`."]
+    return "\n".join(lines) + "\n"
+
+
 def _figure(score: dict[str, Any], form: str) -> str:
     low, high = score["ci"]
     return f"{form.format(100 * score['value'])} ± {50 * (high - low):.1f}"
@@ -123,6 +148,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "results": results,
     "full_results": full_results,
     "benchmarks": benchmarks,
+    "measured": measured,
 }
 
 

@@ -116,4 +116,4 @@ def _colour(piece: str, truth: frozenset[str]) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["pai", "pai:alpha=1"])
+    main(sys.argv[1:] or ["vhr", "pai"])

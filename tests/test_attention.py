@@ -18,6 +18,7 @@ import vlmfix.session
 from vlmfix.families import ModelInfo, describe_model
 from vlmfix.kernels import reference
 from vlmfix.method import AttentionMethod, Keys, Plan, Prelude, Watcher
+from vlmfix.tap import Received, Tower
 
 
 def _exact(q: Any, k: Any, v: Any, mask: Any, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -490,6 +491,28 @@ def test_a_prelude_knows_the_question(use_cache: bool, monkeypatch: pytest.Monke
     assert torch.equal(told[0].question[:, : content.shape[1]], question)
 
 
+def test_the_question_of_every_beam_is_that_of_its_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = family("llava")
+    inputs = tiny.inputs(2, lengths=(6, 6))
+    question = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    question[0, -3], question[1, -5] = True, True
+    monkeypatch.setattr(vlmfix.session, "find_question", lambda *args: (question, question))
+    monkeypatch.setattr(Boost, "reads_question", True)
+    told: list[Keys] = []
+    plan = Boost.plan
+
+    def keep(self: Boost, keys: Keys) -> Plan | None:
+        told.append(keys)
+        return plan(self, keys)
+
+    monkeypatch.setattr(Boost, "plan", keep)
+    with vlmfix.wrapped(tiny.model, Boost()):
+        kwargs = generate_kwargs(num_beams=3, max_new_tokens=2, min_new_tokens=2)
+        tiny.model.generate(**inputs, processor=object(), **kwargs)
+    expected = question.repeat_interleave(3, 0)
+    assert told and all(torch.equal(k.question[:, : question.shape[1]], expected) for k in told)
+
+
 def test_a_prelude_on_the_text_sees_no_image() -> None:
     tiny = family("llava")
     inputs = prompt(tiny)
@@ -520,3 +543,58 @@ def test_compiled_head_scale_of_a_prompt_that_had_nothing_to_scale() -> None:
     with vlmfix.wrapped(tiny.model, ScaleWithImage()):
         assert torch.equal(tiny.model.generate(input_ids=ids, **kwargs), plain)
         assert vlmfix.last_call(tiny.model).edited_rows == 0
+
+
+# -- the vision tower ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Looks(Everywhere):
+    """Lifts visual tokens by what they receive in one layer of the tower."""
+
+    tower_layer: int = 0
+
+    def encoder_layers(self, tower: Tower) -> tuple[int, ...]:
+        return (self.tower_layer,)
+
+    def image_values(self, received: Sequence[Received]) -> torch.Tensor:
+        return received[0].column
+
+    def plan(self, keys: Keys) -> Plan | None:
+        assert keys.image_values is not None
+        return Plan((keys.image_values,), keys.visual.any(1).tolist())
+
+    def edit_scores(self, scores: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
+        return scores + 10 * plan[0][:, None, None, :]
+
+
+def test_methods_that_read_other_layers_of_the_tower_take_turns() -> None:
+    tiny = family("llava")
+    inputs = prompt(tiny)
+    alone = []
+    for layer in (0, 1):
+        with vlmfix.wrapped(tiny.model, Looks(tower_layer=layer)):
+            alone.append(logits(tiny.model, inputs))
+    assert (alone[0] - alone[1]).abs().max() > 1e-4
+    with vlmfix.wrapped(tiny.model, Looks(tower_layer=0)):
+        with vlmfix.using(tiny.model, Looks(tower_layer=1)):
+            assert torch.equal(logits(tiny.model, inputs), alone[1])
+        assert torch.equal(logits(tiny.model, inputs), alone[0])
+
+
+def test_compiled_prefill_in_chunks() -> None:
+    """generate() compiles chunks of a prompt, too; those are no decode steps."""
+    from transformers import CompileConfig
+
+    tiny = build("llava")
+    inputs = prompt(tiny)
+    config = CompileConfig(fullgraph=False, backend="eager", mode=None)
+    config._compile_all_devices = True
+    kwargs = generate_kwargs(
+        cache_implementation="static", compile_config=config, prefill_chunk_size=7
+    )
+    plain = tiny.model.generate(**inputs, **generate_kwargs())
+    with vlmfix.wrapped(tiny.model, "pai:alpha=0.5;start_layer=0"):
+        expected = tiny.model.generate(**inputs, **generate_kwargs())
+        assert torch.equal(tiny.model.generate(**inputs, **kwargs), expected)
+    assert not torch.equal(plain, expected)

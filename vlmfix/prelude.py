@@ -18,7 +18,7 @@ from vlmfix.errors import CompositionError
 from vlmfix.frame import Frame, Stack
 from vlmfix.ledger import PAD
 from vlmfix.method import AttentionMethod, Prelude, Watcher
-from vlmfix.surgeon import module_state, prompt_without_images
+from vlmfix.surgeon import prompt_without_images
 
 if TYPE_CHECKING:
     from vlmfix.session import Session
@@ -99,7 +99,7 @@ def _watch(
         inputs["logits_to_keep"] = 1
     call.prompt_length = inputs["input_ids"].shape[1]
     watching = Stack((prelude.watcher,), session.info)
-    with session.apart(watching, call), module_state(model), torch.no_grad():
+    with session.apart(watching, call), torch.no_grad():
         model(**inputs)
 
 

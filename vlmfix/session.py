@@ -202,15 +202,13 @@ class Session:
     @contextmanager
     def apart(self, stack: Stack, call: Call) -> Iterator[None]:
         """Run forwards that belong to no call of the user: nothing of them is reported."""
-        before = {name: getattr(self.local, name, None) for name in ("call", "last")}
-        last = self.last
+        outer = getattr(self.local, "call", None)
         self.local.call = call
         try:
             with self.use(stack):
                 yield
         finally:
-            self.last = last
-            self.local.call, self.local.last = before["call"], before["last"]
+            self.local.call = outer
 
     @contextmanager
     def use(self, stack: Stack) -> Iterator[None]:

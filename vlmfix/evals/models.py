@@ -82,10 +82,15 @@ class TransformersModel:
                 pass
 
     def describe(self, method: Any | None) -> Any:
-        """The methods of a stack with all of their options; None for the plain model."""
+        """The methods of a stack with all options as they run here; None for the plain model."""
+        from vlmfix.families import describe_model
         from vlmfix.registry import build_stack
 
-        return [plain(part) for part in build_stack(method)] or None
+        stack = build_stack(method)
+        if not stack:
+            return None
+        info = describe_model(self._model)
+        return [plain(part.prepared(info, self._model)) for part in stack]
 
     @contextmanager
     def arm(

@@ -117,6 +117,12 @@ def _caption(results: Mapping[str, Any], name: str, entry: Mapping[str, Any]) ->
         "± half a 95 % interval (bootstrap over images); Δ to base, paired; p exact McNemar; "
         "passes: forward passes per answer; tok/s: new tokens per second.",
     ]
+    if "pooled" in arms["base"]["scores"]:
+        lines.append(
+            "pooled: p counts a question that stands in several splits once, the figures each time."
+        )
+    lines += [
+    ]
     for arm, scored in arms.items():
         notes = [f"{scored[key]} {word}" for key, word in _COUNTS.items() if scored.get(key)]
         if arm != "base" and scored["same_as_base"] == 1:
