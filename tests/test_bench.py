@@ -18,6 +18,7 @@ from vlmfix import attention, bench, bench_arm, bench_models
 from vlmfix.bench_arm import Arm, Decoding, Memory, Turn
 from vlmfix.bench_models import Llava, Tower, subject
 from vlmfix.bench_plot import draw
+from vlmfix.edits import Inputs
 from vlmfix.errors import BadInput
 from vlmfix.registry import build_stack
 
@@ -110,8 +111,8 @@ def test_a_method_that_edits_nothing_is_refused() -> None:
 def test_a_wrong_decode_step_is_refused(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     right = attention._decode
 
-    def wrong(slot: Any, steps: Any, frame: Any, inputs: attention.Inputs) -> torch.Tensor:
-        plain, _ = inputs.base(slot)
+    def wrong(slot: Any, steps: Any, frame: Any, inputs: Inputs) -> torch.Tensor:
+        plain, _ = slot.run(inputs)
         return plain + factor * (right(slot, steps, frame, inputs) - plain)
 
     monkeypatch.setattr(attention, "_decode", wrong)

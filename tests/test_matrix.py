@@ -221,6 +221,7 @@ def test_fused_kernel_decodes_what_the_row_path_decodes(row: Row, name: str) -> 
     config = CompileConfig(fullgraph=True, backend="eager", mode=None)
     config._compile_all_devices = True
     short = {"max_new_tokens": 2, "min_new_tokens": 2}  # the interpreter takes its time
+    torch.compiler.reset()
     compiled = {"cache_implementation": "static", "compile_config": config}
     with vlmfix.wrapped(tiny.model, row.strong, impl="torch"):
         expected = _steps(tiny.model, inputs, **short)

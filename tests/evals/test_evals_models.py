@@ -84,7 +84,6 @@ def test_adapter_asks_one_chat_per_sample_and_sees_a_second_stream(
     assert asked.facts["model"] == "tiny" and asked.facts["model_class"] == "Tiny"
     asked.check(["vcd"])
     assert asked.describe(None) is None
-    assert asked.describe("pai:alpha=0.3")[0]["alpha"] == 0.3
     samples = [Sample("pope", "s", str(i), f"{i}.png", i, f"q{i}", "yes") for i in range(3)]
     passes = {}
     for method in (None, "vcd"):
@@ -129,3 +128,10 @@ def test_the_bundled_world_end_to_end(tmp_path: Path) -> None:
             assert arms[arm]["cost"]["passes_per_answer"] == longest
     assert results["config"]["methods"]["pai:alpha=0.9"][0]["alpha"] == 0.9
     assert results["config"]["dtype"] == "float32"
+
+
+def test_options_are_recorded_as_they_run() -> None:
+    model, processor = vlmfix.load("emoji")
+    asked = TransformersModel(model, processor)
+    (options,) = asked.describe("pai:alpha=0.3")
+    assert (options["alpha"], options["start_layer"], options["end_layer"]) == (0.3, 1, 6)

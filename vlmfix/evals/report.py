@@ -121,8 +121,7 @@ def _caption(results: Mapping[str, Any], name: str, entry: Mapping[str, Any]) ->
         lines.append(
             "pooled: p counts a question that stands in several splits once, the figures each time."
         )
-    lines += [
-    ]
+    lines += []
     for arm, scored in arms.items():
         notes = [f"{scored[key]} {word}" for key, word in _COUNTS.items() if scored.get(key)]
         if arm != "base" and scored["same_as_base"] == 1:
