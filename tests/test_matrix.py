@@ -106,7 +106,7 @@ def test_modes_equal_without_cache(row: Row, name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3"])
 def test_streaming_and_prompt_lookup_equal_greedy(row: Row, name: str) -> None:
     from transformers.generation.streamers import BaseStreamer
 

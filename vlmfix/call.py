@@ -69,15 +69,8 @@ class Call:
     question: tuple[torch.Tensor, torch.Tensor] | None = None
     #: {method: {layer: tensor}}, what a watcher kept, for calls without a cache.
     seen: dict[Any, dict[int, torch.Tensor]] = field(default_factory=dict)
-    #: {layer: edited rows} of compiled steps, which cannot append to a list.
+    #: {layer: edited rows}, to which compiled steps add; the session lends them for one call.
     counters: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    def counter(self, layer: int, device: torch.device) -> torch.Tensor:
-        """An int64 scalar on the device, to which a compiled step adds its edited rows."""
-        if layer not in self.counters:
-            self.counters[layer] = torch.zeros((), dtype=torch.int64, device=device)
-            self.count(layer, self.counters[layer])
-        return self.counters[layer]
 
     def count(self, layer: int, rows: torch.Tensor | int) -> None:
         """Add edited rows: a number, or a bool tensor that is summed when somebody asks."""
@@ -89,7 +82,10 @@ class Call:
             self.notes.setdefault(method, {}).setdefault(what, {})[layer] = counts
 
     def finish(self, output: Any) -> None:
-        """Take the wall time and the length of what generate() returned."""
+        """Take the wall time, the length of what generate() returned, and the lent counters."""
+        for layer, counter in self.counters.items():
+            self.count(layer, counter.clone())
+        self.counters.clear()
         self.seconds = time.perf_counter() - self.started
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         self.new_tokens = max(0, sequences.shape[1] - (self.prompt_length or 0))

@@ -307,10 +307,24 @@ class Session:
             device = self._device(layer)
             edits = frame.edits(layer, device)
             steps[layer] = tuple(
-                replace(step, counter=call.counter(layer, device))
+                replace(step, counter=self._counter(call, layer, device))
                 for step in frame.steps(layer, edits, cache.get_max_length(layer), dtype)
             )
         return steps
+
+    def _counter(self, call: Call, layer: int, device: torch.device) -> torch.Tensor:
+        """An int64 scalar for the edited rows of one layer in the compiled steps of one call.
+
+        A graph that changes an input is recorded as a CUDA graph only if that input never moves,
+        so each thread keeps its counters from call to call.
+        """
+        if layer not in call.counters:
+            mine: dict[int, torch.Tensor] = self.local.__dict__.setdefault("counters", {})
+            if layer not in mine:
+                mine[layer] = torch.zeros((), dtype=torch.int64, device=device)
+                torch._dynamo.mark_static_address(mine[layer])
+            call.counters[layer] = mine[layer].zero_()
+        return call.counters[layer]
 
     def _device(self, layer: int) -> torch.device:
         return next(self.info.layers[layer].parameters()).device
