@@ -142,6 +142,34 @@ def benchmarks(name: str) -> str:
     return "\n".join([*lines, "", *(f"{run}." for run in sorted(runs))]) + "\n"
 
 
+_KERNEL_ARMS = (
+    "eager", "vlmfix plain", "vlmfix var", "vlmfix pai", "vlmfix vhr", "per-head loop var",
+)  # fmt: skip
+
+
+def kernels(name: str) -> str:
+    """Unmasked rows of a file that vlmfix.kernels.bench wrote: medians over the fastest SDPA."""
+    with (ROOT / "docs" / "benchmarks" / name).open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["masked"] == "False"]
+    shapes: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        heads = f"{row['heads']}:{row['key_heads']}"
+        shapes.setdefault((row["dtype"], heads, row["keys"]), {})[row["arm"]] = row
+    lines = [
+        "| " + " | ".join(("dtype", "heads", "keys", "fastest SDPA", *_KERNEL_ARMS)) + " |",
+        "|---|---|---|---|" + "---|" * len(_KERNEL_ARMS),
+    ]
+    for shape, arms in shapes.items():
+        best = arms[rows[0]["arm"]]["best_sdpa"]
+        milliseconds = float(arms[best]["microseconds_p50"]) / 1000
+        cells = [f"{best.removeprefix('sdpa ')}, {milliseconds:.2f} ms"]
+        cells += [f"{float(arms[arm]['over_sdpa_p50']):.2g}" for arm in _KERNEL_ARMS]
+        lines.append(f"| {' | '.join((*shape, *cells))} |")
+    keys = ("device", "threads", "torch", "git")
+    runs = {", ".join(f"{key} {row[key]}" for key in keys) for row in rows}
+    return "\n".join([*lines, "", *(f"{run}." for run in sorted(runs))]) + "\n"
+
+
 PARTS: dict[str, Callable[..., str]] = {
     "methods": methods,
     "method": method,
@@ -149,6 +177,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "full_results": full_results,
     "benchmarks": benchmarks,
     "measured": measured,
+    "kernels": kernels,
 }
 
 
@@ -169,7 +198,7 @@ def main(check: bool) -> int:
     pages = [
         *docs.glob("methods/*.md"),
         *docs.glob("results/*/*.md"),
-        *docs.glob("benchmarks/README.md"),
+        *docs.glob("benchmarks/*.md"),
     ]
     for path in [ROOT / "README.md", *sorted(pages)]:
         before = path.read_text()
