@@ -22,8 +22,8 @@ help:  ## list these words
 
 setup: $(FOR_DEV)  ## make .venv with everything that the tests need
 
-eval: $(FOR_EVAL)  ## POPE on the bundled images and model: base, VAR and PAI, 100 images
-	$(PYTHON) -m vlmfix eval pope --method var,pai --limit 100 --threads 1
+eval: $(FOR_EVAL)  ## POPE and CHAIR on the bundled images and model: base, VHR and PAI, 100 images
+	$(PYTHON) -m vlmfix eval pope,chair --method vhr,pai --limit 100 --threads 1
 
 eval-full: $(FOR_EVAL)  ## POPE and CHAIR on all bundled images: base and every method that fits
 	$(PYTHON) -m vlmfix eval pope,chair --method var,vhr,gift,pai,imba,ad_hh,spin,vaf --threads 1
