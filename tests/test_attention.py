@@ -531,6 +531,21 @@ def test_no_image_no_prelude() -> None:
         assert vlmfix.last_call(tiny.model).extra_passes == 0
 
 
+def test_a_report_keeps_its_counts_when_the_next_call_is_compiled() -> None:
+    from transformers import CompileConfig
+
+    tiny = build("llava")
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config._compile_all_devices = True
+    kwargs = generate_kwargs(cache_implementation="static", compile_config=config)
+    with vlmfix.wrapped(tiny.model, "pai:alpha=0.5;start_layer=0"):
+        tiny.model.generate(**prompt(tiny), **kwargs)
+        call = tiny.model.__dict__[vlmfix.session.SESSION].last_call()
+        rows = call.report().edited_rows
+        tiny.model.generate(**tiny.inputs(3, lengths=(2, 2, 2)), **kwargs, num_beams=2)
+        assert call.report().edited_rows == rows > 0
+
+
 def test_compiled_head_scale_of_a_prompt_that_had_nothing_to_scale() -> None:
     from transformers import CompileConfig
 

@@ -47,6 +47,7 @@ def _logits(model: Any, inputs: Any, **kwargs: Any) -> torch.Tensor:
     return torch.stack(out.logits)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's inductor warns of torch.jit
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize(
     "backend",

@@ -11,6 +11,7 @@ from matrix import CELLS, IDS, MODES, ROWS, Row, family, logits, prompt
 from tiny import FAMILIES, build, generate_kwargs
 
 import vlmfix
+import vlmfix.attention
 
 cells = pytest.mark.parametrize(("row", "name"), CELLS, ids=IDS)
 
@@ -180,8 +181,10 @@ def test_compiled_static_decoding_is_one_graph_and_equals_greedy(row: Row, name:
         assert vlmfix.last_call(tiny.model).edited_rows == rows > 0
         graphs = counters["stats"]["unique_graphs"]
         again = _steps(tiny.model, other, **compiled)
+        rows = vlmfix.last_call(tiny.model).edited_rows
         assert counters["stats"]["unique_graphs"] == graphs > 0
         assert torch.allclose(again, _steps(tiny.model, other), atol=1e-4)
+        assert vlmfix.last_call(tiny.model).edited_rows == rows  # counted anew in each call
     assert torch.allclose(_steps(tiny.model, inputs, **compiled), plain, atol=1e-4)
     assert (plain - edited)[1:].abs().max() > 1e-3
 
@@ -232,6 +235,15 @@ def test_fused_kernel_decodes_what_the_row_path_decodes(row: Row, name: str) -> 
             assert torch.allclose(fused, expected, atol=1e-4)
             assert not torch.equal(fused[1:], expected[1:])  # another implementation did run
             assert vlmfix.last_call(tiny.model).edited_rows == rows
+
+
+def test_auto_takes_the_kernel_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = family("llava")
+    refuse = lambda *args, **kwargs: pytest.fail("the kernel ran")  # noqa: E731
+    monkeypatch.setattr(vlmfix.attention.ops, "attend_rows", refuse)
+    with vlmfix.wrapped(tiny.model, "pai:alpha=0.5", impl="auto"):
+        _generate(tiny.model, prompt(tiny))
+        assert vlmfix.last_call(tiny.model).edited_rows > 0
 
 
 def test_fused_kernel_refuses_what_it_has_no_form_for() -> None:
