@@ -542,7 +542,8 @@ def test_a_report_keeps_its_counts_when_the_next_call_is_compiled() -> None:
         tiny.model.generate(**prompt(tiny), **kwargs)
         call = tiny.model.__dict__[vlmfix.session.SESSION].last_call()
         rows = call.report().edited_rows
-        tiny.model.generate(**tiny.inputs(3, lengths=(2, 2, 2)), **kwargs, num_beams=2)
+        short = {**kwargs, "max_new_tokens": 3, "min_new_tokens": 3}
+        tiny.model.generate(**prompt(tiny), **short)
         assert call.report().edited_rows == rows > 0
 
 
