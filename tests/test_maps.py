@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import pytest
-import tiny_folders
 import torch
 from matrix import ROWS, family
-from test_gaze import _chats
 from test_tap import encode, noise, qwen_images, state, two_images
-from tiny import FAMILIES, TinyFamily, _left_padded, build, generate_kwargs
+from tiny import FAMILIES, TinyFamily, build, generate_kwargs
 from tiny_configs import IMAGE, VIDEO
 from torch import Tensor
 
@@ -23,7 +21,6 @@ from vlmfix.chat import chat_inputs
 from vlmfix.errors import BadInput, StateError, UnsupportedModel
 from vlmfix.families import describe_model
 from vlmfix.method import AttentionMethod, Keys, Plan
-from vlmfix.question import find_question
 from vlmfix.tap import describe_tower
 
 Inputs = dict[str, Any]
@@ -142,19 +139,26 @@ def test_an_answer_ends_with_its_end_token() -> None:
 
 
 def test_rows_of_the_question() -> None:
-    tiny, processor = family("llava"), tiny_folders.processor()
-    inputs = chat_inputs(tiny.model, processor, _chats(2, "is there a dog in the image ?"))
-    eager = eager_attentions("llava", dict(inputs))
-    question, _ = find_question(processor, describe_model(tiny.model), inputs["input_ids"])
-    known = attention_map(tiny.model, inputs, rows="question", processor=processor)
-    unknown = attention_map(tiny.model, inputs, rows="question")
-    for row in range(2):
-        positions = question[row].nonzero().flatten()
-        assert known[row][0].rows == tuple(positions.tolist())
-        expected = eager[2][row].mean(0)[positions][:, visual_keys(inputs, row)]
-        assert torch.allclose(known[row][0].weights[2, 0], expected, atol=1e-5)
+    model, processor = vlmfix.load("emoji")
+    texts = ("Is there a bed?", "Please describe this image in detail.")
+    chats = []
+    for number, text in enumerate(texts, start=1):
+        image = {"type": "image", "image": f"emoji:{number}"}
+        chats.append([{"role": "user", "content": [image, {"type": "text", "text": text}]}])
+    inputs = chat_inputs(model, processor, chats)
+    known = attention_map(model, inputs, rows="question", processor=processor)
+    unknown = attention_map(model, inputs, rows="question")
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        eager = model(**inputs, output_attentions=True).attentions
+    visual = inputs["input_ids"] == model.config.image_token_id
+    for row, text in enumerate(texts):
+        (found,), (template,) = known[row], unknown[row]
+        assert processor.decode(inputs["input_ids"][row, list(found.rows)]).strip() == text
         # Without the processor, the template's tail counts as well.
-        assert set(known[row][0].rows) < set(unknown[row][0].rows)
+        assert set(found.rows) < set(template.rows)
+        expected = torch.stack([w[row].mean(0)[list(found.rows)][:, visual[row]] for w in eager])
+        assert torch.allclose(found.weights[:, 0], expected, atol=1e-5)
 
 
 def test_rows_come_in_the_order_asked() -> None:
@@ -186,8 +190,10 @@ def test_pieces_of_a_long_prompt_give_the_same(monkeypatch: pytest.MonkeyPatch) 
 def prompts(tiny: TinyFamily, images: Inputs, counts: list[int]) -> Inputs:
     """One prompt per image, with as many placeholders as it has."""
     layout = tiny.layout
-    rows = [[1, *layout.before, *[IMAGE] * n, *layout.after, 20, 21 + n % 9] for n in counts]
-    inputs = {**_left_padded(rows), **images}
+    rows = [[1, *layout.before, *[IMAGE] * n, *layout.after, 20, 21] for n in counts]
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long(), **images}
     return inputs if layout.extra is None else {**inputs, **layout.extra(inputs["input_ids"])}
 
 
@@ -199,14 +205,13 @@ CASES: dict[str, tuple[str, Inputs, list[int]]] = {
     },
     "windows": ("qwen2_5_vl", qwen_images((8, 12), (12, 8), (4, 4)), [24, 24, 4]),
     "grids": ("qwen3_vl", qwen_images((4, 8), (8, 4)), [8, 8]),
-    "oblong": ("llava", {"pixel_values": noise(1, 3, 16, 16)}, [16]),
     "tilings": (
         "llava_next",
         {
             "pixel_values": noise(4, 5, 3, 16, 16),
             "image_sizes": torch.tensor([[32, 32], [16, 32], [20, 32], [30, 12]]),
         },
-        [88, 52, 70, 48],
+        [88, 52, 70, 56],
     ),
 }
 PIXELS = ("pixel_values", "image_sizes", "image_grid_thw")
@@ -363,6 +368,7 @@ def test_a_methods_edit_is_in_the_map(name: str) -> None:
         edited = attention_map(tiny.model, inputs, rows=[-3, -1], heads="all")
         with vlmfix.suspended(tiny.model):
             paused = attention_map(tiny.model, inputs, rows=[-3, -1], heads="all")
+    later = []
     for (before,), (after,), (off,) in zip(plain, edited, paused, strict=True):
         same(before, off, atol=0)
         old, new = before.weights[0], after.weights[0]
@@ -370,7 +376,8 @@ def test_a_methods_edit_is_in_the_map(name: str) -> None:
         # Rows summed to one over all keys before, and do so after: 1 + mass is the norm.
         assert torch.allclose(new[:, 1:], (2 * old / (1 + mass))[:, 1:], atol=1e-5)
         assert torch.allclose(new[:, :1], old[:, :1], atol=1e-6)  # a row that predicts nothing
-        assert (before.weights[1:, :, 1] - after.weights[1:, :, 1]).abs().max() > 1e-4
+        later.append((before.weights[1:, :, 1] - after.weights[1:, :, 1]).abs().max())
+    assert max(later) > 1e-4  # Gemma 3's window hides the image from one of the two
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -430,6 +437,7 @@ def test_a_plain_model_is_left_as_it_was(name: str) -> None:
 
 def test_a_failed_forward_leaves_the_model_plain() -> None:
     tiny = build("llava")
+    encode(tiny.model, tiny.inputs())  # transformers hooks its own recorders in on first use
     before = state(tiny.model)
     with pytest.raises(ValueError, match="doesn't match model"):
         attention_map(tiny.model, {**tiny.inputs(), "pixel_values": torch.zeros(1, 3, 18, 18)})
