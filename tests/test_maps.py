@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -415,6 +416,16 @@ def test_the_map_is_what_decode_steps_use(method: str, monkeypatch: pytest.Monke
         float((a.weights - b.weights).abs().max()) for (a,), (b,) in zip(plain, maps, strict=True)
     )
     assert difference > 1e-4
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).resolve().parents[1] / "docs" / "maps.md"
+    names: Inputs = {}
+    monkeypatch.chdir(tmp_path)
+    exec(page.read_text().split("```python\n")[1].split("```")[0], names)
+    assert names["base"].shape == names["pai"].shape == (8, 8)
+    assert float(names["pai"].sum()) > float(names["base"].sum())
+    assert (tmp_path / "maps.png").stat().st_size > 0
 
 
 # -- what is left alone ----------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def test_cells_lie_where_their_tokens_are() -> None:
 
 def test_opacity_blends_with_the_grey_image() -> None:
     image = Image.new("RGB", (4, 4), (255, 0, 0))
-    level = image.convert("L").getpixel((0, 0))
+    level = (128 + image.convert("L").getpixel((0, 0))) // 2
     drawn = overlay(image, [[1.0]], opacity=0.5).getpixel((0, 0))
     assert all(abs(a - (b + level) / 2) <= 1 for a, b in zip(drawn, LIGHT, strict=True))
     assert overlay(image, [[1.0]], opacity=0.0).getpixel((0, 0)) == (level,) * 3
@@ -61,11 +61,11 @@ def test_several_maps_in_one_figure(tmp_path: Path, count: int, shared: bool) ->
     draw_maps(grey(40, 20), grids, path, shared_scale=shared)
     with Image.open(path) as drawn:
         pixels = np.asarray(drawn.convert("RGB")).astype(int)
-    # Each flat map is one colour: 0.65 of its place on the scale over 0.35 of the grey image.
+    # Each flat map is one colour: 0.75 of its place on the scale over 0.25 of the grey image.
     places = [(at + 1) / count if shared else 1.0 for at in range(count)]
     for place in set(places):
         flat = np.array(matplotlib.colormaps["viridis"]([place], bytes=True)[0, :3], dtype=int)
-        expected = 0.65 * flat + 0.35 * 128
+        expected = 0.75 * flat + 0.25 * 128
         found = (np.abs(pixels - expected) <= 2).all(-1).mean()
         assert found > 0.02 * places.count(place)
 

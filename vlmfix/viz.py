@@ -1,7 +1,8 @@
 """Maps over an image as pictures; needs matplotlib (the extra `eval`).
 
-The image is drawn in grey, so that every colour means attention. The colours are viridis: its
-lightness rises evenly, which also serves eyes that do not tell red from green, and print in grey.
+The image is drawn in few greys around the middle one, so that every colour means attention and
+hardly depends on what lies below. The colours are viridis: its lightness rises evenly, which also
+serves eyes that do not tell red from green, and print in grey.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["draw_maps", "overlay"]
 
 _COLOURS = "viridis"
-_OPACITY = 0.65
-_ROW = 4  # panels side by side
+_OPACITY = 0.75
+_MIDDLE = 128
+_ROW = 5  # at most so many panels side by side
 _SIDE = 2.6  # of a panel, in inches
 
 
@@ -56,7 +58,8 @@ def overlay(
     colours = colormaps[_COLOURS](np.clip(values / top, 0, 1), bytes=True)[..., :3]
     cells = images.fromarray(np.ascontiguousarray(colours))
     cells = cells.resize(image.size, images.Resampling.NEAREST)
-    return images.blend(image.convert("L").convert("RGB"), cells, opacity)
+    grey = image.convert("L").point([(_MIDDLE + level) // 2 for level in range(256)])
+    return images.blend(grey.convert("RGB"), cells, opacity)
 
 
 def draw_maps(
@@ -83,7 +86,7 @@ def draw_maps(
     colormaps = _matplotlib().colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import ListedColormap, Normalize
     from matplotlib.figure import Figure
 
     if not grids:
@@ -92,8 +95,10 @@ def draw_maps(
     tops = {title: float(grid.max()) for title, grid in values.items()}
     if shared_scale:
         tops = dict.fromkeys(tops, max(tops.values()))
-    columns = min(_ROW, len(values) + 1)
-    lines = math.ceil((len(values) + 1) / columns)
+    lines = math.ceil((len(values) + 1) / _ROW)
+    columns = math.ceil((len(values) + 1) / lines)
+    pure = colormaps[_COLOURS](np.linspace(0, 1, 256))[:, :3]
+    as_drawn = ListedColormap(_OPACITY * pure + (1 - _OPACITY) * _MIDDLE / 255)
     height = _SIDE * min(2.0, image.height / image.width)
     size = (_SIDE * columns + 0.8, (height + 0.35) * lines)
     figure = Figure(figsize=size, dpi=120, layout="constrained")
@@ -106,7 +111,7 @@ def draw_maps(
         panel.imshow(overlay(image, grid, high=tops[title]))
         panel.set_title(title, fontsize=9)
         if not shared_scale or panel is axes[len(values)]:
-            scale = ScalarMappable(Normalize(0, _top(tops[title])), colormaps[_COLOURS])
+            scale = ScalarMappable(Normalize(0, _top(tops[title])), as_drawn)
             where = list(axes) if shared_scale else panel
             bar = figure.colorbar(scale, ax=where, shrink=0.8, pad=0.02)
             bar.ax.tick_params(labelsize=7)
