@@ -381,41 +381,66 @@ def test_a_methods_edit_is_in_the_map(name: str) -> None:
     assert max(later) > 1e-4  # Gemma 3's window hides the image from one of the two
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_map_is_what_decode_steps_use(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = build("llava")
-    inputs = tiny.inputs(batch=2)
-    length = inputs["input_ids"].shape[1]
-    steps: dict[tuple[int, int], Tensor] = {}
+def decode_steps(model: Any, inputs: Inputs, **kwargs: Any) -> tuple[Tensor, Inputs]:
+    """What generate() returns, and {(layer, keys): (B, H, K)} rows that its edited steps use."""
+    steps: Inputs = {}
     original = vlmfix.edits.edited_weights
 
     def recording(layer: int, *args: Any) -> Any:
         result = original(layer, *args)
         if result[0].shape[2] == 1:
-            steps[layer, result[0].shape[3]] = result[0]
+            steps[layer, result[0].shape[3]] = result[0][:, :, 0]
         return result
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vlmfix.edits, "edited_weights", recording)
+        return model.generate(**inputs, **kwargs), steps
+
+
+def shows(maps: list[list[AttentionMap]], steps: Inputs, inputs: Inputs, image_id: int) -> bool:
+    """Whether the rows of generated tokens in the maps are those of the steps."""
+    length = inputs["input_ids"].shape[1]
+    near = []
+    for (layer, keys), weights in steps.items():
+        for row, (image,) in enumerate(maps):
+            visual = (inputs["input_ids"][row] == image_id).nonzero().flatten()
+            found = image.weights[layer, :, keys - length]
+            near.append(torch.allclose(found, weights[row][:, visual], atol=1e-5))
+    return all(near)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_map_is_what_decode_steps_use(method: str) -> None:
+    tiny = build("llava")
+    inputs = tiny.inputs(batch=2)
     with vlmfix.wrapped(tiny.model, METHODS[method]):
-        with monkeypatch.context() as patch:
-            patch.setattr(vlmfix.edits, "edited_weights", recording)
-            sequences = tiny.model.generate(**inputs, **generate_kwargs())
+        sequences, steps = decode_steps(tiny.model, inputs, **generate_kwargs())
         before = vlmfix.last_call(tiny.model)
         maps = attention_map(tiny.model, inputs, rows="answer", heads="all", generated=sequences)
         assert vlmfix.last_call(tiny.model) == before
         again = tiny.model.generate(**inputs, **generate_kwargs())
         assert torch.equal(sequences, again)
-    edits_rows = METHODS[method].edits_rows()
-    assert bool(steps) == edits_rows
-    for (layer, keys), weights in steps.items():
-        for row, (image,) in enumerate(maps):
-            expected = weights[row, :, 0][:, visual_keys(inputs, row)]
-            found = image.weights[layer, :, keys - length]
-            assert torch.allclose(found, expected, atol=1e-5)
+    assert bool(steps) == METHODS[method].edits_rows()
+    assert shows(maps, steps, inputs, IMAGE)
     plain = attention_map(tiny.model, inputs, rows="answer", heads="all", generated=sequences)
-    difference = max(
-        float((a.weights - b.weights).abs().max()) for (a,), (b,) in zip(plain, maps, strict=True)
-    )
-    assert difference > 1e-4
+    pairs = zip(plain, maps, strict=True)
+    assert max(float((a.weights - b.weights).abs().max()) for (a,), (b,) in pairs) > 1e-4
+    assert not steps or not shows(plain, steps, inputs, IMAGE)
+
+
+def test_a_method_that_reads_the_question_gets_the_processor() -> None:
+    model, processor = vlmfix.load("emoji")
+    content = [{"type": "image", "image": "emoji:1"}, {"type": "text", "text": "Is there a bed?"}]
+    inputs = chat_inputs(model, processor, [[{"role": "user", "content": content}]])
+    kwargs = {"max_new_tokens": 4, "do_sample": False, "processor": processor}
+    with vlmfix.wrapped(model, "gift"):
+        sequences, steps = decode_steps(model, inputs, **kwargs)
+        asked: Inputs = {"rows": "answer", "heads": "all", "generated": sequences}
+        known = attention_map(model, inputs, **asked, processor=processor)
+        unknown = attention_map(model, inputs, **asked)
+    assert steps
+    assert shows(known, steps, inputs, model.config.image_token_id)
+    assert not shows(unknown, steps, inputs, model.config.image_token_id)
 
 
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,6 +503,7 @@ def test_inputs_are_not_changed() -> None:
         ({"rows": [10]}, "row 10 of prompt 0 is a visual token"),
         ({"rows": []}, "names no row of prompt 0"),
         ({"rows": "first"}, "give 'last', 'question', 'answer'"),
+        ({"rows": -1}, "or a list of positions"),
         ({"rows": "answer"}, "needs generated="),
         ({"layers": [3]}, r"layers=\[3\]: give layers .* \[0, 1, 2\]"),
         ({"layers": [-1]}, r"layers=\[-1\]"),

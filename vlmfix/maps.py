@@ -307,7 +307,7 @@ def _rows(
             if not answer:
                 raise BadInput("rows='answer' needs generated=, what generate() returned.")
             asked = [last[sample], *range(length, length + answer - 1)]
-        elif isinstance(rows, str):
+        elif isinstance(rows, (str, int)):
             raise BadInput(
                 f"rows={rows!r}: give 'last', 'question', 'answer' or a list of positions."
             )
