@@ -1,9 +1,12 @@
 """Draw the README's picture: three bundled images, and what base and methods say about them.
 
     python docs/make_pictures.py [METHOD ...]
+    python docs/make_pictures.py --maps
 
 Needs the extra `eval` (matplotlib). The images are the first three of the evaluation split on which
 the plain model names an object that is not there; the methods' answers play no part in the choice.
+With --maps it draws the picture of docs/maps.md instead: where the plain model looks in the first
+bundled image as it predicts its first token and the objects that it names.
 """
 
 from __future__ import annotations
@@ -18,10 +21,13 @@ import matplotlib.pyplot as plt
 
 import vlmfix
 from vlmfix import emoji
+from vlmfix.chat import chat_inputs
 from vlmfix.evals.chair_objects import category_of, ground_truth, mentions
 from vlmfix.evals.coco import CocoData
+from vlmfix.viz import draw_maps
 
 TARGET = Path(__file__).resolve().parent / "pictures" / "compare.png"
+MAPS = TARGET.with_name("attention_map.png")
 PROMPT = "Please describe this image in detail."
 IMAGES = 3
 PRESENT, ABSENT, OTHER = "#1a7f37", "#cf222e", "#24292f"
@@ -71,6 +77,25 @@ def main(methods: list[str]) -> None:
     print(f"wrote {TARGET.relative_to(TARGET.parents[2])}")
 
 
+def attention_picture() -> None:
+    """Draw the attention to emoji:1, mean over layers and heads, of rows that predict a word."""
+    model, processor = vlmfix.load("emoji")
+    picture = vlmfix.load_image("emoji:1")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": PROMPT}]
+    inputs = chat_inputs(model, processor, [[{"role": "user", "content": content}]])
+    generated = model.generate(**inputs, max_new_tokens=120, do_sample=False)
+    ((seen,),) = vlmfix.attention_map(model, inputs, rows="answer", generated=generated)
+    maps = seen.grids()[0].mean((0, 1))  # (answer tokens, rows, columns)
+    written = generated[0, inputs["input_ids"].shape[1] :]
+    words = [processor.decode(token).strip() for token in written]
+    grids = {f"first token: “{words[0]}”": maps[0]}
+    for piece in _pieces(processor.decode(written, skip_special_tokens=True)):
+        if mentions(_bare(piece)).objects:
+            grids[f"before “{_bare(piece)}”"] = maps[words.index(_bare(piece).split()[0])]
+    draw_maps(picture, grids, MAPS)
+    print(f"wrote {MAPS.relative_to(MAPS.parents[2])}")
+
+
 def _caption(axis: Any, text: str, truth: frozenset[str], title: str) -> None:
     """Write a caption word by word, objects in colour."""
     axis.axis("off")
@@ -116,4 +141,7 @@ def _colour(piece: str, truth: frozenset[str]) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["vhr", "pai"])
+    if sys.argv[1:] == ["--maps"]:
+        attention_picture()
+    else:
+        main(sys.argv[1:] or ["vhr", "pai"])

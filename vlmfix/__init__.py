@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from vlmfix.call import CallReport
     from vlmfix.chat import Answer, generate
     from vlmfix.loading import load, load_image
+    from vlmfix.maps import AttentionMap, attention_map
     from vlmfix.registry import MethodInfo, list_methods
     from vlmfix.wrapper import last_call, suspended, unwrap, using, wrap, wrapped
 
 __all__ = [
     "Answer",
+    "AttentionMap",
     "BadInput",
     "CalibrationNeeded",
     "CallReport",
@@ -46,6 +48,7 @@ __all__ = [
     "UnsupportedModel",
     "VlmfixError",
     "__version__",
+    "attention_map",
     "generate",
     "last_call",
     "list_methods",
@@ -62,6 +65,7 @@ _HOME = {
     "vlmfix.call": ("CallReport",),
     "vlmfix.chat": ("Answer", "generate"),
     "vlmfix.loading": ("load", "load_image"),
+    "vlmfix.maps": ("AttentionMap", "attention_map"),
     "vlmfix.registry": ("MethodInfo", "list_methods"),
     "vlmfix.wrapper": ("last_call", "suspended", "unwrap", "using", "wrap", "wrapped"),
 }

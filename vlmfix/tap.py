@@ -50,7 +50,10 @@ __all__ = [
     "Tile",
     "Tower",
     "describe_tower",
+    "grid_shapes",
+    "packed_index",
     "received_attention",
+    "tile_shape",
 ]
 
 NAME = "vlmfix_tap"  # the name under which transformers dispatches to _tapped_attention
@@ -541,28 +544,13 @@ def _tiles(tower: Tower, calls: _Calls, arguments: dict[str, Any]) -> list[Encod
 
 
 def _packed(tower: Tower, calls: _Calls, arguments: dict[str, Any]) -> list[EncodedImage]:
-    """LLaVA-NeXT: the model's own packing, run on numbers instead of features."""
-    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-    host: Any = tower.host
-    config = host.config
-    sizes = arguments["image_sizes"]
+    """LLaVA-NeXT: several tiles per image."""
     tiles = _square_tiles(tower, calls, arguments)
     images = []
-    for size in sizes:
-        count = image_size_to_num_patches(
-            size, config.image_grid_pinpoints, config.vision_config.image_size
-        )
+    for size in arguments["image_sizes"]:
+        count, index = packed_index(tower, size, tiles[0].rows * tiles[0].columns)
         own, tiles = tuple(tiles[:count]), tiles[count:]
-        tokens = own[0].rows * own[0].columns
-        numbers = torch.arange(count * tokens).view(count, tokens, 1)
-        (index,), _ = host.pack_image_features(
-            [numbers],
-            [size],
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-            image_newline=torch.tensor([-1]),
-        )
-        images.append(EncodedImage(own, index[:, 0].to(_device(calls))))
+        images.append(EncodedImage(own, index.to(_device(calls))))
     return images
 
 
@@ -581,7 +569,7 @@ def _patches(tower: Tower, calls: _Calls, arguments: dict[str, Any]) -> list[Enc
             patch_size=config.patch_size,
         )
         order = torch.argsort(window_index).to(_device(calls))
-    shapes = [(t * h // tower.merge, w // tower.merge) for t, h, w in grids.tolist()]
+    shapes = grid_shapes(tower, grids)
     sizes = [rows * columns for rows, columns in shapes]
     by_layer = {}
     for layer, found in calls.items():
@@ -603,12 +591,9 @@ _LAYOUTS = {"tiles": _tiles, "packed": _packed, "patches": _patches}
 
 def _square_tiles(tower: Tower, calls: _Calls, arguments: dict[str, Any]) -> list[Tile]:
     """The tiles of one call per layer, without the class token, folded to visual tokens."""
-    config: Any = tower.module.config
-    size = config.patch_size
-    patch = (size, size) if isinstance(size, int) else size
     height, width = arguments["pixel_values"].shape[-2:]
     merge, has_cls = tower.merge, int(tower.has_cls)
-    rows, columns = height // patch[0] // merge, width // patch[1] // merge
+    rows, columns = tile_shape(tower, height, width)
 
     def fold(values: torch.Tensor) -> torch.Tensor:
         if values.shape[1] != has_cls + rows * columns * merge**2:
@@ -628,6 +613,47 @@ def _square_tiles(tower: Tower, calls: _Calls, arguments: dict[str, Any]) -> lis
         Tile(rows, columns, dict(zip(by_layer, received, strict=True)))
         for received in zip(*by_layer.values(), strict=True)
     ]
+
+
+def tile_shape(tower: Tower, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of visual tokens in a tile of so many pixels; not for layout "patches"."""
+    config: Any = tower.module.config
+    size = config.patch_size
+    patch = (size, size) if isinstance(size, int) else size
+    return height // patch[0] // tower.merge, width // patch[1] // tower.merge
+
+
+def grid_shapes(tower: Tower, grids: torch.Tensor) -> list[tuple[int, int]]:
+    """Rows and columns of visual tokens per image: grids (images, 3) in frames and patches."""
+    return [(t * h // tower.merge, w // tower.merge) for t, h, w in grids.tolist()]
+
+
+def packed_index(tower: Tower, size: torch.Tensor, tokens: int) -> tuple[int, torch.Tensor]:
+    """How LLaVA-NeXT packs one image: the model's own packing, run on numbers.
+
+    Args:
+        tower: of layout "packed".
+        size: (2,) height and width of the image in pixels.
+        tokens: visual tokens of one tile.
+
+    Returns:
+        The number of its tiles, and `EncodedImage.index`.
+    """
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    host: Any = tower.host
+    config = host.config
+    count = image_size_to_num_patches(
+        size, config.image_grid_pinpoints, config.vision_config.image_size
+    )
+    numbers = torch.arange(count * tokens).view(count, tokens, 1)
+    (index,), _ = host.pack_image_features(
+        [numbers],
+        [size],
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        image_newline=torch.tensor([-1]),
+    )
+    return count, index[:, 0]
 
 
 def _device(calls: _Calls) -> torch.device:

@@ -1,0 +1,145 @@
+"""Maps over an image as pictures; needs matplotlib (the extra `eval`).
+
+The image is drawn in few greys around the middle one, so that every colour means attention and
+hardly depends on what lies below. The colours are viridis: its lightness rises evenly, which also
+serves eyes that do not tell red from green, and print in grey.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from vlmfix.errors import BadInput, MissingDependency
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["draw_maps", "overlay"]
+
+_COLOURS = "viridis"
+_OPACITY = 0.75
+_MIDDLE = 128
+_ROW = 5  # at most so many panels side by side
+_SIDE = 2.6  # of a panel, in inches
+
+
+def overlay(
+    image: Image, grid: ArrayLike, *, high: float | None = None, opacity: float = _OPACITY
+) -> Image:
+    """Lay a map over an image: one flat cell per visual token, nothing interpolated.
+
+    Args:
+        image: what the vision tower was given. Where a processor crops (LLaVA-1.5 takes the middle
+            square), crop alike first, or the map lies beside what it belongs to.
+        grid: (rows, columns), not negative.
+        high: the value of the lightest colour; the darkest is 0. None: the map's maximum.
+        opacity: of the map, in [0, 1].
+
+    Returns:
+        An RGB image of the size of `image`.
+
+    Raises:
+        BadInput: a grid that is not two-dimensional, not finite or negative, or a bad opacity.
+        MissingDependency: matplotlib is not installed.
+    """
+    colormaps = _matplotlib().colormaps
+    from PIL import Image as images
+
+    values = _checked(grid)
+    if not 0 <= opacity <= 1:
+        raise BadInput(f"opacity={opacity!r}: give a number from 0 to 1.")
+    top = _top(values.max() if high is None else high)
+    colours = colormaps[_COLOURS](np.clip(values / top, 0, 1), bytes=True)[..., :3]
+    cells = images.fromarray(np.ascontiguousarray(colours))
+    cells = cells.resize(image.size, images.Resampling.NEAREST)
+    grey = image.convert("L").point([(_MIDDLE + level) // 2 for level in range(256)])
+    return images.blend(grey.convert("RGB"), cells, opacity)
+
+
+def draw_maps(
+    image: Image,
+    grids: Mapping[str, ArrayLike],
+    path: str | Path,
+    *,
+    shared_scale: bool = True,
+    label: str = "attention weight",
+) -> None:
+    """Draw an image and maps over it side by side to an image file.
+
+    Args:
+        image: see `overlay`.
+        grids: title -> (rows, columns).
+        path: where the picture goes; the ending says the format.
+        shared_scale: one scale from 0 to the maximum of all maps; else each map has its own.
+        label: what the scale shows.
+
+    Raises:
+        BadInput: no map, or one that `overlay` refuses.
+        MissingDependency: matplotlib is not installed.
+    """
+    colormaps = _matplotlib().colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+    from matplotlib.figure import Figure
+
+    if not grids:
+        raise BadInput("there is no map to draw: give at least one grid with a title.")
+    values = {title: _checked(grid) for title, grid in grids.items()}
+    tops = {title: float(grid.max()) for title, grid in values.items()}
+    if shared_scale:
+        tops = dict.fromkeys(tops, max(tops.values()))
+    lines = math.ceil((len(values) + 1) / _ROW)
+    columns = math.ceil((len(values) + 1) / lines)
+    pure = colormaps[_COLOURS](np.linspace(0, 1, 256))[:, :3]
+    as_drawn = ListedColormap(_OPACITY * pure + (1 - _OPACITY) * _MIDDLE / 255)
+    height = _SIDE * min(2.0, image.height / image.width)
+    size = (_SIDE * columns + 0.8, (height + 0.35) * lines)
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for panel in axes:
+        panel.axis("off")
+    axes[0].imshow(image.convert("RGB"))
+    for panel, (title, grid) in zip(axes[1:], values.items(), strict=False):
+        panel.imshow(overlay(image, grid, high=tops[title]))
+        panel.set_title(title, fontsize=9)
+        if not shared_scale or panel is axes[len(values)]:
+            scale = ScalarMappable(Normalize(0, _top(tops[title])), as_drawn)
+            where = list(axes) if shared_scale else panel
+            bar = figure.colorbar(scale, ax=where, shrink=0.8, pad=0.02)
+            bar.ax.tick_params(labelsize=7)
+            bar.set_label(label, fontsize=8)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingDependency(
+            "drawing maps needs matplotlib: pip install 'vlmfix[eval]' (or pip install matplotlib)."
+        ) from error
+    return matplotlib
+
+
+def _checked(grid: ArrayLike) -> np.ndarray[Any, np.dtype[np.float64]]:
+    values = np.asarray(grid, dtype=np.float64)
+    if values.ndim != 2 or not values.size or not (values >= 0).all() or np.isinf(values).any():
+        raise BadInput(
+            f"a map of shape {values.shape} cannot be drawn: give (rows, columns) of finite values "
+            "that are not negative, e.g. map.grids()[0].mean((0, 1, 2))."
+        )
+    return values
+
+
+def _top(high: float) -> float:
+    """The value of the lightest colour; a map of zeros is dark all over."""
+    return float(high) if high > 0 else 1.0
