@@ -136,10 +136,10 @@ def test_compiled_steps_are_really_compiled(monkeypatch: pytest.MonkeyPatch) -> 
 
     def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
         graphs.append(graph)
-        return graph.forward  # type: ignore[no-any-return]
+        return graph.forward  # type: ignore[no-any-return]  # a graph module is untyped
 
     torch._dynamo.reset()
-    arm = Arm("pai", _subject(), build_stack("pai"), Decoding(5, "static", backend))  # type: ignore[arg-type]
+    arm = Arm("pai", _subject(), build_stack("pai"), Decoding(5, "static", backend))  # type: ignore[arg-type]  # a function for a name
     arm.memory()
     assert not graphs
     arm.turn()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from matrix import CELLS, IDS, MODES, ROWS, Row, family, logits, prompt
 from tiny import FAMILIES, build, generate_kwargs
+from transformers import DynamicCache
 
 import vlmfix
 import vlmfix.attention
@@ -76,6 +77,35 @@ def test_other_caches_equal_the_dynamic_cache(row: Row, name: str, mode: str) ->
     inputs = prompt(tiny)
     with vlmfix.wrapped(tiny.model, row.strong):
         assert torch.equal(_generate(tiny.model, inputs), _generate(tiny.model, inputs, mode))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+def test_prompts_do_not_share_state(row: Row) -> None:
+    tiny = family("llava")
+    first, second = tiny.inputs(1, seed=1), tiny.inputs(1, seed=2)
+    with vlmfix.wrapped(tiny.model, row.strong):
+        alone = _steps(tiny.model, second)
+    with vlmfix.wrapped(tiny.model, row.strong):
+        assert not torch.allclose(_steps(tiny.model, first), alone, atol=1e-2)
+        assert torch.equal(_steps(tiny.model, second), alone)
+
+
+PREDICTING = [r for r in ROWS if r.strong.rows == "predicting" and r.strong.edits_rows()]
+
+
+@pytest.mark.parametrize("row", PREDICTING, ids=[row.name for row in PREDICTING])
+def test_an_edit_of_predicting_rows_leaves_earlier_cache_entries_alone(row: Row) -> None:
+    tiny = family("llava")
+    inputs = prompt(tiny)
+    caches = []
+    for stack in (None, row.strong):
+        cache = DynamicCache(config=tiny.model.config.get_text_config())
+        with vlmfix.wrapped(tiny.model, stack):
+            logits(tiny.model, inputs, past_key_values=cache)
+        caches.append([entry for layer in cache.layers for entry in (layer.keys, layer.values)])
+    for plain, edited in zip(*caches, strict=True):
+        assert torch.equal(plain[:, :, :-1], edited[:, :, :-1])
+    assert not torch.equal(caches[0][-1][:, :, -1], caches[1][-1][:, :, -1])
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
@@ -239,7 +269,10 @@ def test_fused_kernel_decodes_what_the_row_path_decodes(row: Row, name: str) -> 
 
 def test_auto_takes_the_kernel_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = family("llava")
-    refuse = lambda *args, **kwargs: pytest.fail("the kernel ran")  # noqa: E731
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        pytest.fail("the kernel ran")
+
     monkeypatch.setattr(vlmfix.attention.ops, "attend_rows", refuse)
     with vlmfix.wrapped(tiny.model, "pai:alpha=0.5", impl="auto"):
         _generate(tiny.model, prompt(tiny))

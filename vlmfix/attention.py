@@ -113,7 +113,7 @@ def base_attention(module: Any) -> Callable[..., AttentionOutput]:
 
 def in_python(function: Function) -> Function:
     """Keep a function out of torch.compile's graphs: frames, plans and counts are Python state."""
-    kept: Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    kept: Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]  # torch
     return kept
 
 

@@ -180,7 +180,7 @@ class Arm:
         return output
 
 
-class SameToken(LogitsProcessor):  # type: ignore[misc]
+class SameToken(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped
     """Lets one token through, and never the end."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -190,7 +190,7 @@ class SameToken(LogitsProcessor):  # type: ignore[misc]
         return chosen
 
 
-class Clock(BaseStreamer):  # type: ignore[misc]
+class Clock(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
     """Notes when each new token is there; handing it over waits for the device."""
 
     def __init__(self) -> None:

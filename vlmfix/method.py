@@ -33,6 +33,7 @@ __all__ = [
     "check_range",
     "find_preset",
     "layer_range",
+    "lift_scores",
 ]
 
 
@@ -324,3 +325,12 @@ def layer_range(
             "layers; give start_layer < end_layer within it."
         )
     return first, stop
+
+
+def lift_scores(scores: torch.Tensor, lift: torch.Tensor) -> torch.Tensor:
+    """s' = s + lift |s|: scores (B, H, R, K), lift (B, K), 0 where a key is not lifted (PAI, IMBA).
+
+    It can only raise a score, and is not invariant to shifts of the row: it has to see scores
+    before the mask and before any maximum is subtracted.
+    """
+    return torch.addcmul(scores, scores.abs(), lift[:, None, None, :].to(scores.dtype))

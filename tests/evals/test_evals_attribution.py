@@ -211,7 +211,7 @@ def test_the_only_head_that_matters_is_found(
     info = describe_model(tiny.model)
     with torch.no_grad():
         for layer, module in info.attention.items():
-            weight: Any = module.o_proj.weight  # type: ignore[union-attr]
+            weight: Any = module.o_proj.weight  # type: ignore[union-attr]  # Module or Tensor
             for head in range(info.num_heads):
                 columns = slice(head * info.head_dim, (head + 1) * info.head_dim)
                 weight[:, columns] *= 3.0 if (layer, head) == (1, 2) else 1e-4

@@ -101,7 +101,7 @@ class Stage:
         with torch.autocast("cpu", dtype=torch.bfloat16), fast_attention(self.model):
             loss: torch.Tensor = getattr(self, f"_{self.name}_loss")(batch, step)
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimiser.step()
         return float(loss.detach())

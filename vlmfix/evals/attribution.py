@@ -275,7 +275,6 @@ def attribute(
     chosen = [row for row in heads if row["score"] > 0][:wanted]
     results: dict[str, Any] = {
         "format": 1,
-        "output": str(folder),
         "config": {
             "model": title,
             "model_class": type(model).__name__,
@@ -434,3 +433,4 @@ def _write(results: dict[str, Any], folder: Path, info: ModelInfo) -> None:
         writer.writeheader()
         writer.writerows(results["heads"])
     write_json(folder / "results.json", results)
+    results["output"] = str(folder)

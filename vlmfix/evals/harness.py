@@ -114,7 +114,6 @@ def evaluate(
         "format": FORMAT,
         "run_id": run_id,
         "timestamp": started.isoformat(timespec="seconds"),
-        "output": str(folder),
         "partial": any(task.partial for task in ready.values()),
         "errors": 0,
         "config": {
@@ -167,6 +166,7 @@ def evaluate(
             results["errors"] += sum(entry["arms"][arm]["n_errors"] for arm in arms)
     results["partial"] = results["partial"] or results["errors"] > 0
     write_json(folder / "results.json", results)
+    results["output"] = str(folder)  # for the caller; a file need not say where it lay
     return results
 
 

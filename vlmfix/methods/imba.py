@@ -19,13 +19,14 @@ from vlmfix.method import (
     check_range,
     find_preset,
     layer_range,
+    lift_scores,
 )
 from vlmfix.tap import describe_tower
 
 if TYPE_CHECKING:
     from vlmfix.tap import Received, Tower
 
-__all__ = ["PayAttentionToInformedTokens", "lift_scores", "select_tokens"]
+__all__ = ["PayAttentionToInformedTokens", "select_tokens"]
 
 _LOCAL, _SUMMARY = 1, 2
 
@@ -66,11 +67,6 @@ def _top(scores: torch.Tensor, share: float) -> torch.Tensor:
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     chosen[scores.topk(count).indices] = True
     return chosen
-
-
-def lift_scores(scores: torch.Tensor, lift: torch.Tensor) -> torch.Tensor:
-    """s' = s + lift |s|, as in PAI: scores (B, H, R, K) before the mask, lift (B, K)."""
-    return torch.addcmul(scores, scores.abs(), lift[:, None, None, :].to(scores.dtype))
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,10 @@ from vlmfix.method import (
     check_range,
     find_preset,
     layer_range,
+    lift_scores,
 )
 
-__all__ = ["PayAttentionToImage", "lift_scores"]
-
-
-def lift_scores(scores: torch.Tensor, lift: torch.Tensor) -> torch.Tensor:
-    """s' = s + lift |s|: scores (B, H, R, K), lift (B, K), 0 where a key is not visual.
-
-    It can only raise a score, and is not invariant to shifts of the row: it has to see scores
-    before the mask and before any maximum is subtracted.
-    """
-    return torch.addcmul(scores, scores.abs(), lift[:, None, None, :].to(scores.dtype))
+__all__ = ["PayAttentionToImage"]
 
 
 @dataclass(frozen=True)
