@@ -26,6 +26,7 @@ __all__ = [
     "FusedEdit",
     "Keys",
     "Method",
+    "PixelMethod",
     "Plan",
     "Prelude",
     "Preset",
@@ -69,6 +70,30 @@ class Method:
 
 def _text(value: Any) -> str:
     return ("/".join(map(str, value)) or "()") if isinstance(value, tuple) else str(value)
+
+
+@dataclass(frozen=True)
+class PixelMethod(Method):
+    """A method that looks at the prompts, changes their images, and asks again."""
+
+    stage: ClassVar[Literal["pixels", "tokens", "attention", "logits"]] = "pixels"
+
+    def rewrite(
+        self, model: Any, processor: Any, chats: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """New chats (as `vlmfix.generate` takes them), and what was found in each of them.
+
+        Runs before the answer, with no method of the stack at work.
+
+        Args:
+            model: the wrapped model.
+            processor: its processor.
+            chats: a batch of chats.
+
+        Returns:
+            Two lists with an entry per chat. `last_call(model).pixels[name]` shows the second.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
