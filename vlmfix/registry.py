@@ -52,6 +52,16 @@ METHODS: tuple[MethodInfo, ...] = (
         aliases=("adhh",),
     ),
     MethodInfo(
+        name="avc",
+        target="vlmfix.methods.avc:AttentionalVisionCalibration",
+        title="AVC (AvisC), attentional vision calibration",
+        stage="logits",
+        summary="Contrast with the few visual tokens that draw attention whatever is asked.",
+        paper="Woo et al., arXiv 2405.17820",
+        needs=("a second stream: twice the prefill, twice the rows of every step",),
+        aliases=("avisc",),
+    ),
+    MethodInfo(
         name="gift",
         target="vlmfix.methods.gift:GazeShiftFusion",
         title="GIFT, gaze shift-guided cross-modal fusion enhancement",
@@ -81,12 +91,30 @@ METHODS: tuple[MethodInfo, ...] = (
         aliases=("paint",),
     ),
     MethodInfo(
+        name="m3id",
+        target="vlmfix.methods.m3id:MutualInformationDecoding",
+        title="M3ID, multi-modal mutual information decoding",
+        stage="logits",
+        summary="Contrast with no image at all, more strongly the longer the answer gets.",
+        paper="Favero et al., CVPR 2024, arXiv 2403.14003",
+        needs=("a second stream: a text-only prefill, twice the rows of every step",),
+    ),
+    MethodInfo(
         name="pai",
         target="vlmfix.methods.pai:PayAttentionToImage",
         title="PAI, attention part",
         stage="attention",
         summary="Raise the pre-softmax scores of visual tokens in the row that predicts.",
         paper="Liu et al., ECCV 2024, arXiv 2407.21771",
+    ),
+    MethodInfo(
+        name="pai_guidance",
+        target="vlmfix.methods.pai_guidance:ImageGuidance",
+        title="PAI, guidance part",
+        stage="logits",
+        summary="Contrast with no image at all, with one weight; stacks with `pai`.",
+        paper="Liu et al., ECCV 2024, arXiv 2407.21771",
+        needs=("a second stream: a text-only prefill, twice the rows of every step",),
     ),
     MethodInfo(
         name="spin",
@@ -133,6 +161,11 @@ NOT_OFFERED: dict[str, str] = {
         "default settings and the rule by which it drops text are not known here, and its speed "
         "comes from a kernel that gathers keys. For a smaller KV cache use kvpress; "
         "docs/methods/a_vl.md has the details"
+    ),
+    "icd": (
+        "ICD (arXiv 2403.18715) contrasts with a prompt that has one more sentence, and a stream "
+        "longer than its base has no room in the KV cache that streams share here. 'm3id' and "
+        "'vcd' have its formula, with another second stream"
     ),
     "visflow": (
         "the formulas of VisFlow (arXiv 2506.12609) are not known here: its code was not found and "

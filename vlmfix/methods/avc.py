@@ -1,0 +1,154 @@
+"""AVC (AvisC): push the answer away from what the image's blind tokens alone would say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, get_args
+
+import torch
+
+from vlmfix.contrast import Branch, ContrastMethod, Prompt, keep_plausible
+from vlmfix.errors import BadInput
+from vlmfix.families import ModelInfo
+from vlmfix.method import Preset, check_range, find_preset
+
+__all__ = ["AttentionalVisionCalibration", "choose_layers", "not_blind"]
+
+Scheme = Literal["zeros", "ones", "noise", "drop"]
+
+_SCRIPTS, _VICUNA = "authors' scripts for AMBER and LLaVA-Bench", (32000, 32064)
+
+
+def choose_layers(attention: torch.Tensor, gamma: float) -> torch.Tensor:
+    """The layers that look at the image most: (layers, N) attention -> (k,) indices, most first.
+
+    With P_l the share of layer l in all attention to the image, k is the least number of layers
+    whose shares, the largest first, sum to at least gamma.
+    """
+    ranked, order = attention.sum(1).sort(descending=True, stable=True)
+    share = (ranked / ranked.sum()).cumsum(0)
+    return order[: 1 + int((share < gamma).sum())]
+
+
+def not_blind(attention: torch.Tensor, gamma: float, deviations: float) -> torch.Tensor:
+    """The visual tokens of one prompt that the branch does not see.
+
+    Args:
+        attention: (layers, N), mean over heads, of the last prompt token to N visual tokens.
+        gamma: see `choose_layers`.
+        deviations: lambda of the paper.
+
+    Returns:
+        (N,) bool: tokens whose attention, mean over the chosen layers, lies below its own mean
+        plus `deviations` of its (unbiased) standard deviations. None, if all get the same.
+    """
+    mean = attention[choose_layers(attention, gamma)].mean(0)
+    if len(mean) < 2 or mean.min() == mean.max():
+        # No token stands out. Rounding of the mean must not decide that all lie below it.
+        return torch.zeros_like(mean, dtype=torch.bool)
+    return mean < mean.mean() + deviations * mean.std()
+
+
+@dataclass(frozen=True)
+class AttentionalVisionCalibration(ContrastMethod):
+    """Contrast the prompt with one in which only its blind visual tokens are left.
+
+    Woo, Kim, Jang, Choi, Kim: "Don't Miss the Forest for the Trees: Attentional Vision Calibration
+    for Large Vision Language Models", arXiv 2405.17820 (AVC in its first version, AvisC later).
+    A few visual tokens draw the attention of the last prompt token whatever is asked: the blind
+    ones. In the other stream the embeddings of all the others are overwritten; logits become
+    l + alpha (l - l_blind), and tokens below `beta` of the best are ruled out. Which tokens are
+    blind is found once, from the attention of the prompt's own forward.
+
+    Paper and code: the code takes one threshold over the whole batch and fixed positions of the
+    image; here each prompt has its own, over the visual tokens of all its images and videos
+    together. It edits `sample` only; here every way of decoding. An unknown `scheme` means zeros
+    there and is refused here. alpha is 2.5 in the authors' scripts for LLaVA-1.5 (1 in that for
+    POPE); other models, for which nobody has published one, start at 1. `scheme="drop"` is ours:
+    the others are hidden from all tokens, where overwritten ones go on to draw attention.
+    """
+
+    alpha: float | None = field(
+        default=None,
+        metadata={"help": "strength; default: preset, else 1; 0 only rules out tokens"},
+    )
+    beta: float = field(
+        default=0.1, metadata={"help": "least share of the best token's probability; 0: off"}
+    )
+    gamma: float = field(
+        default=0.5,
+        metadata={"help": "share of the attention to the image that the layers looked at hold"},
+    )
+    deviations: float = field(
+        default=1.0,
+        metadata={"help": "lambda: blind tokens lie this many standard deviations above the mean"},
+    )
+    scheme: Scheme = field(
+        default="zeros",
+        metadata={"help": "what all others become: zeros, ones, noise, or drop (hidden; ours)"},
+    )
+    seed: int | None = field(
+        default=None, metadata={"help": "of the noise; default: torch.initial_seed()"}
+    )
+
+    name: ClassVar[str] = "avc"
+    PRESETS: ClassVar[tuple[Preset, ...]] = (
+        Preset("LLaVA-1.5-7B", "llava", "llama", 4096, 32, {"alpha": 2.5}, _SCRIPTS, _VICUNA),
+    )
+
+    def __post_init__(self) -> None:
+        check_range(self, "alpha", 0.0, 100.0)
+        check_range(self, "beta", 0.0, 1.0)
+        check_range(self, "gamma", 0.0, 1.0)
+        check_range(self, "deviations", -1000.0, 1000.0)
+        if self.scheme not in get_args(Scheme):
+            raise BadInput(
+                f"avc: scheme={self.scheme!r} must be one of {', '.join(get_args(Scheme))}."
+            )
+
+    def prepared(self, info: ModelInfo, model: torch.nn.Module) -> AttentionalVisionCalibration:
+        if self.alpha is not None:
+            return self
+        preset = find_preset(self.PRESETS, info)
+        return replace(self, alpha=preset.values["alpha"] if preset else 1.0)
+
+    def streams(self) -> int:
+        return 0 if self.alpha == 0 else 1
+
+    def neutral(self) -> bool:
+        return self.alpha == 0 and self.beta == 0
+
+    def watched(self, info: ModelInfo) -> Sequence[int]:
+        return tuple(info.attention)
+
+    def branches(self, prompt: Prompt) -> Sequence[Branch]:
+        attention = torch.stack([prompt.seen[layer] for layer in sorted(prompt.seen)], dim=1)
+        masked = torch.zeros_like(prompt.visual)
+        for row, visual in enumerate(prompt.visual):
+            # Columns first: sums over padding would depend on the rest of the batch.
+            columns = attention[row][:, visual]
+            masked[row, visual] = not_blind(columns, self.gamma, self.deviations)
+        if self.scheme == "drop":
+            return [Branch(hidden=masked)]
+        if self.scheme == "noise":
+            return [Branch(filled=masked, fill=self._noise(prompt))]
+        return [Branch(filled=masked, fill=1.0 if self.scheme == "ones" else 0.0)]
+
+    def contrast(
+        self, base: torch.Tensor, branches: Sequence[torch.Tensor], token: torch.Tensor
+    ) -> torch.Tensor:
+        if not branches:
+            return keep_plausible(base, base, self.beta)
+        alpha = 1.0 if self.alpha is None else self.alpha
+        return keep_plausible(base + alpha * (base - branches[0]), base, self.beta)
+
+    def _noise(self, prompt: Prompt) -> torch.Tensor:
+        """(B, L, D): N(0, 1) at visual tokens, in each row the same as if it were alone."""
+        noise = torch.zeros(*prompt.ids.shape, prompt.info.hidden_size)
+        seed = torch.initial_seed() if self.seed is None else self.seed
+        for row, visual in enumerate(prompt.visual.cpu()):
+            generator = torch.Generator().manual_seed(seed)
+            count = int(visual.sum())
+            noise[row, visual] = torch.randn(count, noise.shape[-1], generator=generator)
+        return noise.to(prompt.ids.device)
