@@ -31,7 +31,7 @@ class PayAttentionToImage(AttentionMethod):
 
     Liu, Zheng, Chen: "Paying More Attention to Image: A Training-Free Method for Alleviating
     Hallucination in LVLMs", ECCV 2024, arXiv 2407.21771. This is the attention part; the
-    contrast with a text-only run (gamma) is a logits method of its own.
+    contrast with a text-only run (gamma) is `pai_guidance`, and "pai+pai_guidance" is both.
 
     In every layer of [start_layer, end_layer), all heads, s' = s + alpha |s| for visual keys.
 
