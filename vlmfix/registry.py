@@ -117,6 +117,18 @@ METHODS: tuple[MethodInfo, ...] = (
         needs=("a second stream: a text-only prefill, twice the rows of every step",),
     ),
     MethodInfo(
+        name="rbd",
+        target="vlmfix.methods.rbd:ReBalancingContrastiveDecoding",
+        title="RBD, re-balancing contrastive decoding (experimental)",
+        stage="logits",
+        summary=(
+            "Experimental, rebuilt from the abstract: away from a noised image, towards the "
+            "image's significant tokens."
+        ),
+        paper="Liang et al., PRCV 2024, arXiv 2409.06485",
+        needs=("pixels", "two more streams: three times the prefill and the rows of every step"),
+    ),
+    MethodInfo(
         name="spin",
         target="vlmfix.methods.spin:ImageGuidedHeadSuppression",
         title="SPIN, image-guided head suppression",
@@ -142,6 +154,15 @@ METHODS: tuple[MethodInfo, ...] = (
         paper="Kang et al., ICLR 2025, arXiv 2503.03321",
         needs=("sink channels: a preset or `vlmfix calibrate`",),
         aliases=("visattnsink",),
+    ),
+    MethodInfo(
+        name="vcd",
+        target="vlmfix.methods.vcd:VisualContrastiveDecoding",
+        title="VCD, visual contrastive decoding",
+        stage="logits",
+        summary="Contrast with the same image under diffusion noise.",
+        paper="Leng et al., CVPR 2024, arXiv 2311.16922",
+        needs=("pixels", "a second stream: twice the prefill, twice the rows of every step"),
     ),
     MethodInfo(
         name="vhr",
