@@ -98,7 +98,14 @@ def attention_forward(
     prepared = slot.session.prepared_steps
     if prepared is not None:  # a decode step whose Python part ran outside the compiled graph
         steps = prepared.get(slot.layer)
-        return (_decode(slot, steps, None, inputs), None) if steps else slot.run(inputs)
+        if not steps:
+            return slot.run(inputs)
+        return _beside_branches(
+            slot,
+            len(steps[0].edit.plan.samples),
+            inputs,
+            lambda inputs: (_decode(slot, steps, None, inputs), None),
+        )
     return _hooked_attention(slot, inputs)
 
 
@@ -132,11 +139,29 @@ def _hooked_attention(slot: Slot, inputs: Inputs) -> AttentionOutput:
             "which the row path does not model. No method that edits attention can run on this "
             "model."
         )
-    _watch(slot, frame, edits, inputs)
-    if not frame.decoding:
-        return _prefill(slot, frame, edits, inputs)
-    steps = frame.steps(slot.layer, edits, inputs.keys, inputs.query.dtype)
-    return _decode(slot, steps, frame, inputs), None
+
+    def edited(inputs: Inputs) -> AttentionOutput:
+        _watch(slot, frame, edits, inputs)
+        if not frame.decoding:
+            return _prefill(slot, frame, edits, inputs)
+        steps = frame.steps(slot.layer, edits, inputs.keys, inputs.query.dtype)
+        return _decode(slot, steps, frame, inputs), None
+
+    return _beside_branches(slot, len(frame.ledger.kinds), inputs, edited)
+
+
+def _beside_branches(
+    slot: Slot, rows: int, inputs: Inputs, edited: Callable[[Inputs], AttentionOutput]
+) -> AttentionOutput:
+    """Edits see the base rows alone; the rows of branches behind them (streams.py) run plain."""
+    batch = len(inputs.query)
+    if batch == rows:
+        return edited(inputs)
+    base, base_weights = edited(inputs.samples(0, rows))
+    others, weights = slot.run(inputs.samples(rows, batch))
+    if base_weights is not None and weights is not None:
+        weights = torch.cat([base_weights, weights])
+    return torch.cat([base, others]), weights
 
 
 # -- decode ------------------------------------------------------------------------------------

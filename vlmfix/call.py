@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +28,11 @@ class CallReport:
         seconds: wall time of the call; None for bare forwards.
         edited_rows: attention rows that were changed, counted per head and layer.
         rows_by_layer: the same, by layer.
+        contrasted_rows: rows of logits that a contrastive method combined.
+        streams: rows that a pass runs per row of the batch: 1, and 1 for each branch.
         notes: {method: {what: {layer: counts per sample}}}, e.g. VAR's sinks.
+        pixels: {method: [one finding per prompt]} of methods that change images, e.g. CARVE's
+            boxes and refined images.
     """
 
     methods: tuple[str, ...]
@@ -40,11 +44,14 @@ class CallReport:
     seconds: float | None
     edited_rows: int
     rows_by_layer: dict[int, int]
+    contrasted_rows: int
+    streams: int
     notes: dict[str, dict[str, dict[int, list[int]]]]
+    pixels: dict[str, list[Any]] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
+        """Plain data for JSON: everything but `pixels`."""
+        return asdict(replace(self, pixels={}))
 
 
 @dataclass
@@ -67,6 +74,15 @@ class Call:
     images: list[EncodedImage] | None = None
     #: (B0, L) question and content masks of the prompts, where the processor is known.
     question: tuple[torch.Tensor, torch.Tensor] | None = None
+    #: What generate() was given of images, before it encoded them.
+    vision: dict[str, Any] = field(default_factory=dict)
+    #: What the branches of a contrastive method see (contrast.Branch), once it has been asked.
+    branches: tuple[Any, ...] | None = None
+    #: Rows of logits that were combined, one entry per forward.
+    contrasted: list[torch.Tensor] = field(default_factory=list)
+    streams: int = 1
+    #: What methods found that changed the images of the prompts.
+    pixels: dict[str, list[Any]] = field(default_factory=dict)
     #: {method: {layer: tensor}}, what a watcher kept, for calls without a cache.
     seen: dict[Any, dict[int, torch.Tensor]] = field(default_factory=dict)
     #: {layer: edited rows}, to which compiled steps add; the session lends them for one call.
@@ -106,5 +122,8 @@ class Call:
             seconds=self.seconds,
             edited_rows=sum(by_layer.values()),
             rows_by_layer={layer: rows for layer, rows in by_layer.items() if rows},
+            contrasted_rows=sum(int(rows) for rows in self.contrasted),
+            streams=self.streams,
             notes=self.notes,
+            pixels=self.pixels,
         )

@@ -7,7 +7,6 @@ output projection, at the row that predicts the next token; heads are query head
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from vlmfix.errors import BadInput
-from vlmfix.families import ModelInfo, describe_model
+from vlmfix.families import ModelInfo, describe_model, last_logits
 from vlmfix.method import Watcher
 from vlmfix.session import SESSION
 from vlmfix.surgeon import module_state, prompt_without_images, real_tokens
@@ -145,10 +144,7 @@ def _last_heads(
     """Head outputs (B, H, D) of the last row in every attention layer, in one forward."""
     watcher = LastHeads(tuple(info.attention))
     watching = using if SESSION in model.__dict__ else wrapped
-    arguments = {**inputs, "use_cache": False}
-    forward: Any = model.forward
-    if "logits_to_keep" in inspect.signature(forward).parameters:
-        arguments["logits_to_keep"] = 1
+    arguments = {**inputs, "use_cache": False, **last_logits(model, 1)}
     with watching(model, watcher), module_state(model), torch.no_grad():
         model(**arguments)
     return watcher.seen

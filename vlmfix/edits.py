@@ -56,6 +56,14 @@ class Inputs(NamedTuple):
         scaling: float | None = self.kwargs.get("scaling")
         return self.query.shape[-1] ** -0.5 if scaling is None else scaling
 
+    def samples(self, start: int, stop: int) -> Inputs:
+        """The same for some of the B rows of the batch."""
+        cut = slice(start, stop)
+        mask = self.mask if self.mask is None or len(self.mask) == 1 else self.mask[cut]
+        return self._replace(
+            query=self.query[cut], key=self.key[cut], value=self.value[cut], mask=mask
+        )
+
     def visible(self, first: int, rows: int) -> torch.Tensor | None:
         """The mask of the rows from `first`: sliced, or built where transformers leaves it out."""
         if self.mask is not None:

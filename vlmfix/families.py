@@ -7,6 +7,8 @@ the model object, never from its name, and checked again on the first forward (s
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 
 from vlmfix.errors import UnsupportedModel
 
-__all__ = ["REFUSED", "ModelInfo", "describe_model"]
+__all__ = ["REFUSED", "ModelInfo", "describe_model", "last_logits", "vision_arguments"]
 
 #: Families that the generic rule cannot serve, by `config.model_type`, with the reason.
 REFUSED: dict[str, str] = {
@@ -132,6 +134,27 @@ def describe_model(model: torch.nn.Module) -> ModelInfo:
         layers=layers,
         attention=attention,
     )
+
+
+def last_logits(model: Any, count: int) -> dict[str, int]:
+    """The argument that makes a forward compute its last `count` logits only, if it has one."""
+    takes = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": count} if takes else {}
+
+
+def vision_arguments(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments of a forward or of generate() that carry images and video.
+
+    They are what the model's own vision encoder takes, and features that it gave before
+    (`mm_encoder_outputs`).
+    """
+    names = {"mm_encoder_outputs"}
+    for encoder in ("get_image_features", "get_video_features"):
+        function = getattr(model.base_model, encoder, None)
+        if function is not None:
+            names.update(inspect.signature(function).parameters)
+    names -= {"kwargs", "return_dict", "input_ids", "attention_mask"}
+    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
 
 
 def _token_ids(config: Any, name: str) -> tuple[int, ...]:

@@ -15,11 +15,12 @@ import torch
 from transformers.cache_utils import Cache
 
 from vlmfix.call import Call
+from vlmfix.contrast import ContrastMethod
 from vlmfix.edits import Edit, HeadFactors, Step
 from vlmfix.errors import BadInput, StateError
 from vlmfix.families import ModelInfo
 from vlmfix.ledger import GENERATED, IMAGE, PAD, TEXT, VIDEO, Ledger
-from vlmfix.method import AttentionMethod, Keys, Method
+from vlmfix.method import AttentionMethod, Keys, Method, PixelMethod
 
 if TYPE_CHECKING:
     from vlmfix.tap import Tap
@@ -55,31 +56,44 @@ class Stack:
 
     def __post_init__(self) -> None:
         by_layer: dict[int, tuple[AttentionMethod, ...]] = {}
-        for method in self.methods:
-            if isinstance(method, AttentionMethod):
-                for layer in method.layers(self.info):
-                    if layer in self.info.attention:
-                        by_layer[layer] = (*by_layer.get(layer, ()), method)
+        for method in self.attention:
+            for layer in method.layers(self.info):
+                if layer in self.info.attention:
+                    by_layer[layer] = (*by_layer.get(layer, ()), method)
         object.__setattr__(self, "by_layer", by_layer)
 
     by_layer: dict[int, tuple[AttentionMethod, ...]] = field(init=False, repr=False)
 
     @cached_property
+    def attention(self) -> tuple[AttentionMethod, ...]:
+        """The methods that edit attention."""
+        return tuple(method for method in self.methods if isinstance(method, AttentionMethod))
+
+    @cached_property
+    def pixels(self) -> tuple[PixelMethod, ...]:
+        """The methods that change the images of prompts."""
+        return tuple(method for method in self.methods if isinstance(method, PixelMethod))
+
+    @cached_property
+    def contrast(self) -> ContrastMethod | None:
+        """The method that combines logits, if there is one that does not leave them alone."""
+        found = (method for method in self.methods if isinstance(method, ContrastMethod))
+        return next((method for method in found if not method.neutral()), None)
+
+    @cached_property
     def preludes(self) -> tuple[AttentionMethod, ...]:
         """The methods that want an extra forward before the prompt's own."""
-        attention = [m for m in self.methods if isinstance(m, AttentionMethod)]
-        return tuple(method for method in attention if method.prelude(self.info) is not None)
+        return tuple(method for method in self.attention if method.prelude(self.info) is not None)
 
     @cached_property
     def taps(self) -> tuple[AttentionMethod, ...]:
         """The methods that want attention of the vision tower."""
-        attention = [m for m in self.methods if isinstance(m, AttentionMethod)]
-        return tuple(method for method in attention if method.overrides("image_values"))
+        return tuple(method for method in self.attention if method.overrides("image_values"))
 
     @cached_property
     def reads_question(self) -> bool:
         """Whether some method wants to know which tokens are the user's question."""
-        return any(m.reads_question for m in self.methods if isinstance(m, AttentionMethod))
+        return any(method.reads_question for method in self.attention)
 
     def specs(self) -> tuple[str, ...]:
         return tuple(method.spec() for method in self.methods)
@@ -119,6 +133,8 @@ class Frame:
         #: Every row of this forward belongs to a generated token, so every row is edited.
         self.decoding = past >= ledger.prompt_length
         self.reached: set[int] = set()
+        #: The positions that the decoder was given, if it was given any.
+        self.positions: torch.Tensor | None = None
         #: The method whose edits the last prompt token gets once this watched forward is over.
         self.rerun_with: AttentionMethod | None = None
         self._windows: dict[str, Window | None] = {}

@@ -31,6 +31,8 @@ class Ledger:
         seen: {method: {layer: tensor}}, what the watcher of a method's prelude kept.
         image_values: {method: (B, capacity) float32}, what a method gave to each visual token.
         derived: {layer: anything}, what was derived from kinds and flags; emptied when they change.
+        streams: the branch rows of the cache (streams.Streams), once they have been joined to it.
+        pieces: {name: tensor}, per-token inputs of a prompt whose branches are still to run.
     """
 
     def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
@@ -45,6 +47,8 @@ class Ledger:
         self.image_values: dict[Any, torch.Tensor] = {}
         self._question: tuple[torch.Tensor, torch.Tensor] | None = None
         self.derived: dict[int, Any] = {}
+        self.streams: Any = None
+        self.pieces: dict[str, torch.Tensor] | None = None
 
     @property
     def capacity(self) -> int:

@@ -8,7 +8,6 @@ and the family's layout (tap.py), so the vision tower is not read.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import torch
 from vlmfix.call import Call
 from vlmfix.chat import end_tokens
 from vlmfix.errors import BadInput, UnsupportedModel
-from vlmfix.families import ModelInfo
+from vlmfix.families import ModelInfo, last_logits
 from vlmfix.frame import Stack, prompt_kinds
 from vlmfix.ledger import PAD, TEXT, VIDEO, Ledger
 from vlmfix.method import Watcher
@@ -127,10 +126,8 @@ def attention_map(
             chosen_layers, wanted=tuple(chosen_rows), visual=visual.cpu(), heads=chosen_heads
         )
         call = Call(methods=(), prompt_length=ids.shape[1], rows=len(ids), question=question)
-        stack = Stack((*session.stack.methods, watcher), info)
-        more: dict[str, Any] = {"use_cache": False, "return_dict": True}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            more["logits_to_keep"] = 1
+        stack = Stack((*session.stack.attention, watcher), info)
+        more: dict[str, Any] = {"use_cache": False, "return_dict": True, **last_logits(model, 1)}
         with session.apart(stack, call), module_state(model), torch.no_grad():
             model(**{**full, **more})
     return [

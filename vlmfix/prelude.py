@@ -7,7 +7,6 @@ prompt token runs twice.
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,17 +14,16 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from vlmfix.call import Call
 from vlmfix.errors import CompositionError
+from vlmfix.families import last_logits
 from vlmfix.frame import Frame, Stack
 from vlmfix.ledger import PAD
 from vlmfix.method import AttentionMethod, Prelude, Watcher
-from vlmfix.surgeon import prompt_without_images
+from vlmfix.surgeon import PER_TOKEN, prompt_without_images
 
 if TYPE_CHECKING:
     from vlmfix.session import Session
 
 __all__ = ["look_first", "run_last_token"]
-
-_PER_TOKEN = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids")
 
 
 def look_first(
@@ -82,7 +80,7 @@ def _watch(
     ledger = frame.ledger
     length = ledger.prompt_length  # a forward may hold drafted tokens beyond it
     inputs = {**kwargs, "input_ids": ids[:, :length]}
-    for name in _PER_TOKEN:
+    for name in PER_TOKEN:
         if inputs.get(name) is not None:
             inputs[name] = inputs[name][..., :length]
     # A static cache's mask spans its capacity; transformers makes another of this one.
@@ -95,8 +93,7 @@ def _watch(
         for name in ("past_key_values", "labels"):
             inputs.pop(name, None)
     inputs |= {"use_cache": False, "return_dict": True}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        inputs["logits_to_keep"] = 1
+    inputs |= last_logits(model, 1)
     call.prompt_length = inputs["input_ids"].shape[1]
     watching = Stack((prelude.watcher,), session.info)
     with session.apart(watching, call), torch.no_grad():
@@ -165,8 +162,8 @@ def run_last_token(session: Session, frame: Frame, kwargs: dict[str, Any], outpu
     kwargs["past_key_values"].crop(-1)
     as_they_are = ("past_key_values", "attention_mask", "use_cache")
     inputs = {
-        name: value[..., -1:] if name in _PER_TOKEN else value
-        for name in (*_PER_TOKEN, *as_they_are)
+        name: value[..., -1:] if name in PER_TOKEN else value
+        for name in (*PER_TOKEN, *as_they_are)
         if (value := kwargs.get(name)) is not None
     }
     call.passes -= 1  # the forward that now follows is not one of generate()'s

@@ -21,9 +21,10 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from vlmfix.attention import NAME, SLOT, Implementation, Slot, base_attention, in_python
 from vlmfix.call import Call
+from vlmfix.contrast import Branch
 from vlmfix.edits import Step
 from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
-from vlmfix.families import ModelInfo
+from vlmfix.families import ModelInfo, vision_arguments
 from vlmfix.frame import (
     Frame,
     Stack,
@@ -35,6 +36,7 @@ from vlmfix.frame import (
 from vlmfix.ledger import IMAGE, VIDEO, Ledger
 from vlmfix.prelude import look_first, run_last_token
 from vlmfix.question import find_question
+from vlmfix.streams import before_forward, combine, combine_decoded, replace_embeddings
 from vlmfix.tap import Tap, describe_tower
 
 __all__ = ["SESSION", "Session"]
@@ -57,6 +59,7 @@ class Session:
         self._calls: weakref.WeakKeyDictionary[Ledger, Call] = weakref.WeakKeyDictionary()
         self._handles: list[Any] = []
         self._hooked_inputs: set[int] = set()
+        self._hooked_decoder = False
         self._configs: dict[int, Any] = {}
         self._tap: Tap | None = None
         self._shadowed: dict[str, Any] = {}
@@ -92,6 +95,7 @@ class Session:
             module.__dict__.pop(SLOT, None)
         self._configs.clear()
         self._hooked_inputs.clear()
+        self._hooked_decoder = False
         if self._tap is not None:
             self._tap.detach()
             self._tap = None
@@ -126,6 +130,13 @@ class Session:
                     self._hook_input(layer)
             if stack.taps:
                 self._tap_tower(stack)
+            if stack.contrast is not None and not self._hooked_decoder:
+                model: Any = self.model
+                hook = model.get_decoder().register_forward_pre_hook(
+                    self._enter_decoder, with_kwargs=True
+                )
+                self._handles.append(hook)
+                self._hooked_decoder = True
 
     def _tap_tower(self, stack: Stack) -> None:
         """Read the layers of the vision tower that a stack wants, beside those read already."""
@@ -211,6 +222,28 @@ class Session:
             self.local.call = outer
 
     @contextmanager
+    def filling(self, branch: Branch) -> Iterator[None]:
+        """Replace embeddings as a branch says in the forwards of this thread."""
+        self.local.filling = branch
+        try:
+            yield
+        finally:
+            self.local.filling = None
+
+    @contextmanager
+    def rewritten(self, found: dict[str, list[Any]]) -> Iterator[None]:
+        """Answer prompts that the methods of the stack that change images have been through.
+
+        Args:
+            found: what each of them found, by its name: an entry per prompt.
+        """
+        self.local.rewritten = found
+        try:
+            yield
+        finally:
+            self.local.rewritten = None
+
+    @contextmanager
     def use(self, stack: Stack) -> Iterator[None]:
         """Run another stack in this thread."""
         self.reach(stack)
@@ -252,7 +285,17 @@ class Session:
                 "token ids of the prompt (inputs_embeds alone do not say it), or run the plain "
                 "model with vlmfix.using(model, None)."
             )
+        found: dict[str, list[Any]] | None = getattr(self.local, "rewritten", None)
+        if stack.pixels and found is None:
+            raise BadInput(
+                f"{stack.pixels[0].name} changes the images of a prompt, which generate() no "
+                "longer has: it gets pixels that a processor has scaled. Ask through "
+                "vlmfix.generate(model, processor, messages)."
+            )
         call = Call(methods=stack.specs(), prompt_length=ids.shape[1], rows=ids.shape[0])
+        call.pixels = found or {}
+        if stack.contrast is not None:  # generate() encodes images before the first forward
+            call.vision = vision_arguments(self.model, kwargs)
         if self._tap is not None:
             self._tap.take()  # whatever was encoded before belongs to another prompt
         if processor is not None and stack.reads_question:
@@ -277,20 +320,27 @@ class Session:
         compiled = self._model_method("get_compiled_call")(*args, **kwargs)
 
         def step(*args: Any, **kwargs: Any) -> Any:
-            self.local.steps = self._steps(kwargs)
+            cache: Any = kwargs.get("past_key_values")
+            frame = self._step_frame(cache)
+            contrast = None if frame is None or frame.stack.contrast is None else frame
+            if contrast is not None:
+                # The length of a static cache is a tensor, which the step will change.
+                token = (cache.get_seq_length() - contrast.ledger.prompt_length + 2).reshape(1)
+                if contrast.ledger.streams is not None:
+                    kwargs = contrast.ledger.streams.widen(self.model, kwargs, contrast)
+            self.local.steps = self._steps(frame, cache)
             try:
-                return compiled(*args, **kwargs)
+                output = compiled(*args, **kwargs)
             finally:
                 self.local.steps = None
+            return output if contrast is None else combine_decoded(contrast, output, token)
 
         return step
 
-    def _steps(self, kwargs: dict[str, Any]) -> dict[int, tuple[Step, ...]] | None:
-        """By layer, what a decode step over the cache in `kwargs` runs; None if it is not known."""
-        stack, cache = self.stack, kwargs.get("past_key_values")
-        if not stack.methods:
-            return {}
-        if not isinstance(cache, Cache) or not cache.is_compileable:
+    def _step_frame(self, cache: Any) -> Frame | None:
+        """The frame of a decode step over a cache; None if it is not known."""
+        stack = self.stack
+        if not stack.methods or not isinstance(cache, Cache) or not cache.is_compileable:
             return None
         ledger = self._ledgers.get(cache)
         call: Call | None = getattr(self.local, "call", None)
@@ -300,7 +350,14 @@ class Session:
         # The number of past positions lives on the device; all that counts here is that the
         # prompt is behind us.
         past, offsets = ledger.prompt_length, sliding_offsets(cache, 1)
-        frame = Frame(stack, call, ledger, past, 1, offsets, self._tap)
+        return Frame(stack, call, ledger, past, 1, offsets, self._tap)
+
+    def _steps(self, frame: Frame | None, cache: Any) -> dict[int, tuple[Step, ...]] | None:
+        """By layer, what a decode step runs; None: what the hooks find, as without compiling."""
+        stack = self.stack
+        if frame is None:
+            return None if stack.methods else {}
+        call = frame.call
         steps = {}
         dtype: Any = self.model.dtype
         for layer in stack.by_layer:
@@ -364,6 +421,14 @@ class Session:
         frame = self._frame(stack, ids, cache, prompt_length, kwargs)
         if stack.preludes and not frame.past:
             frame = look_first(self, frame, ids, cache, kwargs)
+        if stack.contrast is not None:
+            args, kwargs = (), {**kwargs, "input_ids": ids}
+            frame, kwargs = before_forward(self, frame, kwargs)
+        elif frame.ledger.streams is not None:
+            raise StateError(
+                "this KV cache also holds the rows of a contrastive method's branches. Go on with "
+                "the same method, or start from the prompt without this cache."
+            )
         self.local.frame = frame
         return args, kwargs
 
@@ -412,6 +477,19 @@ class Session:
         offsets = sliding_offsets(cache, queries)
         return Frame(stack, call, ledger, past, queries, offsets, self._tap)
 
+    def _enter_decoder(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        return None if self.prepared_steps is not None else self._prepare_decoder(args, kwargs)
+
+    @in_python
+    def _prepare_decoder(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Before the decoder: note the positions, and fill in what a branch says."""
+        branch: Branch | None = getattr(self.local, "filling", None)
+        if branch is not None:
+            return args, replace_embeddings(branch, kwargs)
+        if self.frame is not None:
+            self.frame.positions = kwargs.get("position_ids")
+        return None
+
     def _flag(
         self, layer: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -434,22 +512,25 @@ class Session:
 
     @in_python
     def _conclude(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """After the first forward of a prompt: every planned layer must have come by."""
+        """After a forward: every planned layer must have come by; streams are combined."""
         frame = self.frame
-        if frame is None or frame.past:
+        if frame is None:
             return None
-        missing = sorted(set(frame.stack.by_layer) - frame.reached)
-        if missing:
+        missing = set(frame.stack.by_layer) - frame.reached
+        if missing and not frame.past:
             raise UnsupportedModel(
-                f"the attention of decoder layers {missing} of {type(self.model).__name__} never "
-                "reached vlmfix: they do not use transformers' attention interface. Nothing was "
-                "edited; run the plain model with vlmfix.unwrap(model)."
+                f"the attention of decoder layers {sorted(missing)} of "
+                f"{type(self.model).__name__} never reached vlmfix: they do not use transformers' "
+                "attention interface. Nothing was edited; run the plain model with "
+                "vlmfix.unwrap(model)."
             )
-        if frame.rerun_with is None:
-            return None
-        if args:
-            kwargs = {**kwargs, "input_ids": args[0]}
-        return run_last_token(self, frame, kwargs, output)
+        if frame.rerun_with is not None:
+            if args:
+                kwargs = {**kwargs, "input_ids": args[0]}
+            return run_last_token(self, frame, kwargs, output)
+        if frame.stack.contrast is not None:
+            return combine(self, frame, kwargs, output)
+        return None
 
     def _after(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         if self.prepared_steps is None:

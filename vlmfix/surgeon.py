@@ -14,7 +14,14 @@ import torch
 from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo
 
-__all__ = ["compact", "module_state", "prompt_without_images", "real_tokens"]
+__all__ = [
+    "PER_TOKEN",
+    "TOKEN_TYPES",
+    "compact",
+    "module_state",
+    "prompt_without_images",
+    "real_tokens",
+]
 
 #: Names under which a model's configuration gives the ids that open and close a visual span. An
 #: id counts only beside a placeholder: the opening one before it, the closing one after it.
@@ -23,8 +30,9 @@ __all__ = ["compact", "module_state", "prompt_without_images", "real_tokens"]
 _OPENING = ("vision_start_token_id", "image_start_token_id", "video_start_token_id", "boi_token_id")
 _CLOSING = ("vision_end_token_id", "image_end_token_id", "video_end_token_id", "eoi_token_id")
 
-#: Further inputs with one entry per token, which the text-only forward needs as well.
-_PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
+#: Inputs that tell the type of each token, and all inputs with one entry per token.
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+PER_TOKEN = ("input_ids", "position_ids", *TOKEN_TYPES)
 
 #: Inputs that fill placeholders which are no visual tokens and would stay in the prompt, unfilled.
 _AUDIO = ("input_features", "input_audio_embeds", "audio_values")
@@ -85,7 +93,7 @@ def prompt_without_images(
         )
     # Padding is masked, so its id is never seen; 0 is in every vocabulary.
     tensors = {"input_ids": (ids, 0)}
-    for name in _PER_TOKEN:
+    for name in TOKEN_TYPES:
         values = inputs.get(name)
         if values is not None:
             tensors[name] = (values, 0)

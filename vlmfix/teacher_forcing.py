@@ -6,7 +6,6 @@ the whole answer is given: one forward instead of one per token.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +14,13 @@ import torch
 
 from vlmfix.chat import end_tokens
 from vlmfix.errors import UnsupportedModel
-from vlmfix.families import describe_model
+from vlmfix.families import describe_model, last_logits
 from vlmfix.session import SESSION
-from vlmfix.surgeon import module_state
+from vlmfix.surgeon import TOKEN_TYPES, module_state
 
 __all__ = ["ForcedAnswers", "answer_greedily"]
 
 #: Inputs of a prompt with one entry per token, which the answer's tokens need as well.
-_PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 
 #: A model that reads its own answer must mostly predict it. Rounding, and a repetition penalty of
 #: generate(), make the two differ here and there; a model that attends in both directions while it
@@ -59,9 +57,7 @@ def _scores(
 ) -> list[torch.Tensor]:
     """Per answer, log-probabilities (T, V) float32 over the vocabulary at its T tokens."""
     width = inputs["input_ids"].shape[1] - prompt_length
-    more: dict[str, Any] = {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        more["logits_to_keep"] = width + 1
+    more: dict[str, Any] = {"use_cache": False, **last_logits(model, width + 1)}
     if SESSION in model.__dict__:  # only a wrapped model knows this argument
         more["prompt_length"] = prompt_length
     with module_state(model), torch.no_grad():
@@ -106,7 +102,7 @@ def answer_greedily(model: Any, prompt: Mapping[str, Any], max_new_tokens: int) 
     inputs = {**prompt, "input_ids": torch.cat((prompt["input_ids"], added), dim=1)}
     mask = prompt["attention_mask"]
     inputs["attention_mask"] = torch.cat((mask, real.to(mask.dtype)), dim=1)
-    for name in _PER_TOKEN:
+    for name in TOKEN_TYPES:
         if name in inputs:
             inputs[name] = torch.nn.functional.pad(inputs[name], (0, width))
     scores = _scores(model, inputs, length, answers)

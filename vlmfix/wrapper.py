@@ -12,6 +12,7 @@ import torch
 
 from vlmfix.attention import Implementation
 from vlmfix.call import CallReport
+from vlmfix.contrast import ContrastMethod
 from vlmfix.errors import BadInput, CompositionError, StateError
 from vlmfix.families import ModelInfo, describe_model
 from vlmfix.frame import Stack
@@ -142,6 +143,13 @@ def _stack(
         raise CompositionError(
             f"the stack {names} holds {', '.join(twice)} more than once. Give each method once, "
             "with the options you want."
+        )
+    contrasts = [method.name for method in prepared if isinstance(method, ContrastMethod)]
+    if len(contrasts) > 1:
+        raise CompositionError(
+            f"{' and '.join(contrasts)} both combine the logits, each against branches of its own, "
+            "and no paper says how two such combinations add up. Keep one of them; methods that "
+            "edit attention or change images stack with it."
         )
     stack = Stack(prepared, info)
     if impl == "triton":
