@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 import vlmfix
 import vlmfix.attention
+from vlmfix.method import AttentionMethod
 
 cells = pytest.mark.parametrize(("row", "name"), CELLS, ids=IDS)
 
@@ -26,6 +27,12 @@ def _generate(model: Any, inputs: dict[str, Any], mode: str = "greedy") -> torch
     return output
 
 
+def _changed(model: Any) -> int:
+    """Rows of attention or of logits that methods changed in the last call."""
+    report = vlmfix.last_call(model)
+    return report.edited_rows + report.contrasted_rows
+
+
 @cells
 def test_cell_is_not_empty(row: Row, name: str) -> None:
     tiny = family(name)
@@ -33,11 +40,11 @@ def test_cell_is_not_empty(row: Row, name: str) -> None:
     plain = logits(tiny.model, inputs)
     with vlmfix.wrapped(tiny.model, row.strong):
         edited = logits(tiny.model, inputs)
-        assert vlmfix.last_call(tiny.model).edited_rows > 0
+        assert _changed(tiny.model) > 0
         _generate(tiny.model, inputs)
+        assert _changed(tiny.model) > 0
         report = vlmfix.last_call(tiny.model)
     assert ((edited - plain).abs().amax(1) > 1e-3).any()
-    assert report.edited_rows > 0
     assert report.new_tokens == report.passes == 6
     assert report.prompt_length == inputs["input_ids"].shape[1]
 
@@ -50,7 +57,7 @@ def test_identity_is_bit_identical(row: Row, name: str) -> None:
     with vlmfix.wrapped(tiny.model, row.identity):
         assert torch.equal(logits(tiny.model, inputs), plain)
         assert torch.equal(_generate(tiny.model, inputs), tokens)
-        assert vlmfix.last_call(tiny.model).edited_rows == 0
+        assert _changed(tiny.model) == 0
 
 
 @cells
@@ -90,7 +97,8 @@ def test_prompts_do_not_share_state(row: Row) -> None:
         assert torch.equal(_steps(tiny.model, second), alone)
 
 
-PREDICTING = [r for r in ROWS if r.strong.rows == "predicting" and r.strong.edits_rows()]
+ATTENTION = [row for row in ROWS if isinstance(row.strong, AttentionMethod)]
+PREDICTING = [r for r in ATTENTION if r.strong.rows == "predicting" and r.strong.edits_rows()]
 
 
 @pytest.mark.parametrize("row", PREDICTING, ids=[row.name for row in PREDICTING])
@@ -120,7 +128,7 @@ def test_a_model_loaded_with_eager_attention(row: Row) -> None:
     with vlmfix.wrapped(tiny.model, row.strong):
         for kwargs in ({}, static):
             assert torch.allclose(_steps(tiny.model, inputs, **kwargs), expected, atol=1e-4)
-            assert vlmfix.last_call(tiny.model).edited_rows > 0
+            assert _changed(tiny.model) > 0
 
 
 @cells
@@ -206,15 +214,15 @@ def test_compiled_static_decoding_is_one_graph_and_equals_greedy(row: Row, name:
     torch.compiler.reset()
     with vlmfix.wrapped(tiny.model, row.strong):
         edited = _steps(tiny.model, inputs)
-        rows = vlmfix.last_call(tiny.model).edited_rows
+        rows = _changed(tiny.model)
         assert torch.allclose(_steps(tiny.model, inputs, **compiled), edited, atol=1e-4)
-        assert vlmfix.last_call(tiny.model).edited_rows == rows > 0
+        assert _changed(tiny.model) == rows > 0
         graphs = counters["stats"]["unique_graphs"]
         again = _steps(tiny.model, other, **compiled)
-        rows = vlmfix.last_call(tiny.model).edited_rows
+        rows = _changed(tiny.model)
         assert counters["stats"]["unique_graphs"] == graphs > 0
         assert torch.allclose(again, _steps(tiny.model, other), atol=1e-4)
-        assert vlmfix.last_call(tiny.model).edited_rows == rows  # counted anew in each call
+        assert _changed(tiny.model) == rows  # counted anew in each call
     assert torch.allclose(_steps(tiny.model, inputs, **compiled), plain, atol=1e-4)
     assert (plain - edited)[1:].abs().max() > 1e-3
 
@@ -236,7 +244,7 @@ def test_compiled_step_of_a_prompt_without_an_image_changes_nothing(row: Row) ->
     torch.compiler.reset()
     with vlmfix.wrapped(tiny.model, row.strong):
         assert torch.allclose(_steps(tiny.model, inputs, **compiled), plain, atol=1e-4)
-        assert vlmfix.last_call(tiny.model).edited_rows == 0
+        assert _changed(tiny.model) == 0
 
 
 FUSED = [row for row in ROWS if getattr(row.strong, "has_fused_form", False)]
@@ -258,13 +266,13 @@ def test_fused_kernel_decodes_what_the_row_path_decodes(row: Row, name: str) -> 
     compiled = {"cache_implementation": "static", "compile_config": config}
     with vlmfix.wrapped(tiny.model, row.strong, impl="torch"):
         expected = _steps(tiny.model, inputs, **short)
-        rows = vlmfix.last_call(tiny.model).edited_rows
+        rows = _changed(tiny.model)
     with vlmfix.wrapped(tiny.model, row.strong, impl="triton"):
         for kwargs in ({}, compiled):
             fused = _steps(tiny.model, inputs, **short, **kwargs)
             assert torch.allclose(fused, expected, atol=1e-4)
             assert not torch.equal(fused[1:], expected[1:])  # another implementation did run
-            assert vlmfix.last_call(tiny.model).edited_rows == rows
+            assert _changed(tiny.model) == rows
 
 
 def test_auto_takes_the_kernel_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +284,7 @@ def test_auto_takes_the_kernel_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(vlmfix.attention.ops, "attend_rows", refuse)
     with vlmfix.wrapped(tiny.model, "pai:alpha=0.5", impl="auto"):
         _generate(tiny.model, prompt(tiny))
-        assert vlmfix.last_call(tiny.model).edited_rows > 0
+        assert _changed(tiny.model) > 0
 
 
 def test_fused_kernel_refuses_what_it_has_no_form_for() -> None:
@@ -284,7 +292,7 @@ def test_fused_kernel_refuses_what_it_has_no_form_for() -> None:
     both = [row.strong for row in FUSED[:2]]
     with pytest.raises(vlmfix.CompositionError, match="one edit per layer"):
         vlmfix.wrap(tiny.model, both, impl="triton")
-    without = [row.strong for row in ROWS if row not in FUSED and row.strong.edits_rows()]
+    without = [row.strong for row in ATTENTION if row not in FUSED and row.strong.edits_rows()]
     for method in without:
         with pytest.raises(vlmfix.CompositionError, match="no fused form"):
             vlmfix.wrap(tiny.model, method, impl="triton")
@@ -302,7 +310,7 @@ def _steps(model: Any, inputs: dict[str, Any], **kwargs: Any) -> torch.Tensor:
 def test_stack_of_all_differs_from_each(name: str) -> None:
     tiny = family(name)
     inputs = prompt(tiny)
-    strong = [row.strong for row in ROWS if name in row.families]
+    strong = [row.strong for row in ATTENTION if name in row.families]
     outputs = []
     for stack in (*strong, strong):
         with vlmfix.wrapped(tiny.model, stack):

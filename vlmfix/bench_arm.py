@@ -128,8 +128,9 @@ class Arm:
         return Memory(peak, _cache_bytes(output.past_key_values))
 
     def edited_rows(self) -> int:
-        """Attention rows that the last turn edited, its prompt included."""
-        return vlmfix.last_call(self.model).edited_rows
+        """Rows of attention or of logits that the last turn changed, its prompt included."""
+        report = vlmfix.last_call(self.model)
+        return report.edited_rows + report.contrasted_rows
 
     def logits(self) -> torch.Tensor:
         """Float32 logits (B, CHECKED, V) of generate(), as it is timed."""
