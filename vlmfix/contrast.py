@@ -124,8 +124,10 @@ def keep_plausible(combined: torch.Tensor, base: torch.Tensor, beta: float) -> t
         beta: share of the best token's probability, in [0, 1]; 0 keeps every token.
 
     Returns:
-        (..., V), `combined` on plausible tokens.
+        (..., V), `combined` on plausible tokens, minus infinity where the base has it.
     """
+    # A token that the model itself forbids is so in every stream, and -inf - (-inf) is no number.
+    combined = torch.where(base == -torch.inf, base, combined)
     if not beta:
         return combined
     plausible = base >= base.amax(-1, keepdim=True) + math.log(beta)
