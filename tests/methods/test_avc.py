@@ -236,7 +236,13 @@ def test_presets_and_options() -> None:
     assert find("avisc").name == "avc"
     built = build("AvisC:alpha=2;deviations=0.99;scheme=drop;seed=4")
     assert built == AttentionalVisionCalibration(alpha=2.0, deviations=0.99, scheme="drop", seed=4)
-    for options in ({"alpha": -1.0}, {"beta": 2.0}, {"gamma": 1.5}, {"deviations": 1e6}):
+    for options in (
+        {"alpha": -1.0},
+        {"beta": 2.0},
+        {"gamma": 1.5},
+        {"deviations": 1e6},
+        {"seed": -1},
+    ):
         with pytest.raises(BadInput, match="out of range"):
             AttentionalVisionCalibration(**options)
     with pytest.raises(BadInput, match="must be one of zeros, ones, noise, drop"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from matrix import family
@@ -118,6 +120,15 @@ def test_very_long_answers_stay_finite_in_float32() -> None:
     base, blind = (row.float().expand(1, 1, 4) for row in (BASE, BLIND))
     row = method.contrast(base, [blind], torch.tensor([4000]))[0, 0]
     assert row.isfinite().all() and row.argmax() == 1 and row.softmax(-1)[3] == 0
+
+
+@pytest.mark.parametrize("rule", ["apc", "gate"])
+def test_a_token_that_the_model_forbids_stays_forbidden(rule: Literal["apc", "gate"]) -> None:
+    method = MutualInformationDecoding(rule=rule, confidence=1.0, beta=0.5)
+    base, blind = (row.clone().expand(1, 1, 4).contiguous() for row in (BASE, BLIND))
+    base[..., 3] = blind[..., 3] = -torch.inf
+    row = method.contrast(base, [blind], torch.tensor([35]))[0, 0]
+    assert row[3] == -torch.inf and row[:3].isfinite().all()
 
 
 def test_a_prefill_and_its_steps_agree() -> None:

@@ -102,6 +102,7 @@ class AttentionalVisionCalibration(ContrastMethod):
         check_range(self, "beta", 0.0, 1.0)
         check_range(self, "gamma", 0.0, 1.0)
         check_range(self, "deviations", -1000.0, 1000.0)
+        check_range(self, "seed", 0, 2**63, high_open=True)
         if self.scheme not in get_args(Scheme):
             raise BadInput(
                 f"avc: scheme={self.scheme!r} must be one of {', '.join(get_args(Scheme))}."

@@ -94,7 +94,7 @@ class MutualInformationDecoding(ContrastMethod):
         if branches:
             weight = growing_weight(token, self.decay, self.max_weight, base.dtype)
             combined = plain + weight[:, None] * (plain - branches[0].log_softmax(-1))
-        if self.rule == "gate":
-            unsure = plain.amax(-1, keepdim=True).exp() < self.confidence
-            return torch.where(unsure, combined, plain)
-        return keep_plausible(combined, base, self.beta)
+        if self.rule == "apc":
+            return keep_plausible(combined, base, self.beta)
+        unsure = plain.amax(-1, keepdim=True).exp() < self.confidence
+        return torch.where(unsure, keep_plausible(combined, base, 0.0), plain)
