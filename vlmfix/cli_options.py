@@ -55,12 +55,23 @@ Questions = Annotated[
     list[str] | None,
     Option(metavar="SPLIT=FILE", help="Ask these POPE questions instead of building some."),
 ]
+Splits = Annotated[
+    str | None,
+    Option(
+        metavar="SPLIT[,SPLIT]",
+        help="POPE splits to build: random, popular, adversarial (these three if absent), small.",
+    ),
+]
+Temperature = Annotated[
+    float | None, Option(help="Sample at this temperature; greedy decoding if absent.")
+]
+Seeds = Annotated[int, Option(min=1, help="Sampled answers to each item, each with its own seed.")]
 ResultFolder = Annotated[
     Path | None,
     Option("--output", "--output-path", "--output_path", help="Folder for the results."),
 ]
 BatchSize = Annotated[int, Option("--batch-size", "--batch_size", min=1, help="Rows at a time.")]
-Seed = Annotated[int, Option(help="Of the choice of images, the questions and the intervals.")]
+Seed = Annotated[int, Option(help="Of the choice of images, questions, intervals, sampling.")]
 PromptStyle = Annotated[str, Option(help="Wording of yes/no questions.")]
 Parser = Annotated[str, Option(help="How yes/no answers are read.")]
 Truncate = Annotated[str, Option(help="'sentence' drops the sentence that the limit cut.")]

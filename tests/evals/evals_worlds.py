@@ -62,6 +62,7 @@ class FakeModel:
     def __init__(self, reply: Reply, known: Sequence[str] = ("var", "pai")) -> None:
         self.reply, self.known = reply, known
         self.batches: dict[str, list[list[Sample]]] = {}
+        self.noise: dict[str, list[int | None]] = {}  # what each of these batches was drawn with
         self.gen_kwargs: dict[str, Mapping[str, Any]] = {}
 
     @property
@@ -79,12 +80,13 @@ class FakeModel:
     @contextmanager
     def arm(
         self, method: Any | None, gen_kwargs: Mapping[str, Any], image: Callable[[str], Any]
-    ) -> Iterator[Callable[[Sequence[Sample]], list[Answer]]]:
+    ) -> Iterator[Callable[[Sequence[Sample], int | None], list[Answer]]]:
         batches = self.batches.setdefault(method or "base", [])
         self.gen_kwargs[method or "base"] = gen_kwargs
 
-        def answer(batch: Sequence[Sample]) -> list[Answer]:
+        def answer(batch: Sequence[Sample], noise: int | None) -> list[Answer]:
             batches.append(list(batch))
+            self.noise.setdefault(method or "base", []).append(noise)
             for sample in batch:
                 assert image(sample.image).getpixel((0, 0))[0] == sample.image_id
             replies = [self.reply(method, sample) for sample in batch]

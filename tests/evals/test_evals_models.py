@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from PIL import Image
 
 import vlmfix
 import vlmfix.evals
+from vlmfix.contrast import Branch, ContrastMethod, Prompt
 from vlmfix.emoji.build import build_model, build_processor
 from vlmfix.emoji.recipe import QUICK
 from vlmfix.evals.models import TransformersModel, count_passes
@@ -88,7 +90,7 @@ def test_adapter_asks_one_chat_per_sample_and_sees_a_second_stream(
     passes = {}
     for method in (None, "vcd"):
         with asked.arm(method, {"max_new_tokens": 16}, lambda name: f"<{name}>") as answer:
-            replies = answer(samples)
+            replies = answer(samples, None)
         assert [reply.text for reply in replies] == ["Q0", "Q1", "Q2"]
         assert (replies[0].prompt_tokens, replies[0].new_tokens) == (7, 3)
         passes[method] = replies[0].passes
@@ -99,6 +101,42 @@ def test_adapter_asks_one_chat_per_sample_and_sees_a_second_stream(
         {"type": "image", "image": "<2.png>"},
         {"type": "text", "text": "q2"},
     ]
+
+
+@dataclass(frozen=True)
+class WithoutImage(ContrastMethod):
+    """One branch, which sees no image."""
+
+    name: ClassVar[str] = "without_image"
+
+    def streams(self) -> int:
+        return 1
+
+    def neutral(self) -> bool:
+        return False
+
+    def branches(self, prompt: Prompt) -> Sequence[Branch]:
+        return [Branch(image=False)]
+
+    def contrast(
+        self, base: torch.Tensor, branches: Sequence[torch.Tensor], token: torch.Tensor
+    ) -> torch.Tensor:
+        return 2 * base - branches[0]
+
+
+def test_a_branch_counts_as_a_second_pass() -> None:
+    """Base and branch decode in one forward, of twice the rows; the branch prefills apart."""
+    processor = build_processor()
+    torch.manual_seed(0)
+    model = build_model(QUICK, processor.tokenizer).eval()
+    asked = TransformersModel(model, processor)
+    samples = [Sample("chair", "s", str(i), "", i, f"What is {i}?", []) for i in range(2)]
+    passes = {}
+    for method in (None, WithoutImage()):
+        settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+        with asked.arm(method, settings, lambda name: Image.new("RGB", (112, 112))) as answer:
+            passes[method] = [reply.passes for reply in answer(samples, None)]
+    assert list(passes.values()) == [[4, 4], [8, 8]]
 
 
 def test_the_bundled_world_end_to_end(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from evals_worlds import write_world
 
+from vlmfix.emoji import evaluation_split
 from vlmfix.errors import BadInput
 from vlmfix.evals.coco import CocoData
 from vlmfix.evals.parsers import PARSERS, get_parser
@@ -258,3 +260,109 @@ def test_captions_add_objects_only_where_all_categories_are_cocos(tmp_path: Path
     only = Pope(CocoData(world), Options(n_images=None))
     assert only.facts["questions"]["random"] == "built from instances"
     assert not any("zebra" in s.prompt for s in only.samples)
+
+
+SMALL_WORLD = [
+    # Boxes in images of 100 x 100: name, width, height.
+    [("dog", 10, 10), ("cup", 50, 50), ("car", 14, 14)],
+    # A dog is small only if all dogs are; 2 % is small.
+    [("dog", 5, 5), ("cat", 20, 10), ("kite", 21, 10), ("dog", 40, 40)],
+    [("car", 60, 60), ("bed", 30, 30), ("cow", 15, 15)],
+    [("cat", 30, 30), ("sheep", 30, 30), ("bed", 30, 30)],
+]
+
+
+def write_small_world(folder: Path) -> Path:
+    names = sorted({name for row in SMALL_WORLD for name, _, _ in row})
+    images = [
+        {"id": i, "file_name": f"{i}.png", "width": 100, "height": 100}
+        for i in range(1, len(SMALL_WORLD) + 1)
+    ]
+    boxes = [(i, *box) for i, row in enumerate(SMALL_WORLD, start=1) for box in row]
+    annotations = [
+        {"id": n, "image_id": i, "category_id": names.index(name), "bbox": [3, 4, width, height]}
+        for n, (i, name, width, height) in enumerate(boxes)
+    ]
+    categories = [{"id": i, "name": name} for i, name in enumerate(names)]
+    (folder / "annotations").mkdir(parents=True)
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "annotations" / "instances.json").write_text(json.dumps(content))
+    return folder
+
+
+def asked(task: Pope) -> list[tuple[str, str, str]]:
+    return [(s.image, s.prompt.split()[3], s.target) for s in task.samples]
+
+
+def test_small_objects_by_hand(tmp_path: Path) -> None:
+    data = CocoData(write_small_world(tmp_path / "w"))
+    assert data.largest[2] == pytest.approx({"dog": 0.16, "cat": 0.02, "kite": 0.021})
+    task = Pope(data, Options(n_images=None, splits=("small",)))
+    assert asked(task) == [
+        # Beside a dog: cup and car, which are in 1.png, then cat and kite, of 2.png.
+        ("1.png", "dog", "yes"),
+        ("1.png", "cat", "no"),
+        # Beside a car: dog and cup, then bed and cow, of 3.png.
+        ("1.png", "car", "yes"),
+        ("1.png", "bed", "no"),
+        # Beside a cat: dog and kite, then sheep and bed, of 4.png.
+        ("2.png", "cat", "yes"),
+        ("2.png", "sheep", "no"),
+    ]
+    assert task.facts["questions"] == {
+        "small": "built from instances, objects up to 2% of the image, adversarial"
+    }
+    both = Pope(data, Options(n_images=None, splits=("small", "random")))
+    assert [s for s in both.samples if s.split == "small"] == task.samples
+
+
+def test_small_objects_of_the_bundled_images() -> None:
+    data = CocoData(evaluation_split())
+    task = Pope(data, Options(splits=("small",)))
+    labels = [sample.target for sample in task.samples]
+    assert labels == ["yes", "no"] * 466
+    assert len({sample.image for sample in task.samples}) == 312
+    assert {s.image for s in task.samples} <= {s.image for s in Pope(data, Options()).samples}
+    with zipfile.ZipFile(evaluation_split()) as archive:
+        content = json.loads(archive.read("annotations/instances.json"))
+    boxes: dict[tuple[int, str], list[float]] = {}
+    for row in content["annotations"]:
+        _, _, width, height = row["bbox"]
+        key = (row["image_id"], data.categories[row["category_id"]])
+        boxes.setdefault(key, []).append(width * height / 112**2)
+    for sample in task.samples:
+        name = sample.prompt.split(" in the image?")[0].split(maxsplit=3)[3]
+        sizes = boxes.get((int(sample.image_id), name))
+        assert (sizes is not None and max(sizes) <= 0.02) == (sample.target == "yes")
+        assert sizes is None or sample.target == "yes"
+
+
+def test_splits_are_chosen(tmp_path: Path) -> None:
+    data = CocoData(write_world(tmp_path / "w"))
+    every = Pope(data, Options(n_images=None))
+    one = Pope(data, Options(n_images=None, splits=("adversarial",)))
+    assert one.samples == [s for s in every.samples if s.split == "adversarial"]
+    assert {s.split for s in every.samples} == {"random", "popular", "adversarial"}
+    two = Pope(data, Options(n_images=None, splits=("popular", "random")))
+    assert list(two.facts["questions"]) == ["popular", "random"]
+    choices = "random, popular, adversarial, small"
+    for splits in ((), ("hard",), ("random", "random")):
+        with pytest.raises(BadInput, match=choices):
+            Pope(data, Options(n_images=None, splits=splits))
+    with pytest.raises(BadInput, match="leave splits= out"):
+        Pope(data, Options(questions={"random": tmp_path / "q"}, splits=("random",)))
+
+
+def test_small_needs_boxes_and_something_small(tmp_path: Path) -> None:
+    options = Options(n_images=None, splits=("small",))
+    with pytest.raises(BadInput, match=r"instances\.json has a row .*`bbox` in every annotation"):
+        Pope(CocoData(write_world(tmp_path / "w")), options)
+    world = write_small_world(tmp_path / "s")
+    path = world / "annotations" / "instances.json"
+    whole = path.read_text()
+    path.write_text(whole.replace('"width": 100', '"width": 0'))
+    with pytest.raises(BadInput, match="without a usable box or size"):
+        Pope(CocoData(world), options)
+    path.write_text(whole.replace('"width": 100', '"width": 10'))
+    with pytest.raises(BadInput, match="no object of the 4 selected images covers 2% of"):
+        Pope(CocoData(world), options)

@@ -18,13 +18,15 @@ from evals_worlds import FakeModel, write_world, zip_of
 import vlmfix
 import vlmfix.evals
 from vlmfix.errors import BadInput, UnknownMethod, UnknownTask
-from vlmfix.evals.arms import named_arms
+from vlmfix.evals.arms import file_name, named_arms
 from vlmfix.evals.coco import CocoData
 from vlmfix.evals.report import write_json
 from vlmfix.evals.tasks import Answer, Sample
+from vlmfix.methods.pai import PayAttentionToImage
 
 RECORD_KEYS = """run_id task split sample_id image prompt target response n_prompt_tokens
-n_new_tokens finish latency_s method method_cfg gen_kwargs seed rank error parsed correct"""
+n_new_tokens finish latency_s method method_cfg gen_kwargs seed sampling_seed rank error parsed
+correct"""
 
 
 @pytest.fixture
@@ -110,6 +112,7 @@ def test_records_are_complete(world: Path, tmp_path: Path) -> None:
             assert row["run_id"] == results["run_id"] and row["method"] == arm
             assert row["method_cfg"] == ([{"method": "var"}] if arm == "var" else None)
             assert row["seed"] == 3 and row["finish"] == "eos" and row["error"] is None
+            assert row["sampling_seed"] is None
             assert row["correct"] == (row["parsed"] == row["target"])
 
 
@@ -178,7 +181,7 @@ def test_too_few_answers_is_an_error_not_a_shift(world: Path, tmp_path: Path) ->
 
             @contextmanager
             def shortened() -> Any:
-                yield lambda batch: [Answer("Yes")] * (len(batch) - 1)
+                yield lambda batch, noise: [Answer("Yes")] * (len(batch) - 1)
 
             return shortened()
 
@@ -328,8 +331,47 @@ def test_arm_names() -> None:
         "hiprune+vhr",
     ]
     assert list(named_arms("var")) == ["base", "var"]
-    with pytest.raises(BadInput, match="two arms"):
+    objects = [PayAttentionToImage(), PayAttentionToImage(alpha=0.3)]
+    stack = [PayAttentionToImage(alpha=0.1), "vhr"]
+    assert list(named_arms([*objects, stack])) == [
+        "base",
+        "pai",
+        "pai:alpha=0.3",
+        "pai:alpha=0.1+vhr",
+    ]
+    with pytest.raises(BadInput, match="two arms are called 'pai:alpha=0.3'"):
+        named_arms([objects[1], "pai:alpha=0.3"])
+    with pytest.raises(BadInput, match=r"'var:a' and 'var_a' would share a file \(var_a\)"):
         named_arms(["var:a", "var_a"])
+
+
+def test_file_names_fit_a_file_system() -> None:
+    heads = "/".join(f"{layer}.{head}" for layer in range(32) for head in range(32))
+    one, other = (file_name(f"head_pursuit:heads={heads}{end}") for end in ("", "/9"))
+    assert len(one) == len(other) == 200 and one != other
+    assert file_name("vcd:alpha=0;beta=0.1+pai:alpha=-2") == "vcd_alpha=0_beta=0.1+pai_alpha=-2"
+
+
+def test_options_and_stacks_in_names_of_arms(world: Path, tmp_path: Path) -> None:
+    """The plausibility mask alone, and it in a stack: arms like any other."""
+    arms = ["vcd:alpha=0;beta=0.1", "carve:quantile=0.8+vcd:alpha=0;beta=0.1"]
+    model = FakeModel(lambda m, s: truthful("var" if m == arms[1] else None, s), known=arms)
+    results = run(model, world, tmp_path / "o", methods=arms)
+    assert sorted(path.name for path in (tmp_path / "o").glob("*.jsonl")) == [
+        "samples_pope_base.jsonl",
+        "samples_pope_carve_quantile=0.8+vcd_alpha=0_beta=0.1.jsonl",
+        "samples_pope_vcd_alpha=0_beta=0.1.jsonl",
+    ]
+    markdown = vlmfix.evals.to_markdown(results)
+    assert f"{arms[0]}: every answer is the base's" in markdown
+    assert f"{arms[1]}: every answer" not in markdown
+    for arm in arms:
+        assert markdown.count(f"|  | {arm} |") == 5
+        for width in (85, 120):
+            # A long name goes on in the next line; all of it is there.
+            lines = shown(results, width).splitlines()
+            start = next(line.index("arm") for line in lines if "accuracy %" in line)
+            assert arm in "".join(line[start : start + 16].strip() for line in lines)
 
 
 def shown(results: dict[str, Any], width: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -14,6 +15,9 @@ __all__ = ["BASE", "arm_name", "file_name", "named_arms", "plain"]
 
 BASE = "base"
 
+#: File systems take 255 bytes; samples_, the task and .jsonl go around the name.
+_LONGEST = 200
+
 
 def named_arms(methods: Sequence[Any] | str) -> dict[str, Any | None]:
     """Arm name -> method, the base (None) first.
@@ -22,35 +26,49 @@ def named_arms(methods: Sequence[Any] | str) -> dict[str, Any | None]:
         BadInput: two arms would share a name, or the name of their files.
     """
     arms: dict[str, Any | None] = {BASE: None}
-    files = {BASE}
+    files = {BASE: BASE}
     for method in [methods] if isinstance(methods, str) else methods:
         name = arm_name(method)
         if not name:
             raise BadInput("a method without a name: leave the list empty to run the base alone")
-        if file_name(name) in files:
+        if name in arms:
             raise BadInput(f"two arms are called {name!r}: name each once (base always runs)")
-        files.add(file_name(name))
-        arms[name] = method
+        file = file_name(name)
+        if file in files:
+            raise BadInput(
+                f"the arms {files[file]!r} and {name!r} would share a file ({file}): evaluate them "
+                "in runs of their own"
+            )
+        files[file], arms[name] = name, method
     return arms
 
 
 def arm_name(method: Any) -> str:
-    """What an arm is called: the text of a method, the parts of a stack joined by +."""
+    """What an arm is called: the text of a method, the parts of a stack joined by +.
+
+    A method object is called by its name and the options that differ from the defaults.
+    """
     if isinstance(method, str):
         return method
     if isinstance(method, (list, tuple)):
         return "+".join(arm_name(part) for part in method)
-    return str(getattr(method, "name", None) or type(method).__name__)
+    return str(method.spec()) if hasattr(method, "spec") else type(method).__name__
 
 
 def plain(method: Any) -> Any:
     """A method object and its options as JSON-able facts."""
     if is_dataclass(method) and not isinstance(method, type):
         options = json.loads(json.dumps(asdict(method), default=str))
-        return {"method": arm_name(method), **options}
+        return {"method": getattr(method, "name", type(method).__name__), **options}
     return str(method)
 
 
 def file_name(text: str) -> str:
-    """The text with everything but letters, digits and . = + - made _."""
-    return re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_.") or "_"
+    """The text with everything but letters, digits and . = + - made _.
+
+    What is too long for a file system (a list of heads) ends in a hash of the whole instead.
+    """
+    name = re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_.") or "_"
+    if len(name) <= _LONGEST:
+        return name
+    return f"{name[: _LONGEST - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

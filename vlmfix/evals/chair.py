@@ -196,12 +196,15 @@ class Chair:
         return {"objects": list(objects), "hallucinated": wrong}, not wrong
 
     def score(
-        self, samples: Sequence[Sample], arms: Mapping[str, Sequence[Answer]]
+        self,
+        samples: Sequence[Sample],
+        arms: Mapping[str, Sequence[Answer]],
+        draws: Sequence[int] | None = None,
     ) -> dict[str, Any]:
         """Scores of the captions as they are, and of each method against base at equal length."""
         captions = {arm: [self._caption(a) for a in answers] for arm, answers in arms.items()}
         cut = {arm: [a.finish == "length" for a in answers] for arm, answers in arms.items()}
-        result = self._score(samples, captions, cut)
+        result = self._score(samples, captions, cut, draws)
         base, *methods = arms
         for method in methods:
             pair = {base: captions[base], method: captions[method]}
@@ -211,7 +214,7 @@ class Chair:
                 arm: [first_words(c, limit) for c, limit in zip(texts, limits, strict=True)]
                 for arm, texts in pair.items()
             }
-            scored = self._score(samples, matched, {arm: cut[arm] for arm in pair})
+            scored = self._score(samples, matched, {arm: cut[arm] for arm in pair}, draws)
             result[method]["matched_length"] = {
                 "base": scored[base]["scores"],
                 "method": scored[method]["scores"],
@@ -224,6 +227,7 @@ class Chair:
         samples: Sequence[Sample],
         captions: Mapping[str, Sequence[str]],
         cut: Mapping[str, Sequence[bool]],
+        draws: Sequence[int] | None,
     ) -> dict[str, Any]:
         truths = [frozenset(sample.target) for sample in samples]
         scored = {
@@ -231,4 +235,5 @@ class Chair:
             for arm, texts in captions.items()
         }
         splits, images = [s.split for s in samples], [s.image for s in samples]
-        return summarise(scored, COUNTS, RATIOS, splits, images, seed=self._options.seed)
+        seed = self._options.seed
+        return summarise(scored, COUNTS, RATIOS, splits, images, seed=seed, draws=draws)

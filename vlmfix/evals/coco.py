@@ -147,6 +147,32 @@ class CocoData:
         return captions
 
     @cached_property
+    def largest(self) -> dict[int, dict[str, float]]:
+        """Share of the image, from 0 to 1, that an object's largest box covers.
+
+        By image id and object, in the order of `objects`. The box of a crowd is one box.
+
+        Raises:
+            BadInput: an annotation without a box, or an image without its size.
+        """
+        content = self._json(self.instances_name, "images", "annotations")
+        shares = {image: dict.fromkeys(names, 0.0) for image, names in self.objects.items()}
+        try:
+            sizes = {int(row["id"]): row["width"] * row["height"] for row in content["images"]}
+            for row in content["annotations"]:
+                _, _, width, height = row["bbox"]
+                image, name = int(row["image_id"]), self.categories[int(row["category_id"])]
+                share = width * height / sizes[image]
+                shares[image][name] = max(shares[image][name], share)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise BadInput(
+                f"{self.source}: {self.instances_name} has a row without a usable box or size "
+                f"({error}): the size of objects needs `bbox` in every annotation, `width` and "
+                "`height` in every image"
+            ) from None
+        return shares
+
+    @cached_property
     def sha256(self) -> str:
         """Fingerprint: of the .zip, or of the annotation files of a folder."""
         digest = hashlib.sha256()

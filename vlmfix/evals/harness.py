@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -49,10 +50,18 @@ def evaluate(
     n_images: int | None = 500,
     truncate: str = "none",
     questions: Mapping[str, str | Path] | None = None,
+    splits: Sequence[str] | None = None,
+    temperature: float | None = None,
+    seeds: int = 1,
     dtype: Any = None,
     device: Any = None,
 ) -> dict[str, Any]:
     """Ask the plain model and the model under each method the same items, and compare them.
+
+    Greedy decoding by default. With a temperature every item is answered once per seed, and all
+    arms draw with the same random numbers (`runner.noise_seed`); how figures of several seeds and
+    their intervals are made is said in `metrics.summarise`. Sampled figures are comparable under
+    equal seeds, tasks, splits and batch size, which decide the random numbers of an item.
 
     Args:
         tasks: names from `vlmfix.evals.TASKS`.
@@ -62,7 +71,7 @@ def evaluate(
         limit: ask about the first so many selected images only; the results say PARTIAL.
         output: folder for results.json and samples_*.jsonl; None makes one under runs/.
         batch_size: (image, prompt) pairs per generate call.
-        seed: of image selection, question building and bootstrap. Decoding is greedy.
+        seed: of image selection, question building, bootstrap, and sampling.
         prompt_style: of yes/no questions: bare, lmms, vcd or clearsight.
         parser: of yes/no answers, a key of `parsers.PARSERS`; strict is reported beside it.
         max_new_tokens: None takes 16 for POPE and 512 for CHAIR.
@@ -71,6 +80,9 @@ def evaluate(
         n_images: images that a task selects; None takes all eligible ones.
         truncate: "sentence" drops the sentence of a caption that the token limit cut.
         questions: POPE question files by split, instead of building questions.
+        splits: POPE splits to build, of `pope.SPLITS`; None: random, popular, adversarial.
+        temperature: sample at it, from all tokens (top_p 1, top_k 0); None: greedy.
+        seeds: how many answers are sampled to each item, each with a seed of its own.
         dtype: of the model, if it is loaded here.
         device: of the model, if it is loaded here.
 
@@ -86,6 +98,7 @@ def evaluate(
     task_types = {name: get_task(name) for name in tasks}
     arms = named_arms(methods)
     positive(limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens, n_images=n_images)
+    draws = _draws(temperature, seeds)
     started = datetime.now(timezone.utc)
     folder = output_folder(output, overwrite, started, task_types, model)
     opened = data if isinstance(data, CocoData) else CocoData(data or _bundled_data())
@@ -98,6 +111,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         truncate=truncate,
         questions={k: Path(v) for k, v in questions.items()} if questions else None,
+        splits=splits,
     )
     ready = {name: task_type(opened, options) for name, task_type in task_types.items()}
     pictures = [sample.image for task in ready.values() for sample in task.samples]
@@ -124,6 +138,8 @@ def evaluate(
             "limit": limit,
             "n_images": n_images,
             "seed": seed,
+            "temperature": temperature,
+            "seeds": seeds,
             "batch_size": batch_size,
             "versions": _versions(),
             "threads": _threads(),
@@ -131,14 +147,10 @@ def evaluate(
         "tasks": {},
     }
     image = lru_cache(maxsize=64)(opened.image)
-    steps = len(arms) * sum(len(distinct_requests(task.samples)) for task in ready.values())
-    with progress_bar(steps, quiet) as advance:
+    asks = sum(len(distinct_requests(task.samples)) for task in ready.values())
+    with progress_bar(len(arms) * len(draws) * asks, quiet) as advance:
         for name, task in ready.items():
-            gen_kwargs = {
-                "max_new_tokens": max_new_tokens or task.max_new_tokens,
-                "do_sample": False,
-                "num_beams": 1,
-            }
+            gen_kwargs = _decoding(max_new_tokens or task.max_new_tokens, temperature)
             runs = {}
             for arm, method in arms.items():
                 common = {
@@ -160,6 +172,8 @@ def evaluate(
                         batch_size,
                         recorder,
                         lambda n, label=f"{name} {arm}": advance(n, label),  # type: ignore[misc]
+                        seed,
+                        draws,
                     )
             entry = _score(task, runs)
             results["tasks"][name] = {**entry, "gen_kwargs": gen_kwargs}
@@ -171,18 +185,20 @@ def evaluate(
 
 
 def _score(task: Task, runs: Mapping[str, ArmRun]) -> dict[str, Any]:
-    """Score what every arm answered: an item that failed under one arm counts for none."""
+    """Score what every arm answered: an item that failed once, under any arm, counts for none."""
     everything = range(len(task.samples))
-    answered = [i for i in everything if all(run.answers[i].error is None for run in runs.values())]
-    samples = [task.samples[i] for i in answered]
-    answers = {arm: [run.answers[i] for i in answered] for arm, run in runs.items()}
-    scored = task.score(samples, answers)
+    rows = [row for run in runs.values() for row in run.answers]
+    answered = [i for i in everything if all(row[i].error is None for row in rows)]
+    draws = range(len(runs[BASE].answers))
+    samples = [task.samples[i] for _ in draws for i in answered]
+    answers = {arm: [row[i] for row in run.answers for i in answered] for arm, run in runs.items()}
+    scored = task.score(samples, answers, [draw for draw in draws for _ in answered])
     base, n = answers[BASE], max(1, len(samples))
     for arm, run in runs.items():
         texts = answers[arm]
         scored[arm] |= {
             "cost": run.cost,
-            "n_errors": sum(answer.error is not None for answer in run.answers),
+            "n_errors": sum(answer.error is not None for row in run.answers for answer in row),
             "n_empty": sum(not answer.text.strip() for answer in texts),
             "cut_share": sum(answer.finish == "length" for answer in texts) / n,
             "same_as_base": sum(a.text == b.text for a, b in zip(texts, base, strict=True)) / n,
@@ -192,7 +208,7 @@ def _score(task: Task, runs: Mapping[str, ArmRun]) -> dict[str, Any]:
     return {
         **task.facts,
         "partial": task.partial or bool(excluded),
-        "n_samples": len(samples),
+        "n_samples": len(answered),
         "n_images": len(images),
         "splits": list(dict.fromkeys(sample.split for sample in task.samples)),
         "image_ids": images,
@@ -200,6 +216,38 @@ def _score(task: Task, runs: Mapping[str, ArmRun]) -> dict[str, Any]:
         "excluded": [task.samples[i].sample_id for i in sorted(excluded)],
         "arms": scored,
     }
+
+
+def _draws(temperature: float | None, seeds: int) -> Sequence[int | None]:
+    """The numbers of the sampling seeds; one None for greedy decoding."""
+    positive(seeds=seeds)
+    if temperature is None:
+        if seeds > 1:
+            raise BadInput(
+                f"seeds={seeds} without a temperature: greedy answers are the same under every "
+                "seed. Sample with temperature=1.0 (--temperature 1.0), or leave seeds out"
+            )
+        return (None,)
+    if not 0 < temperature < math.inf:
+        raise BadInput(
+            f"temperature={temperature}: must be positive; leave it out for greedy decoding"
+        )
+    return range(seeds)
+
+
+def _decoding(max_new_tokens: int, temperature: float | None) -> dict[str, Any]:
+    """Arguments of generate().
+
+    Sampling is spelled out: transformers' own top_k is 50, and checkpoints bring settings, too.
+    """
+    shared = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": temperature is not None,
+        "num_beams": 1,
+    }
+    if temperature is None:
+        return shared
+    return {**shared, "temperature": float(temperature), "top_p": 1.0, "top_k": 0}
 
 
 def positive(**values: int | None) -> None:

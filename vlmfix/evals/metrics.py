@@ -8,7 +8,7 @@ a bootstrap resample the counts of whole images once and recompute everything fr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from vlmfix.evals.stats import (
     Floats,
     Resamples,
     holm,
+    majority,
     mcnemar,
     percentile_interval,
     wilson,
@@ -89,8 +90,15 @@ def summarise(
     replicates: int = REPLICATES,
     seed: int = 0,
     requests: Sequence[object] | None = None,
+    draws: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Metrics of every arm, and differences to the first arm.
+
+    Where answers were sampled with several seeds, each seed gives a value, and the figure is their
+    mean. Its interval comes from resamples of images, and an image brings its answers of all seeds:
+    one image more or less is what the data could have held, five seeds of one image are not five
+    images. Answers to different images are drawn independently under one seed, so this interval
+    holds the noise of sampling, too, and seeds need no resampling of their own.
 
     Args:
         arms: name -> scored answers; the first is the base that the others are compared with.
@@ -102,38 +110,51 @@ def summarise(
         seed: of the bootstrap.
         requests: what every item asked; items of different splits that asked the same have one
             answer between them, and McNemar over the pool counts it once. None: all differ.
+        draws: the seed under which every item was answered; None: one answer to each.
 
     Returns:
         arm -> {"scores": place -> metric -> {"value", "ci", "ci_method"[, "wilson"]}, "counts":
-        place -> count -> sum, "flags": ["place.metric: ..."]} and, for all but the first arm,
-        "delta": place -> {metric -> {"value", "ci"}, "mcnemar": {...}}. A place is a split, and
-        with several splits also "mean" (unweighted over splits) and "pooled".
+        place -> count -> sum over all seeds, "flags": ["place.metric: ..."]} and, for all but the
+        first arm, "delta": place -> {metric -> {"value", "ci"}, "mcnemar": {"better", "worse", "p",
+        "p_holm"}}. A place is a split, and with several splits also "mean" (unweighted over splits)
+        and "pooled". With several seeds each score and each difference also has "by_seed", its
+        values, and "sd", their standard deviation (n - 1); "mcnemar" is {"p", "p_holm", "by_seed":
+        [{"better", "worse", "p"}]}, where p is the `stats.majority` of those by seed. Answers of
+        several seeds to one question are not independent, so McNemar cannot take them together.
     """
     names = list(dict.fromkeys(splits))
     split_of = np.array([names.index(split) for split in splits], dtype=np.intp)
+    seeds = list(dict.fromkeys(draws or ())) or [0]
+    seed_of = np.array([seeds.index(draw) for draw in draws or [0] * len(splits)], dtype=np.intp)
+    cells = [
+        [np.flatnonzero((seed_of == s) & (split_of == i)) for i in range(len(names))]
+        for s in range(len(seeds))
+    ]
     resamples = Resamples(clusters, replicates, seed)
     sums: dict[str, Floats] = {}
     drawn: dict[str, Floats] = {}
     for arm, scored in arms.items():
-        spread = np.zeros((len(splits), len(names), len(columns)))
-        spread[np.arange(len(splits)), split_of] = scored.counts
-        sums[arm] = spread.sum(axis=0)
-        drawn[arm] = resamples.sums(spread)
+        sums[arm] = np.zeros((len(seeds), len(names), len(columns)))
+        drawn[arm] = np.zeros((replicates, *sums[arm].shape))
+        for s, row in enumerate(cells):
+            for i, items in enumerate(row):
+                sums[arm][s, i] = scored.counts[items].sum(axis=0)
+                drawn[arm][:, s, i] = resamples.sums(scored.counts[items], items)
 
     base = next(iter(arms))
     result: dict[str, Any] = {}
     values = {arm: _places(sums[arm][None], columns, ratios, names) for arm in arms}
     replicas = {arm: _places(drawn[arm], columns, ratios, names) for arm in arms}
     for arm in arms:
-        place_sums = {name: sums[arm][i] for i, name in enumerate(names)}
+        place_sums = {name: sums[arm][:, i] for i, name in enumerate(names)}
         if len(names) > 1:
-            place_sums["pooled"] = sums[arm].sum(axis=0)
+            place_sums["pooled"] = sums[arm].sum(axis=1)
         entry: dict[str, Any] = {"scores": {}, "counts": {}, "flags": []}
         for place, metrics in values[arm].items():
             entry["scores"][place] = {
                 ratio.name: _score(
                     ratio,
-                    float(metrics[ratio.name][0]),
+                    metrics[ratio.name][0],
                     replicas[arm][place][ratio.name],
                     resamples.n_clusters,
                     place_sums.get(place),
@@ -142,69 +163,84 @@ def summarise(
                 for ratio in ratios
             }
         for place, total in place_sums.items():
-            entry["counts"][place] = {c: float(v) for c, v in zip(columns, total, strict=True)}
-            entry["flags"] += [
-                f"{place}.{ratio.name}: zero denominator"
-                for ratio in ratios
-                if not ratio.defined(total, columns)
-            ]
+            counts = zip(columns, total.sum(axis=0), strict=True)
+            entry["counts"][place] = {column: float(value) for column, value in counts}
+            for ratio in ratios:
+                undefined = sum(not ratio.defined(one, columns) for one in total)
+                if undefined:
+                    where = f" in {undefined} of {len(seeds)} seeds" if len(seeds) > 1 else ""
+                    entry["flags"].append(f"{place}.{ratio.name}: zero denominator{where}")
         if arm != base:
             entry["delta"] = {
                 place: {
-                    ratio.name: {
-                        "value": float(values[arm][place][ratio.name][0])
-                        - float(values[base][place][ratio.name][0]),
-                        "ci": _interval(
-                            replicas[arm][place][ratio.name] - replicas[base][place][ratio.name],
-                            resamples.n_clusters,
-                        ),
-                    }
+                    ratio.name: _estimate(
+                        values[arm][place][ratio.name][0] - values[base][place][ratio.name][0],
+                        replicas[arm][place][ratio.name] - replicas[base][place][ratio.name],
+                        resamples.n_clusters,
+                    )
                     for ratio in ratios
                 }
                 for place in values[arm]
             }
         result[arm] = entry
-    _add_mcnemar(result, arms, names, split_of, requests)
+    places = {name: [row[i].tolist() for row in cells] for i, name in enumerate(names)}
+    if len(names) > 1:
+        # One answer seen in three splits is one piece of evidence, not three.
+        keys = range(len(split_of)) if requests is None else requests
+        places["pooled"] = []
+        for s in range(len(seeds)):
+            first = {keys[i]: i for i in reversed(np.flatnonzero(seed_of == s).tolist())}
+            places["pooled"].append(sorted(first.values()))
+    _add_mcnemar(result, arms, places)
     return result
 
 
 def _places(
     sums: Floats, columns: Sequence[str], ratios: Sequence[Ratio], names: Sequence[str]
 ) -> dict[str, dict[str, Floats]]:
-    """(R, splits, counts) -> place -> metric -> (R,)."""
+    """(R, seeds, splits, counts) -> place -> metric -> (R, seeds)."""
     places: dict[str, dict[str, Floats]] = {name: {} for name in names}
     if len(names) > 1:
         places |= {"mean": {}, "pooled": {}}
     for ratio in ratios:
         per_split = ratio.of(sums, columns)
         for i, name in enumerate(names):
-            places[name][ratio.name] = per_split[:, i]
+            places[name][ratio.name] = per_split[..., i]
         if len(names) > 1:
-            places["mean"][ratio.name] = per_split.mean(axis=1)
-            places["pooled"][ratio.name] = ratio.of(sums.sum(axis=1), columns)
+            places["mean"][ratio.name] = per_split.mean(axis=-1)
+            places["pooled"][ratio.name] = ratio.of(sums.sum(axis=-2), columns)
     return places
 
 
-def _interval(replicas: Floats, n_clusters: int) -> list[float] | None:
+def _estimate(values: Floats, replicas: Floats, n_clusters: int) -> dict[str, Any]:
+    """Mean over seeds, its interval, and with several seeds what lies behind the mean.
+
+    Args:
+        values: (seeds,).
+        replicas: (R, seeds).
+        n_clusters: number of images.
+    """
     # One image says nothing about the spread between images.
-    return list(percentile_interval(replicas)) if n_clusters > 1 else None
+    interval = percentile_interval(replicas.mean(axis=1)) if n_clusters > 1 else None
+    estimate: dict[str, Any] = {"value": float(values.mean()), "ci": interval and list(interval)}
+    if len(values) > 1:
+        estimate |= {"by_seed": values.tolist(), "sd": float(values.std(ddof=1))}
+    return estimate
 
 
 def _score(
     ratio: Ratio,
-    value: float,
+    values: Floats,
     replicas: Floats,
     n_clusters: int,
     total: Floats | None,
     columns: Sequence[str],
 ) -> dict[str, Any]:
-    score: dict[str, Any] = {
-        "value": value,
-        "ci": _interval(replicas, n_clusters),
-        "ci_method": "bootstrap",
-    }
+    score = {**_estimate(values, replicas, n_clusters), "ci_method": "bootstrap"}
     if ratio.proportion and total is not None:
-        top, bottom = (float(_linear(total, columns, form)) for form in (ratio.top, ratio.bottom))
+        # Wilson's trials are independent: questions, not their repetitions under other seeds.
+        mean = total.mean(axis=0)
+        top, bottom = (float(_linear(mean, columns, form)) for form in (ratio.top, ratio.bottom))
         score["wilson"] = list(wilson(top, bottom))
         if bottom > 0 and (n_clusters < 2 or top in (0.0, bottom)):
             # Resampling all-right or all-wrong answers gives an interval of width zero.
@@ -213,32 +249,26 @@ def _score(
 
 
 def _add_mcnemar(
-    result: dict[str, Any],
-    arms: Mapping[str, Arm],
-    names: Sequence[str],
-    split_of: Any,
-    requests: Sequence[object] | None,
+    result: dict[str, Any], arms: Mapping[str, Arm], places: Mapping[str, Sequence[Sequence[int]]]
 ) -> None:
+    """Test every method against the base; `places`: place -> per seed, the items to compare."""
     base, *methods = arms
     base_correct = arms[base].correct
     if base_correct is None or not methods:
         return
-    places = {name: np.flatnonzero(split_of == i).tolist() for i, name in enumerate(names)}
-    if len(names) > 1:
-        # One answer seen in three splits is one piece of evidence, not three.
-        keys = range(len(split_of)) if requests is None else requests
-        first = {key: i for i, key in reversed(list(enumerate(keys)))}
-        places["pooled"] = sorted(first.values())
-    for place, items in places.items():
-        tests = []
+    for place, by_seed in places.items():
+        found = []
         for method in methods:
             correct = arms[method].correct
             assert correct is not None
-            tests.append(mcnemar([base_correct[i] for i in items], [correct[i] for i in items]))
-        for method, test, p_holm in zip(methods, tests, holm([t.p for t in tests]), strict=True):
-            result[method]["delta"][place]["mcnemar"] = {
-                "better": test.better,
-                "worse": test.worse,
-                "p": test.p,
-                "p_holm": p_holm,
-            }
+            found.append(
+                [
+                    mcnemar([base_correct[i] for i in items], [correct[i] for i in items])
+                    for items in by_seed
+                ]
+            )
+        p_values = [majority([test.p for test in tests]) for tests in found]
+        for method, tests, p, p_holm in zip(methods, found, p_values, holm(p_values), strict=True):
+            one = asdict(tests[0]) if len(tests) == 1 else {"p": p}
+            more = {} if len(tests) == 1 else {"by_seed": [asdict(test) for test in tests]}
+            result[method]["delta"][place]["mcnemar"] = {**one, "p_holm": p_holm, **more}

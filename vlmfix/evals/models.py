@@ -102,18 +102,32 @@ class TransformersModel:
         state = nullcontext() if method is None else vlmfix.wrapped(self._model, method)
         with state, count_passes(self._model) as counter:
 
-            def answer(batch: Sequence[Sample]) -> list[Answer]:
+            def answer(batch: Sequence[Sample], noise: int | None) -> list[Answer]:
                 counter.reset()
                 chats = [_chat(image(sample.image), sample.prompt) for sample in batch]
-                details = vlmfix.generate(
-                    self._model, self._processor, chats, return_details=True, **gen_kwargs
-                )
+                with _seeded(noise):
+                    details = vlmfix.generate(
+                        self._model, self._processor, chats, return_details=True, **gen_kwargs
+                    )
                 passes = counter.rows / len(batch)
                 return [
                     Answer(d.text, d.prompt_tokens, d.new_tokens, d.finish, passes) for d in details
                 ]
 
             yield answer
+
+
+@contextmanager
+def _seeded(noise: int | None) -> Iterator[None]:
+    """Let torch draw from this seed, then go on where its generators were; None: leave them."""
+    if noise is None:
+        yield
+        return
+    import torch
+
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(noise)
+        yield
 
 
 def _chat(picture: Any, prompt: str) -> list[dict[str, Any]]:

@@ -3,6 +3,12 @@
 Paper: Li et al. 2023 (arXiv 2305.10355). Reference: RUCAIBox/POPE evaluate.py. Where we differ from
 it: answers are paired with questions by id, not by order; a zero denominator gives 0.0 and a flag
 instead of an exception; unparsed answers are wrong and counted.
+
+The split "small" is ours, for methods that claim to see details, on data with boxes. It asks about
+every object of the selected images whose largest box covers at most 2 % of the image (`SMALL`), and
+after each about an absent object, drawn as the adversarial split draws it: the one seen most often
+beside the small one. Saying "yes" more often then costs what it wins; with random objects, to which
+hardly any model says "yes", it would look like seeing more.
 """
 
 from __future__ import annotations
@@ -26,7 +32,14 @@ from vlmfix.evals.pope_builder import (
 from vlmfix.evals.pope_files import load_questions, pair_answers
 from vlmfix.evals.tasks import Answer, Column, Options, Sample
 
-__all__ = ["PROMPT_STYLES", "Pope", "score_answers"]
+__all__ = ["PROMPT_STYLES", "SMALL", "SPLITS", "Pope", "score_answers"]
+
+#: The splits of the paper, which are built if none are chosen, and ours.
+SPLITS = (*STRATEGIES, "small")
+
+#: Largest share of the image that any box of a small object covers. In EmojiCOCO: a square of 16
+#: pixels, little more than a patch of its vision tower; 466 objects in 312 of 500 images.
+SMALL = 0.02
 
 PROMPT_STYLES: dict[str, str] = {
     "bare": "",
@@ -102,7 +115,7 @@ def score_answers(
 
 
 class Pope:
-    """The POPE task: three splits over the same images, built from the data or read from files."""
+    """The POPE task: its splits over the same images, built from the data or read from files."""
 
     name = "pope"
     max_new_tokens = 16
@@ -118,24 +131,35 @@ class Pope:
                 f"no prompt style {options.prompt_style!r}: choose from {', '.join(PROMPT_STYLES)}"
             )
         self.parser = get_parser(options.parser)
+        chosen = STRATEGIES if options.splits is None else options.splits
+        if not chosen or not set(chosen) <= set(SPLITS) or len(set(chosen)) < len(chosen):
+            raise BadInput(
+                f"POPE: cannot build the splits {', '.join(chosen) or '(none)'}: name one or more "
+                f"of {', '.join(SPLITS)}, each once"
+            )
+        if options.questions and options.splits is not None:
+            raise BadInput("POPE: ready-made questions name their splits; leave splits= out")
         self._options = options
         self._data = data
-        self._splits, self._source = self._read() if options.questions else self._build()
+        self._splits, self._source = self._read() if options.questions else self._build(chosen)
         self._images = list(dict.fromkeys(q.image for qs in self._splits.values() for q in qs))
 
-    def _build(self) -> tuple[dict[str, list[Question]], dict[str, str]]:
+    def _build(self, splits: Sequence[str]) -> tuple[dict[str, list[Question]], dict[str, str]]:
         data, options = self._data, self._options
         objects = ordered_objects(data)
-        chosen = select_images(objects, options.n_images, options.seed, OBJECTS_PER_IMAGE)
-        images = [(data.files[image], objects[image]) for image in chosen]
-        splits = {
-            # Another seed than the selection's, or both would replay the same draws.
-            strategy: build_questions(images, strategy, options.seed + 1)
-            for strategy in STRATEGIES
-        }
+        selected = select_images(objects, options.n_images, options.seed, OBJECTS_PER_IMAGE)
+        images = [(data.files[image], objects[image]) for image in selected]
         known = set(data.categories.values()) <= set(category_of())
         truth = "instances+captions" if data.captions and known else "instances"
-        return splits, dict.fromkeys(STRATEGIES, f"built from {truth}")
+        questions, source = {}, {}
+        for split in splits:
+            strategy, asked, source[split] = split, None, f"built from {truth}"
+            if split == "small":
+                strategy, asked = "adversarial", _small_objects(data, selected)
+                source[split] += f", objects up to {SMALL:.0%} of the image, adversarial"
+            # Another seed than the selection's, or both would replay the same draws.
+            questions[split] = build_questions(images, strategy, options.seed + 1, asked=asked)
+        return questions, source
 
     def _read(self) -> tuple[dict[str, list[Question]], dict[str, str]]:
         assert self._options.questions is not None
@@ -187,18 +211,25 @@ class Pope:
         return verdict, verdict == sample.target
 
     def score(
-        self, samples: Sequence[Sample], arms: Mapping[str, Sequence[Answer]]
+        self,
+        samples: Sequence[Sample],
+        arms: Mapping[str, Sequence[Answer]],
+        draws: Sequence[int] | None = None,
     ) -> dict[str, Any]:
         """Scores by the chosen parser, with those of the strict one beside them."""
-        result = self._score(samples, arms, self.parser)
-        strict = self._score(samples, arms, get_parser("strict"))
+        result = self._score(samples, arms, draws, self.parser)
+        strict = self._score(samples, arms, draws, get_parser("strict"))
         for arm, entry in result.items():
             entry["n_unparsed"] = _total(entry, "unparsed")
             entry["strict"] = {**strict[arm], "n_unparsed": _total(strict[arm], "unparsed")}
         return result
 
     def _score(
-        self, samples: Sequence[Sample], arms: Mapping[str, Sequence[Answer]], parser: Parser
+        self,
+        samples: Sequence[Sample],
+        arms: Mapping[str, Sequence[Answer]],
+        draws: Sequence[int] | None,
+        parser: Parser,
     ) -> dict[str, Any]:
         labels = [sample.target for sample in samples]
         scored = {
@@ -213,7 +244,26 @@ class Pope:
             clusters=[sample.image for sample in samples],
             seed=self._options.seed,
             requests=[(sample.image, sample.prompt) for sample in samples],
+            draws=draws,
         )
+
+
+def _small_objects(data: CocoData, images: Sequence[int]) -> dict[str, list[str]]:
+    """File name -> the objects that cover at most `SMALL` of that image.
+
+    Raises:
+        BadInput: there are none, or the data has no boxes.
+    """
+    small = {
+        data.files[image]: [name for name, share in data.largest[image].items() if share <= SMALL]
+        for image in images
+    }
+    if not any(small.values()):
+        raise BadInput(
+            f"POPE small: no object of the {len(images)} selected images covers {SMALL:.0%} of its "
+            "image or less: leave out the split 'small'"
+        )
+    return small
 
 
 def _total(entry: Mapping[str, Any], count: str) -> int:

@@ -108,6 +108,7 @@ def build_questions(
     seed: int,
     per_image: int = OBJECTS_PER_IMAGE,
     official_typo: bool = False,
+    asked: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Question]:
     """The questions of one split.
 
@@ -117,6 +118,8 @@ def build_questions(
         seed: of the random draws; the other two draw only when their list is exhausted.
         per_image: true objects asked about per image; as many absent ones follow.
         official_typo: "in the imange" after "an", as in the published files.
+        asked: file name -> true objects to ask about instead of the first `per_image`. What is
+            frequent, and seen beside what, is counted over all objects of all images all the same.
 
     Raises:
         BadInput: unknown strategy, or an image with too few objects.
@@ -131,10 +134,10 @@ def build_questions(
     questions: list[Question] = []
     skipped = []
     for image, objects in images:
-        if len(objects) < per_image:
+        if asked is None and len(objects) < per_image:
             raise BadInput(f"POPE: {image} has {len(objects)} objects, {per_image} are needed")
         used: set[str] = set()
-        for present in objects[:per_image]:
+        for present in objects[:per_image] if asked is None else asked.get(image, ()):
             closed = used | {present} | set(objects)
             ranked = {"popular": by_frequency, "adversarial": beside[present]}.get(strategy, [])
             absent = next(_candidates(ranked, vocabulary, closed, generator), None)

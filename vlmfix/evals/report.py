@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,16 +113,20 @@ def _title(results: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> s
 def _caption(results: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> str:
     arms = entry["arms"]
     facts = [f"{key.replace('_', ' ')} {entry[key]}" for key in _FACTS if entry.get(key)]
-    lines = [
-        "; ".join([*facts, "greedy"]),
-        "± half a 95 % interval (bootstrap over images); Δ to base, paired; p exact McNemar; "
-        "passes: forward passes per answer; tok/s: new tokens per second.",
-    ]
+    cost = "passes: forward passes per answer; tok/s: new tokens per second."
+    exact = "Δ to base, paired; p exact McNemar"
+    if _several_seeds(entry):
+        lines = [
+            "± half a 95 % interval (bootstrap over images, each with the answers of all seeds); "
+            f"sd: between seeds; {exact} by seed, joined by Rüger's rule; {cost}"
+        ]
+    else:
+        lines = [f"± half a 95 % interval (bootstrap over images); {exact}; {cost}"]
+    lines.insert(0, "; ".join([*facts, _decoding(entry["gen_kwargs"], results["config"])]))
     if "pooled" in arms["base"]["scores"]:
         lines.append(
             "pooled: p counts a question that stands in several splits once, the figures each time."
         )
-    lines += []
     for arm, scored in arms.items():
         notes = [f"{scored[key]} {word}" for key, word in _COUNTS.items() if scored.get(key)]
         if arm != "base" and scored["same_as_base"] == 1:
@@ -130,6 +135,18 @@ def _caption(results: Mapping[str, Any], name: str, entry: Mapping[str, Any]) ->
         if notes:
             lines.append(f"{arm}: {', '.join(notes)}")
     return "\n".join(lines)
+
+
+def _decoding(gen_kwargs: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    if not gen_kwargs["do_sample"]:
+        return "greedy"
+    kept = "temperature {temperature:g}, top-p {top_p:g}, top-k {top_k}".format(**gen_kwargs)
+    return f"sampled at {kept}; seeds {config['seeds']}, the same random numbers in every arm"
+
+
+def _several_seeds(entry: Mapping[str, Any]) -> bool:
+    places = entry["arms"]["base"]["scores"].values()
+    return any("sd" in score for metrics in places for score in metrics.values())
 
 
 _FACTS = ("prompt_style", "parser", "engine", "ground_truth", "truncate")
@@ -144,15 +161,15 @@ def _table(
     Args:
         name: of the task.
         entry: its results.
-        stacked: differences and p values below the values instead of in columns of their own.
+        stacked: what goes with a value below it instead of in columns of its own.
     """
     columns = get_task(name).columns
     arms = entry["arms"]
-    stacked = stacked or len(arms) == 1  # the base alone has no differences to head
+    shown = _Shown(stacked, spread=_several_seeds(entry), compared=len(arms) > 1)
     headings = ["split", "arm"]
     for column in columns:
         headings.append(column.title + (" %" if column.percent else ""))
-        headings += [] if stacked else _extras(column, "Δ", "p")
+        headings += [] if stacked else shown.beside(column, "sd", "Δ", "p")
     headings += ["passes", "tok/s"]
     sections = []
     for place in arms["base"]["scores"]:
@@ -164,7 +181,7 @@ def _table(
                 [
                     place if arm == "base" else "",
                     arm,
-                    *_cells(columns, scored["scores"][place], delta, stacked),
+                    *_cells(columns, scored["scores"][place], delta, shown),
                     f"{cost['passes_per_answer']:.1f}",
                     f"{cost['tokens_per_second']:.0f}",
                 ]
@@ -173,25 +190,42 @@ def _table(
     for arm, scored in arms.items():
         for place, base in scored.get("matched_length", {}).get("base", {}).items():
             matched = scored["matched_length"]
-            method = _cells(columns, matched["method"][place], matched["delta"][place], stacked)
+            method = _cells(columns, matched["method"][place], matched["delta"][place], shown)
             sections.append(
                 [
-                    ["same length", "base", *_cells(columns, base, None, stacked), "", ""],
+                    ["same length", "base", *_cells(columns, base, None, shown), "", ""],
                     ["", arm, *method, "", ""],
                 ]
             )
     return headings, sections
 
 
-def _extras(column: Column, delta: str, p: str) -> list[str]:
-    return ([delta] if column.delta else []) + ([p] if column.tested else [])
+@dataclass(frozen=True)
+class _Shown:
+    """What a table shows with each value.
+
+    Args:
+        stacked: below it, not in columns of its own.
+        spread: the standard deviation between seeds.
+        compared: the difference to the base, and the p value of the first metric.
+    """
+
+    stacked: bool
+    spread: bool
+    compared: bool
+
+    def beside(self, column: Column, sd: str, delta: str, p: str) -> list[str]:
+        """Those of the three that this column has."""
+        found = [sd] if self.spread else []
+        found += [delta] if self.compared and column.delta else []
+        return found + ([p] if self.compared and column.tested else [])
 
 
 def _cells(
     columns: tuple[Column, ...],
     scores: Mapping[str, Any],
     delta: Mapping[str, Any] | None,
-    stacked: bool,
+    shown: _Shown,
 ) -> Iterator[str]:
     for column in columns:
         scale = 100 if column.percent else 1
@@ -199,11 +233,12 @@ def _cells(
         value = _figure(score, scale) if column.percent else f"{score['value']:.1f}"
         change = _figure(delta[column.metric], scale, sign=True) if delta else ""
         p = _p(delta["mcnemar"]["p"]) if delta and "mcnemar" in delta else ""
-        if stacked:
-            below = _extras(column, change, p and f"p {p}")
+        sd = f"{score['sd'] * scale:.1f}" if "sd" in score else ""
+        if shown.stacked:
+            below = shown.beside(column, sd and f"sd {sd}", change, p and f"p {p}")
             yield "\n".join([value, *filter(None, below)])
         else:
-            yield from [value, *_extras(column, change, p)]
+            yield from [value, *shown.beside(column, sd, change, p)]
 
 
 def _figure(score: Mapping[str, Any], scale: int, sign: bool = False) -> str:

@@ -6,6 +6,7 @@ The runner knows no model: it is given a function from samples to answers.
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,10 +18,21 @@ import numpy as np
 
 from vlmfix.evals.tasks import Answer, Sample, Task
 
-__all__ = ["Answerer", "ArmRun", "ModelUnderTest", "Recorder", "distinct_requests", "run_arm"]
+__all__ = [
+    "Answerer",
+    "ArmRun",
+    "ModelUnderTest",
+    "Recorder",
+    "distinct_requests",
+    "noise_seed",
+    "run_arm",
+]
 
-Answerer = Callable[[Sequence[Sample]], Sequence[Answer]]
-"""A batch of samples in, one answer per sample out, in order."""
+Answerer = Callable[[Sequence[Sample], int | None], Sequence[Answer]]
+"""A batch of samples in, one answer per sample out, in order.
+
+The second argument seeds what is drawn for the batch; None where nothing is.
+"""
 
 
 @runtime_checkable
@@ -54,11 +66,11 @@ class ArmRun:
     """All answers of one arm to one task.
 
     Args:
-        answers: aligned with the samples.
-        cost: forward passes, tokens and seconds.
+        answers: per sampling seed, one list aligned with the samples; one list in all if greedy.
+        cost: forward passes, tokens and seconds, of all seeds.
     """
 
-    answers: list[Answer]
+    answers: list[list[Answer]]
     cost: dict[str, float]
 
 
@@ -81,12 +93,22 @@ class Recorder:
     def __exit__(self, *exc: object) -> None:
         self._file.close()
 
-    def write(self, sample: Sample, answer: Answer, latency: float) -> None:
-        """Record one answer; `latency` in seconds, of the batch that held it."""
+    def write(
+        self, sample: Sample, answer: Answer, latency: float, draw: int | None = None
+    ) -> None:
+        """Record one answer.
+
+        Args:
+            sample: what was asked.
+            answer: what came back.
+            latency: seconds that the batch took that held it.
+            draw: number of the sampling seed; None: greedy.
+        """
         failed = answer.error is not None
         parsed, correct = (None, None) if failed else self._task.parse(sample, answer)
         record = {
             **self._common,
+            "sampling_seed": draw,
             "task": sample.task,
             "split": sample.split,
             "sample_id": sample.sample_id,
@@ -110,12 +132,28 @@ def distinct_requests(samples: Sequence[Sample]) -> list[list[Sample]]:
     """Samples grouped by (image, prompt), groups of one image side by side.
 
     POPE asks about the same objects in all three splits; under one method and greedy decoding the
-    answer is the same, so it is asked for once.
+    answer is the same, so it is asked for once. Sampled once, it stands in every split, too: each
+    split is as it would be alone, and what they share, the bootstrap over images keeps together.
     """
     by_image: dict[str, dict[str, list[Sample]]] = {}
     for sample in samples:
         by_image.setdefault(sample.image, {}).setdefault(sample.prompt, []).append(sample)
     return [group for prompts in by_image.values() for group in prompts.values()]
+
+
+def noise_seed(seed: int, draw: int, task: str, batch: int) -> int:
+    """What the random numbers of one batch are seeded with: the same in every arm.
+
+    The arms then sample with common random numbers: where their probabilities agree, so do their
+    tokens, and differences between arms are not those between two throws of the dice.
+
+    Args:
+        seed: of the evaluation.
+        draw: number of the sampling seed.
+        task: name of the task.
+        batch: number of the batch.
+    """
+    return random.Random(f"{seed}/{draw}/{task}/{batch}").getrandbits(32)
 
 
 def run_arm(
@@ -124,8 +162,10 @@ def run_arm(
     batch_size: int,
     recorder: Recorder,
     advance: Callable[[int], None] = lambda n: None,
+    seed: int = 0,
+    draws: Sequence[int | None] = (None,),
 ) -> ArmRun:
-    """Answer all samples.
+    """Answer all samples, once per sampling seed.
 
     A batch that fails is recorded as errors of its samples, and the run goes on.
 
@@ -135,28 +175,35 @@ def run_arm(
         batch_size: distinct requests per call of `answer`.
         recorder: where the answers go.
         advance: told the number of requests done, after every batch.
+        seed: of the evaluation.
+        draws: numbers of the sampling seeds; one None: greedy.
     """
     groups = distinct_requests(samples)
-    found: dict[str, Answer] = {}
+    replies: list[list[Answer]] = []
     batches: list[tuple[float, list[Answer]]] = []
-    for start in range(0, len(groups), batch_size):
-        batch = groups[start : start + batch_size]
-        began = time.perf_counter()
-        answers = _answer([group[0] for group in batch], answer)
-        seconds = time.perf_counter() - began
-        for group, reply in zip(batch, answers, strict=True):
-            for sample in group:
-                recorder.write(sample, reply, seconds)
-                found[sample.sample_id] = reply
-        if answers[0].error is None:
-            batches.append((seconds, answers))
-        advance(len(batch))
-    return ArmRun([found[sample.sample_id] for sample in samples], _cost(batches))
+    for draw in draws:
+        found: dict[str, Answer] = {}
+        for number, start in enumerate(range(0, len(groups), batch_size)):
+            batch = groups[start : start + batch_size]
+            first = batch[0][0]
+            noise = None if draw is None else noise_seed(seed, draw, first.task, number)
+            began = time.perf_counter()
+            answers = _answer([group[0] for group in batch], answer, noise)
+            seconds = time.perf_counter() - began
+            for group, reply in zip(batch, answers, strict=True):
+                for sample in group:
+                    recorder.write(sample, reply, seconds, draw)
+                    found[sample.sample_id] = reply
+            if answers[0].error is None:
+                batches.append((seconds, answers))
+            advance(len(batch))
+        replies.append([found[sample.sample_id] for sample in samples])
+    return ArmRun(replies, _cost(batches))
 
 
-def _answer(batch: Sequence[Sample], answer: Answerer) -> list[Answer]:
+def _answer(batch: Sequence[Sample], answer: Answerer, noise: int | None) -> list[Answer]:
     try:
-        answers = list(answer(batch))
+        answers = list(answer(batch, noise))
         if len(answers) != len(batch):
             raise RuntimeError(f"{len(answers)} answers came back for {len(batch)} samples")
     except Exception as error:

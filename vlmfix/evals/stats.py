@@ -1,7 +1,8 @@
-"""Intervals and tests: Wilson, the image-clustered bootstrap, exact McNemar, Holm.
+"""Intervals and tests: Wilson, the image-clustered bootstrap, exact McNemar, Rüger, Holm.
 
 Sources: Wilson 1927 (JASA 22); Efron and Tibshirani 1993, chapters 8 and 13 (percentile bootstrap,
-resampling whole clusters); McNemar 1947 in its exact binomial form; Holm 1979.
+resampling whole clusters); McNemar 1947 in its exact binomial form; Rüger 1978 (Metrika 25);
+Holm 1979.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["McNemar", "Resamples", "holm", "mcnemar", "percentile_interval", "wilson"]
+__all__ = [
+    "McNemar",
+    "Resamples",
+    "holm",
+    "majority",
+    "mcnemar",
+    "percentile_interval",
+    "wilson",
+]
 
 Floats = NDArray[np.float64]
 
@@ -74,6 +83,20 @@ def mcnemar(base: Sequence[bool], method: Sequence[bool]) -> McNemar:
     return McNemar(better, worse, min(1.0, 2 * tail / 2**total) if total else 1.0)
 
 
+def majority(p_values: Sequence[float]) -> float:
+    """One p value from several tests of one hypothesis, whatever their dependence (Rüger 1978).
+
+    Under the hypothesis n tests expect at most n t p values up to t, so k of them are that small
+    with probability n t / k at most (Markov). Here k is more than half of n: 3 of 5.
+
+    Args:
+        p_values: one or more.
+    """
+    n = len(p_values)
+    k = n // 2 + 1
+    return min(1.0, n / k * sorted(p_values)[k - 1])
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down adjusted p values, in the order given."""
     adjusted = [1.0] * len(p_values)
@@ -112,10 +135,16 @@ class Resamples:
             else np.zeros((replicates, 0))
         )
 
-    def sums(self, counts: Floats) -> Floats:
-        """Sums of item counts in every resample: (items, ...) -> (R, ...)."""
+    def sums(self, counts: Floats, items: NDArray[np.intp] | None = None) -> Floats:
+        """Sums of item counts in every resample: (items, ...) -> (R, ...).
+
+        Args:
+            counts: of all items, or of those that `items` lists.
+            items: (n,) indices; None: all.
+        """
         per_cluster = np.zeros((self.n_clusters, *counts.shape[1:]))
-        np.add.at(per_cluster, self._cluster_of, counts)
+        cluster_of = self._cluster_of if items is None else self._cluster_of[items]
+        np.add.at(per_cluster, cluster_of, counts)
         return np.tensordot(self._weights, per_cluster, axes=1)
 
 

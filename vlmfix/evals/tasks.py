@@ -83,6 +83,7 @@ class Options:
         max_new_tokens: overrides the task's own limit.
         truncate: "none", or "sentence" to drop the sentence that the token limit cut.
         questions: ready-made question files by split, instead of building them.
+        splits: which splits of POPE are built, of `pope.SPLITS`; None: those of the paper.
     """
 
     seed: int = 0
@@ -93,6 +94,7 @@ class Options:
     max_new_tokens: int | None = None
     truncate: str = "none"
     questions: Mapping[str, Path] | None = None
+    splits: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -140,9 +142,18 @@ class Task(Protocol):
         """How one answer reads (JSON-able), and whether it is right (None: no such notion)."""
 
     def score(
-        self, samples: Sequence[Sample], arms: Mapping[str, Sequence[Answer]]
+        self,
+        samples: Sequence[Sample],
+        arms: Mapping[str, Sequence[Answer]],
+        draws: Sequence[int] | None = None,
     ) -> dict[str, Any]:
-        """Arm -> results; `samples` and every arm's answers are aligned and free of errors."""
+        """Arm -> results.
+
+        Args:
+            samples: the items, each once per seed that sampled an answer to it.
+            arms: arm -> answers, aligned with `samples` and free of errors.
+            draws: the seed of every answer, as `metrics.summarise` takes it; None: greedy.
+        """
 
 
 def get_task(name: str) -> type[Task]:
