@@ -18,9 +18,11 @@ from vlmfix.methods.gift import GazeShiftFusion
 from vlmfix.methods.head_pursuit import HeadPursuit
 from vlmfix.methods.imba import PayAttentionToInformedTokens
 from vlmfix.methods.pai import PayAttentionToImage
+from vlmfix.methods.rbd import ReBalancingContrastiveDecoding
 from vlmfix.methods.spin import ImageGuidedHeadSuppression
 from vlmfix.methods.vaf import VisualAmplificationFusion
 from vlmfix.methods.var import VisualAttentionRedistribution
+from vlmfix.methods.vcd import VisualContrastiveDecoding
 from vlmfix.methods.vhr import VisionAwareHeadReinforcement
 
 
@@ -77,6 +79,11 @@ ROWS = (
         PayAttentionToImage(alpha=0.0, start_layer=0),
     ),
     Row(
+        "rbd",
+        ReBalancingContrastiveDecoding(a_t=1.0, a_v=1.0, noise_step=999, seed=0),
+        ReBalancingContrastiveDecoding(a_t=0.0, a_v=0.0, beta=0.0),
+    ),
+    Row(
         "spin",
         ImageGuidedHeadSuppression(rho=0.5, epsilon=0.1),
         ImageGuidedHeadSuppression(rho=1.0),
@@ -90,6 +97,11 @@ ROWS = (
         "var",
         VisualAttentionRedistribution(keep=0.1, **_SINKS),
         VisualAttentionRedistribution(keep=1.0, **_SINKS),
+    ),
+    Row(
+        "vcd",
+        VisualContrastiveDecoding(alpha=1.0, noise_step=999, seed=0),
+        VisualContrastiveDecoding(alpha=0.0, beta=0.0),
     ),
     Row(
         "vhr",
