@@ -62,7 +62,7 @@ class FakeModel:
     def __init__(self, reply: Reply, known: Sequence[str] = ("var", "pai")) -> None:
         self.reply, self.known = reply, known
         self.batches: dict[str, list[list[Sample]]] = {}
-        self.noise: dict[str, list[int | None]] = {}  # what each of these batches was drawn with
+        self.noise: dict[str, list[int]] = {}  # what each of these batches was drawn with
         self.gen_kwargs: dict[str, Mapping[str, Any]] = {}
 
     @property
@@ -80,11 +80,11 @@ class FakeModel:
     @contextmanager
     def arm(
         self, method: Any | None, gen_kwargs: Mapping[str, Any], image: Callable[[str], Any]
-    ) -> Iterator[Callable[[Sequence[Sample], int | None], list[Answer]]]:
+    ) -> Iterator[Callable[[Sequence[Sample], int], list[Answer]]]:
         batches = self.batches.setdefault(method or "base", [])
         self.gen_kwargs[method or "base"] = gen_kwargs
 
-        def answer(batch: Sequence[Sample], noise: int | None) -> list[Answer]:
+        def answer(batch: Sequence[Sample], noise: int) -> list[Answer]:
             batches.append(list(batch))
             self.noise.setdefault(method or "base", []).append(noise)
             for sample in batch:

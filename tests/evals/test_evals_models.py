@@ -77,7 +77,7 @@ def test_adapter_asks_one_chat_per_sample_and_sees_a_second_stream(
 
     def generate(model: Tiny, processor: Any, chats: Any, **kwargs: Any) -> list[Detail]:
         model.steps(len(chats))
-        calls.append({"chats": chats, **kwargs})
+        calls.append({"chats": chats, "drawn_from": torch.initial_seed(), **kwargs})
         return [Detail(chat[0]["content"][1]["text"].upper()) for chat in chats]
 
     monkeypatch.setattr(vlmfix, "wrapped", wrapped, raising=False)
@@ -88,15 +88,18 @@ def test_adapter_asks_one_chat_per_sample_and_sees_a_second_stream(
     assert asked.describe(None) is None
     samples = [Sample("pope", "s", str(i), f"{i}.png", i, f"q{i}", "yes") for i in range(3)]
     passes = {}
+    before = torch.initial_seed()
     for method in (None, "vcd"):
         with asked.arm(method, {"max_new_tokens": 16}, lambda name: f"<{name}>") as answer:
-            replies = answer(samples, None)
+            replies = answer(samples, 5)
         assert [reply.text for reply in replies] == ["Q0", "Q1", "Q2"]
         assert (replies[0].prompt_tokens, replies[0].new_tokens) == (7, 3)
         passes[method] = replies[0].passes
     # The second stream shares the calls of the first, and must show all the same.
     assert passes == {None: 3.0, "vcd": 6.0}
     assert calls[0]["max_new_tokens"] == 16 and calls[0]["return_details"] is True
+    # A method that draws noise takes it from there, whatever ran before in this process.
+    assert [call["drawn_from"] for call in calls] == [5, 5] and torch.initial_seed() == before
     assert calls[0]["chats"][2][0]["content"] == [
         {"type": "image", "image": "<2.png>"},
         {"type": "text", "text": "q2"},
@@ -135,7 +138,7 @@ def test_a_branch_counts_as_a_second_pass() -> None:
     for method in (None, WithoutImage()):
         settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
         with asked.arm(method, settings, lambda name: Image.new("RGB", (112, 112))) as answer:
-            passes[method] = [reply.passes for reply in answer(samples, None)]
+            passes[method] = [reply.passes for reply in answer(samples, 0)]
     assert list(passes.values()) == [[4, 4], [8, 8]]
 
 

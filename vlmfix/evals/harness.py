@@ -71,7 +71,8 @@ def evaluate(
         limit: ask about the first so many selected images only; the results say PARTIAL.
         output: folder for results.json and samples_*.jsonl; None makes one under runs/.
         batch_size: (image, prompt) pairs per generate call.
-        seed: of image selection, question building, bootstrap, and sampling.
+        seed: of image selection, question building, bootstrap, sampling, and noise that methods
+            draw.
         prompt_style: of yes/no questions: bare, lmms, vcd or clearsight.
         parser: of yes/no answers, a key of `parsers.PARSERS`; strict is reported beside it.
         max_new_tokens: None takes 16 for POPE and 512 for CHAIR.

@@ -102,7 +102,7 @@ class TransformersModel:
         state = nullcontext() if method is None else vlmfix.wrapped(self._model, method)
         with state, count_passes(self._model) as counter:
 
-            def answer(batch: Sequence[Sample], noise: int | None) -> list[Answer]:
+            def answer(batch: Sequence[Sample], noise: int) -> list[Answer]:
                 counter.reset()
                 chats = [_chat(image(sample.image), sample.prompt) for sample in batch]
                 with _seeded(noise):
@@ -118,11 +118,8 @@ class TransformersModel:
 
 
 @contextmanager
-def _seeded(noise: int | None) -> Iterator[None]:
-    """Let torch draw from this seed, then go on where its generators were; None: leave them."""
-    if noise is None:
-        yield
-        return
+def _seeded(noise: int) -> Iterator[None]:
+    """Let torch draw from this seed, then go on where its generators were."""
     import torch
 
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):

@@ -28,10 +28,10 @@ __all__ = [
     "run_arm",
 ]
 
-Answerer = Callable[[Sequence[Sample], int | None], Sequence[Answer]]
+Answerer = Callable[[Sequence[Sample], int], Sequence[Answer]]
 """A batch of samples in, one answer per sample out, in order.
 
-The second argument seeds what is drawn for the batch; None where nothing is.
+The second argument seeds whatever is drawn meanwhile: tokens, and the noise of some methods.
 """
 
 
@@ -186,7 +186,8 @@ def run_arm(
         for number, start in enumerate(range(0, len(groups), batch_size)):
             batch = groups[start : start + batch_size]
             first = batch[0][0]
-            noise = None if draw is None else noise_seed(seed, draw, first.task, number)
+            # Greedy, one seed for all batches: a method's noise depends on no batch then.
+            noise = seed if draw is None else noise_seed(seed, draw, first.task, number)
             began = time.perf_counter()
             answers = _answer([group[0] for group in batch], answer, noise)
             seconds = time.perf_counter() - began
@@ -201,7 +202,7 @@ def run_arm(
     return ArmRun(replies, _cost(batches))
 
 
-def _answer(batch: Sequence[Sample], answer: Answerer, noise: int | None) -> list[Answer]:
+def _answer(batch: Sequence[Sample], answer: Answerer, noise: int) -> list[Answer]:
     try:
         answers = list(answer(batch, noise))
         if len(answers) != len(batch):
