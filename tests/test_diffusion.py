@@ -168,10 +168,10 @@ def test_a_prompt_without_an_image_among_others() -> None:
     assert torch.equal(together[1:], alone)
 
 
-@pytest.mark.parametrize("tokens", [(4, 5), (3, 1), (0, 0)])
-def test_tiles_that_cannot_be_told_apart(tokens: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("tiles", "tokens"), [(2, (4, 5)), (2, (3, 1)), (2, (0, 0)), (3, (2, 2))])
+def test_tiles_that_cannot_be_told_apart(tiles: int, tokens: tuple[int, ...]) -> None:
     with pytest.raises(BadInput, match="one call of the model's processor"):
-        noised(made({"pixel_values": torch.ones(2, 3, 8, 8)}, *tokens), 500, 0)
+        noised(made({"pixel_values": torch.ones(tiles, 3, 8, 8)}, *tokens), 500, 0)
 
 
 def test_llava_next_pads_images_with_tiles() -> None:
