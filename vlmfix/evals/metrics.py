@@ -97,8 +97,9 @@ def summarise(
     Where answers were sampled with several seeds, each seed gives a value, and the figure is their
     mean. Its interval comes from resamples of images, and an image brings its answers of all seeds:
     one image more or less is what the data could have held, five seeds of one image are not five
-    images. Answers to different images are drawn independently under one seed, so this interval
-    holds the noise of sampling, too, and seeds need no resampling of their own.
+    images. Tokens of different images are drawn independently under one seed, so this interval
+    holds the noise of sampling, too, and seeds need no resampling of their own. It does not hold
+    what a method draws once for many images, such as the noise of VCD.
 
     Args:
         arms: name -> scored answers; the first is the base that the others are compared with.
