@@ -14,10 +14,13 @@ from tiny import FAMILIES, TinyFamily, build
 
 from vlmfix.method import Method
 from vlmfix.methods.ad_hh import AdaptiveHeadDeactivation
+from vlmfix.methods.avc import AttentionalVisionCalibration
 from vlmfix.methods.gift import GazeShiftFusion
 from vlmfix.methods.head_pursuit import HeadPursuit
 from vlmfix.methods.imba import PayAttentionToInformedTokens
+from vlmfix.methods.m3id import MutualInformationDecoding
 from vlmfix.methods.pai import PayAttentionToImage
+from vlmfix.methods.pai_guidance import ImageGuidance
 from vlmfix.methods.rbd import ReBalancingContrastiveDecoding
 from vlmfix.methods.spin import ImageGuidedHeadSuppression
 from vlmfix.methods.vaf import VisualAmplificationFusion
@@ -58,6 +61,11 @@ ROWS = (
         AdaptiveHeadDeactivation(heads=_HEADS, tau=1.5),
     ),
     Row(
+        "avc",
+        AttentionalVisionCalibration(alpha=2.5, deviations=0.3),
+        AttentionalVisionCalibration(alpha=0.0, beta=0.0),
+    ),
+    Row(
         "gift",
         GazeShiftFusion(alpha=6.0, saliency_layer=1, edited_layers=(1, 2)),
         GazeShiftFusion(alpha=0.0, saliency_layer=1, edited_layers=(1, 2)),
@@ -74,9 +82,19 @@ ROWS = (
         PayAttentionToInformedTokens(alpha=0.0, beta=0.0, start_layer=0),
     ),
     Row(
+        "m3id",
+        MutualInformationDecoding(decay=0.3),
+        MutualInformationDecoding(decay=0.0, beta=0.0),
+    ),
+    Row(
         "pai",
         PayAttentionToImage(alpha=0.5, start_layer=0),
         PayAttentionToImage(alpha=0.0, start_layer=0),
+    ),
+    Row(
+        "pai_guidance",
+        ImageGuidance(gamma=3.0),
+        ImageGuidance(gamma=1.0),
     ),
     Row(
         "rbd",
