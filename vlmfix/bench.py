@@ -47,7 +47,12 @@ SLOW_PLAIN = (
 # of one standard deviation call about a third of the tokens sinks, and without a least mass on the
 # image VAR edits nearly every head, however long the text: more work than usual. The csv says
 # which options ran.
-FORCED = {"var": "var:sink_channels=0;tau=1;minimum_visual_mass=0"}
+FORCED = {
+    "var": "var:sink_channels=0;tau=1;minimum_visual_mass=0",
+    "vcd": "vcd:beta=0",
+    "avc": "avc:beta=0",
+    "m3id": "m3id:decay=1;beta=0",
+}
 
 
 @dataclass

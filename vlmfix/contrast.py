@@ -18,7 +18,7 @@ import torch
 from vlmfix.families import ModelInfo
 from vlmfix.method import Method
 
-__all__ = ["Branch", "ContrastMethod", "Prompt", "keep_plausible"]
+__all__ = ["Branch", "ContrastMethod", "Prompt", "keep_plausible", "noise_generator"]
 
 #: Logits between the least plausible token and the likeliest implausible one: e^-1e4 is 0 in
 #: float32 and float64, so that none of the latter is ever sampled.
@@ -107,6 +107,16 @@ class ContrastMethod(Method):
             (B, R, V) float32.
         """
         raise NotImplementedError
+
+
+def noise_generator(seed: int | None) -> torch.Generator:
+    """A generator on the CPU for the noise of a branch; None: `torch.initial_seed()`.
+
+    The seed is moved aside: after `torch.manual_seed(seed)` the tokens of a sampled answer would
+    else be drawn from the very numbers that the noise is made of.
+    """
+    seed = torch.initial_seed() if seed is None else seed
+    return torch.Generator().manual_seed((seed + 0x5DEECE66D) % 2**63)
 
 
 def keep_plausible(combined: torch.Tensor, base: torch.Tensor, beta: float) -> torch.Tensor:

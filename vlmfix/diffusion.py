@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vlmfix.contrast import Prompt
+from vlmfix.contrast import Prompt, noise_generator
 from vlmfix.errors import BadInput
 
 __all__ = ["STEPS", "noise_weights", "noised"]
@@ -73,7 +73,6 @@ def noised(prompt: Prompt, step: int, seed: int | None = None) -> dict[str, Any]
     Raises:
         BadInput: there are no pixels, or they are in none of these forms.
     """
-    seed = torch.initial_seed() if seed is None else seed
     names = [n for n in ("pixel_values", "pixel_values_videos") if prompt.vision.get(n) is not None]
     if not names:
         given = ", ".join(prompt.vision) or "none"
@@ -87,7 +86,7 @@ def noised(prompt: Prompt, step: int, seed: int | None = None) -> dict[str, Any]
     for name in names:
         copy[name] = prompt.vision[name].clone()
         for parts in _images(prompt, name, copy[name]):
-            generator = torch.Generator().manual_seed(seed)
+            generator = noise_generator(seed)
             for part, shape in parts:
                 noise = torch.randn(shape, generator=generator).to(part.device)
                 part.copy_(image_weight * part.float() + noise_weight * noise)

@@ -64,6 +64,14 @@ class Inputs(NamedTuple):
             query=self.query[cut], key=self.key[cut], value=self.value[cut], mask=mask
         )
 
+    def keys_from(self, first: int) -> Inputs:
+        """The same without the keys before `first`, which no row sees."""
+        if not first:
+            return self
+        mask = self.mask if self.mask is None else self.mask[..., first : self.keys]
+        key, value = self.key[:, :, first:], self.value[:, :, first:]
+        return self._replace(key=key, value=value, mask=mask)
+
     def visible(self, first: int, rows: int) -> torch.Tensor | None:
         """The mask of the rows from `first`: sliced, or built where transformers leaves it out."""
         if self.mask is not None:

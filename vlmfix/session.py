@@ -131,12 +131,7 @@ class Session:
             if stack.taps:
                 self._tap_tower(stack)
             if stack.contrast is not None and not self._hooked_decoder:
-                model: Any = self.model
-                hook = model.get_decoder().register_forward_pre_hook(
-                    self._enter_decoder, with_kwargs=True
-                )
-                self._handles.append(hook)
-                self._hooked_decoder = True
+                self._hook_decoder()
 
     def _tap_tower(self, stack: Stack) -> None:
         """Read the layers of the vision tower that a stack wants, beside those read already."""
@@ -159,6 +154,16 @@ class Session:
         override = copy.copy(module.config)
         override._attn_implementation_internal = NAME
         module.config = override
+
+    def _hook_decoder(self) -> None:
+        """What branches need: the decoder's inputs, and on a CPU the attention of every layer."""
+        model: Any = self.model
+        hook = model.get_decoder().register_forward_pre_hook(self._enter_decoder, with_kwargs=True)
+        self._handles.append(hook)
+        self._hooked_decoder = True
+        for layer in self.info.attention:
+            if self._device(layer).type == "cpu" and layer not in self._configs:
+                self._hook_attention(layer)
 
     def _hook_input(self, layer: int) -> None:
         handle = self.info.layers[layer].register_forward_pre_hook(
@@ -324,8 +329,9 @@ class Session:
             frame = self._step_frame(cache)
             contrast = None if frame is None or frame.stack.contrast is None else frame
             if contrast is not None:
-                # The length of a static cache is a tensor, which the step will change.
-                token = (cache.get_seq_length() - contrast.ledger.prompt_length + 2).reshape(1)
+                # The length of a static cache may be a tensor, which the step will change.
+                past = torch.as_tensor(cache.get_seq_length(), device=self._device(0))
+                token = (past - contrast.ledger.prompt_length + 2).reshape(1)
                 if contrast.ledger.streams is not None:
                     kwargs = contrast.ledger.streams.widen(self.model, kwargs, contrast)
             self.local.steps = self._steps(frame, cache)

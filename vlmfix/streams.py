@@ -56,12 +56,14 @@ class Streams:
         visible: ((1 + G) R, P) bool, which of the P keys of the prompt a row sees.
         shift: (G R, 1) int64, what to add to a position of the base for the same token in a branch.
         as_base: whether every branch sees the keys that its base row sees.
+        first: per branch, the first key that any of its rows sees.
     """
 
     branches: int
     visible: torch.Tensor
     shift: torch.Tensor
     as_base: bool
+    first: tuple[int, ...]
 
     @property
     def rows(self) -> int:
@@ -297,7 +299,7 @@ def _fold(frame: Frame, output: Any, logits: Sequence[torch.Tensor], token: torc
     # A branch that overflowed says nothing; its row then speaks for itself.
     branches = [torch.where(x.isnan().any(-1, keepdim=True), base, x) for x in branches]
     has_image = frame.ledger.visual().any(1).to(base.device)
-    combined = method.contrast(base, branches, token)
+    combined = method.contrast(base, branches, token.to(base.device))
     combined = torch.where(has_image[:, None, None], combined, base)
     frame.call.contrasted.append(has_image.sum() * kept)
     frame.call.streams = max(frame.call.streams, len(logits))
@@ -365,6 +367,7 @@ def _run_branches(
             visible=torch.cat([seen.repeat_interleave(copies, 0) for seen in visible]),
             shift=torch.cat([shift.repeat_interleave(copies, 0) for shift in shifts]),
             as_base=as_base,
+            first=tuple(int(seen.any(0).to(torch.uint8).argmax()) for seen in visible[1:]),
         )
     return logits
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
-from vlmfix.contrast import Branch, ContrastMethod, Prompt, keep_plausible
+from vlmfix.contrast import Branch, ContrastMethod, Prompt, keep_plausible, noise_generator
 from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo
 from vlmfix.method import Preset, check_range, find_preset
@@ -147,9 +147,8 @@ class AttentionalVisionCalibration(ContrastMethod):
     def _noise(self, prompt: Prompt) -> torch.Tensor:
         """(B, L, D): N(0, 1) at visual tokens, in each row the same as if it were alone."""
         noise = torch.zeros(*prompt.ids.shape, prompt.info.hidden_size)
-        seed = torch.initial_seed() if self.seed is None else self.seed
         for row, visual in enumerate(prompt.visual.cpu()):
-            generator = torch.Generator().manual_seed(seed)
+            generator = noise_generator(self.seed)
             count = int(visual.sum())
             noise[row, visual] = torch.randn(count, noise.shape[-1], generator=generator)
         return noise.to(prompt.ids.device)
