@@ -93,7 +93,7 @@ class Oracle:
         info = describe_model(self.tiny.model)
         seen = {}
         if watched := self.method.watched(info):
-            maps = _attention_maps(self.tiny.model, row)
+            maps = attention_maps(self.tiny.model, row)
             seen = {layer: maps[layer][:, :, -1].mean(1) for layer in watched}
         vision = {name: value for name, value in row.items() if name not in PER_POSITION}
         real = torch.ones_like(ids, dtype=torch.bool)
@@ -145,7 +145,7 @@ def _without_image(tiny: TinyFamily, row: Inputs) -> Inputs:
     return text
 
 
-def _attention_maps(model: Any, row: Inputs) -> tuple[torch.Tensor, ...]:
+def attention_maps(model: Any, row: Inputs) -> tuple[torch.Tensor, ...]:
     """Attention of every layer, (1, H, L, L), as transformers itself returns it."""
     before = model.config.get_text_config()._attn_implementation
     model.set_attn_implementation({"text_config": "eager"})

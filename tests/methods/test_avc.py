@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from matrix import family
+from contrast_oracle import attention_maps
+from matrix import family, logits
+from matrix import prompt as padded_prompt
+from tiny import FAMILIES, generate_kwargs
 
+import vlmfix
 from vlmfix.contrast import Branch, Prompt
 from vlmfix.errors import BadInput
 from vlmfix.families import describe_model
@@ -214,6 +221,102 @@ def test_noise_is_standard_normal_and_comes_from_a_generator_of_its_own() -> Non
     assert torch.equal(fill(), first)
     torch.manual_seed(12)
     assert not torch.equal(fill(), first)
+
+
+class Recording(AttentionalVisionCalibration):
+    """Keeps the prompts that it is asked about, and what it answers."""
+
+    prompts: ClassVar[list[Prompt]] = []
+    answers: ClassVar[list[Branch]] = []
+
+    def branches(self, prompt: Prompt) -> Sequence[Branch]:
+        made = super().branches(prompt)
+        self.prompts.append(prompt)
+        self.answers.extend(made)
+        return made
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static", "disable_compile": True},
+    "no cache": {"use_cache": False},
+    "beams": {"num_beams": 3},
+    "chunks": {"prefill_chunk_size": 5},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_attention_seen_is_the_models_and_rows_do_not_depend_on_the_batch(
+    name: str, way: str
+) -> None:
+    """Padding, grouped queries, sliding windows; against transformers' own attention maps."""
+    if way == "chunks" and name in ("gemma3", "paligemma"):
+        pytest.skip("plain transformers gives other logits: chunks cut its bidirectional image")
+    tiny = family(name)
+    inputs = padded_prompt(tiny)
+    alone = [tiny.single(inputs, row) for row in range(3)]
+    method = Recording(alpha=1.0, deviations=0.3)
+    batches: list[tuple[Prompt, Branch]] = []
+    for given in (inputs, *alone):
+        method.prompts.clear()
+        method.answers.clear()
+        with vlmfix.wrapped(tiny.model, method), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            tiny.model.generate(**given, **generate_kwargs(max_new_tokens=2, **WAYS[way]))
+        assert len(method.prompts) == 1, "asked once per prompt"
+        batches.append((method.prompts[0], method.answers[0]))
+    (seen, branch), *singles = batches
+    assert sorted(seen.seen) == list(range(seen.info.num_layers))
+    for row, (one, other) in enumerate(singles):
+        width = alone[row]["input_ids"].shape[1]
+        assert masked(other).any() and (one.visual & ~masked(other)).any()
+        assert torch.equal(masked(branch)[row, -width:], masked(other)[0])
+        assert torch.equal(seen.visual[row, -width:], one.visual[0])
+        assert torch.equal(seen.real[row], inputs["attention_mask"][row].bool())
+        for layer, attention in enumerate(attention_maps(tiny.model, alone[row])):
+            wanted = attention[0, :, -1].mean(0)
+            assert torch.allclose(seen.seen[layer][row, -width:], wanted, rtol=0, atol=1e-5)
+            assert torch.allclose(one.seen[layer][0], wanted, rtol=0, atol=1e-5)
+            assert not seen.seen[layer][row, :-width].any()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_if_nothing_is_masked_nothing_changes(name: str) -> None:
+    """The second stream is then the prompt itself, so that only rounding is contrasted."""
+    tiny = family(name)
+    inputs = padded_prompt(tiny)
+    plain = logits(tiny.model, inputs)
+    tokens = tiny.model.generate(**inputs, **generate_kwargs())
+    method = AttentionalVisionCalibration(alpha=2.5, beta=0.0, deviations=-1000.0)
+    with vlmfix.wrapped(tiny.model, method):
+        assert torch.allclose(logits(tiny.model, inputs), plain, rtol=0, atol=1e-4)
+        assert torch.equal(tiny.model.generate(**inputs, **generate_kwargs()), tokens)
+        assert vlmfix.last_call(tiny.model).streams == 2
+
+
+def test_schemes_are_different_methods() -> None:
+    tiny = family("llava")
+    inputs = padded_prompt(tiny)
+    made = [logits(tiny.model, inputs)]
+    for scheme in ("zeros", "ones", "noise", "drop"):
+        with vlmfix.wrapped(tiny.model, f"avc:deviations=0.3;beta=0;scheme={scheme}"):
+            made.append(logits(tiny.model, inputs))
+    for one, other in itertools.combinations(made, 2):
+        assert (one - other).abs().max() > 0.1
+
+
+def test_the_rule_alone_runs_no_second_stream() -> None:
+    tiny = family("llava")
+    inputs = padded_prompt(tiny)
+    plain = logits(tiny.model, inputs)
+    with vlmfix.wrapped(tiny.model, "avc:alpha=0"):
+        kept = logits(tiny.model, inputs)
+        report = vlmfix.last_call(tiny.model)
+    assert report.streams == 1 and report.extra_passes == 0 and report.contrasted_rows == 3
+    plausible = plain >= plain.amax(-1, keepdim=True) + torch.tensor(0.1).log()
+    assert torch.equal(kept[plausible], plain[plausible])
+    assert not kept.softmax(-1)[~plausible].any()
 
 
 def test_presets_and_options() -> None:

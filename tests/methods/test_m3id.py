@@ -7,7 +7,10 @@ from typing import Literal
 import pytest
 import torch
 from matrix import family
+from matrix import prompt as padded_prompt
+from tiny import generate_kwargs
 
+import vlmfix
 from vlmfix.contrast import Branch, Prompt
 from vlmfix.errors import BadInput
 from vlmfix.families import describe_model
@@ -144,6 +147,31 @@ def test_the_branch_is_the_prompt_without_its_images() -> None:
     ids = torch.zeros(1, 3, dtype=torch.long)
     prompt = Prompt(info, ids, ids == 0, ids == 1, {})
     assert MutualInformationDecoding().branches(prompt) == [Branch(image=False)]
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_without_growth_no_second_stream_runs_and_greedy_answers_stay(name: str) -> None:
+    tiny = family(name)
+    inputs = padded_prompt(tiny)
+    tokens = tiny.model.generate(**inputs, **generate_kwargs())
+    with vlmfix.wrapped(tiny.model, "m3id:decay=0"):
+        assert torch.equal(tiny.model.generate(**inputs, **generate_kwargs()), tokens)
+        report = vlmfix.last_call(tiny.model)
+    assert report.streams == 1 and report.extra_passes == 0
+    assert report.contrasted_rows == 3 * 6
+
+
+def test_the_gate_opens_in_generate() -> None:
+    """Open, it is the contrast without a rule; closed, the plain model."""
+    tiny = family("llava")
+    inputs = padded_prompt(tiny)
+    made = {}
+    for spec in ("rule=gate;confidence=1", "beta=0", "rule=gate;confidence=1e-9"):
+        with vlmfix.wrapped(tiny.model, f"m3id:decay=0.5;{spec}"):
+            made[spec] = tiny.model.generate(**inputs, **generate_kwargs())
+    opened, free, closed = made.values()
+    assert torch.equal(opened, free) and not torch.equal(opened, closed)
+    assert torch.equal(closed, tiny.model.generate(**inputs, **generate_kwargs()))
 
 
 def test_options() -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matrix import family
+from matrix import family, logits, prompt
 
+import vlmfix
 from vlmfix.contrast import Branch, Prompt
 from vlmfix.errors import BadInput
 from vlmfix.families import describe_model
 from vlmfix.methods.pai_guidance import ImageGuidance
 from vlmfix.registry import build, build_stack
+from vlmfix.surgeon import module_state, prompt_without_images
 
 
 def row(*values: float) -> torch.Tensor:
@@ -77,8 +79,26 @@ def test_the_weight_does_not_grow() -> None:
 def test_the_branch_is_the_prompt_without_its_images() -> None:
     info = describe_model(family("llava").model)
     ids = torch.zeros(1, 3, dtype=torch.long)
-    prompt = Prompt(info, ids, ids == 0, ids == 1, {})
-    assert ImageGuidance().branches(prompt) == [Branch(image=False)]
+    asked = Prompt(info, ids, ids == 0, ids == 1, {})
+    assert ImageGuidance().branches(asked) == [Branch(image=False)]
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
+def test_with_the_attention_part_it_is_the_whole_of_pai(name: str) -> None:
+    """The boost acts on the prompt as it is and not on the text alone."""
+    tiny = family(name)
+    inputs, method = prompt(tiny), ImageGuidance(gamma=1.5, beta=0.0)
+    text = prompt_without_images(tiny.model, describe_model(tiny.model), inputs)
+    with module_state(tiny.model):
+        blind = logits(tiny.model, text)
+    with vlmfix.wrapped(tiny.model, "pai:alpha=0.5;start_layer=0"):
+        boosted = logits(tiny.model, inputs)
+    with vlmfix.wrapped(tiny.model, ["pai:alpha=0.5;start_layer=0", method]):
+        both = logits(tiny.model, inputs)
+    wanted = method.contrast(boosted[:, None], [blind[:, None]], TOKEN)[:, 0]
+    assert torch.allclose(both, wanted, rtol=0, atol=1e-4)
+    with vlmfix.wrapped(tiny.model, method):
+        assert not torch.allclose(logits(tiny.model, inputs), wanted, rtol=0, atol=1e-2)
 
 
 def test_options() -> None:
