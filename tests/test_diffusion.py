@@ -101,7 +101,8 @@ def test_a_row_is_noised_as_if_it_were_alone(name: str) -> None:
         alone = noised(given(name, single), 500, 7)
         part = tiny.single({**inputs, **together}, row)
         assert torch.equal(alone["pixel_values"], part["pixel_values"])
-        assert not torch.isclose(alone["pixel_values"], single["pixel_values"]).any()
+        near = torch.isclose(alone["pixel_values"], single["pixel_values"])
+        assert near.float().mean() < 0.01
 
 
 @pytest.mark.parametrize("name", FAMILIES)
