@@ -79,6 +79,16 @@ def test_a_sum_of_shares_that_rounds_below_one_asks_for_no_further_layer() -> No
         assert len(choose_layers(attention[:layers], 1.0)) <= layers
 
 
+def test_shares_that_reach_gamma_exactly_are_enough() -> None:
+    attention = torch.tensor([[0.25, 0.25], [0.5, 0.0], [0.0, 0.0]])
+    assert choose_layers(attention, 0.5).tolist() == [0]
+
+
+def test_a_token_at_the_threshold_is_blind() -> None:
+    attention = torch.tensor([[1.0, 2.0, 3.0]])
+    assert not_blind(attention, 0.5, 0.0).tolist() == [True, False, False]
+
+
 def test_worked_selection() -> None:
     mean = ATTENTION[[2, 0]].mean(0)
     wanted = torch.tensor([0.035, 0.02, 0.025, 0.125, 0.07, 0.02], dtype=torch.float64)
@@ -177,6 +187,9 @@ def test_branch_masks_what_is_not_blind() -> None:
     assert branch.filled is None and masked(branch).sum() == 5
     (branch,) = replace(method, deviations=0.0).branches(prompt([ATTENTION]))
     assert masked(branch).sum() == 4
+    # The layer that looks most is the first, and counts as any other.
+    (branch,) = replace(method, deviations=0.0).branches(prompt([ATTENTION[[2, 0, 1, 3]]]))
+    assert masked(branch).tolist() == [[False, True, True, True, False, False, True, False]]
 
 
 def test_rows_do_not_depend_on_the_batch() -> None:
