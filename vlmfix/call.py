@@ -31,6 +31,7 @@ class CallReport:
         contrasted_rows: rows of logits that a contrastive method combined.
         streams: rows that a pass runs per row of the batch: 1, and 1 for each branch.
         notes: {method: {what: {layer: counts per sample}}}, e.g. VAR's sinks.
+        visual_tokens: (kept, all) for each image of a prompt that was pruned, without newlines.
         pixels: {method: [one finding per prompt]} of methods that change images, e.g. CARVE's
             boxes and refined images.
     """
@@ -47,6 +48,7 @@ class CallReport:
     contrasted_rows: int
     streams: int
     notes: dict[str, dict[str, dict[int, list[int]]]]
+    visual_tokens: tuple[tuple[int, int], ...] = ()
     pixels: dict[str, list[Any]] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,6 +78,8 @@ class Call:
     question: tuple[torch.Tensor, torch.Tensor] | None = None
     #: What generate() was given of images, before it encoded them.
     vision: dict[str, Any] = field(default_factory=dict)
+    #: What became of the visual tokens of each image (shortening.Reduction), if they were pruned.
+    reductions: list[Any] | None = None
     #: What the branches of a contrastive method see (contrast.Branch), once it has been asked.
     branches: tuple[Any, ...] | None = None
     #: Rows of logits that were combined, one entry per forward.
@@ -125,5 +129,6 @@ class Call:
             contrasted_rows=sum(int(rows) for rows in self.contrasted),
             streams=self.streams,
             notes=self.notes,
+            visual_tokens=tuple(one.size for one in self.reductions or ()),
             pixels=self.pixels,
         )

@@ -21,6 +21,7 @@ from vlmfix.errors import BadInput, StateError
 from vlmfix.families import ModelInfo
 from vlmfix.ledger import GENERATED, IMAGE, PAD, TEXT, VIDEO, Ledger
 from vlmfix.method import AttentionMethod, Keys, Method, PixelMethod
+from vlmfix.pruning import TokenMethod
 
 if TYPE_CHECKING:
     from vlmfix.tap import Tap
@@ -73,6 +74,12 @@ class Stack:
     def pixels(self) -> tuple[PixelMethod, ...]:
         """The methods that change the images of prompts."""
         return tuple(method for method in self.methods if isinstance(method, PixelMethod))
+
+    @cached_property
+    def tokens(self) -> TokenMethod | None:
+        """The method that prunes visual tokens, if there is one that does not keep them all."""
+        found = (method for method in self.methods if isinstance(method, TokenMethod))
+        return next((method for method in found if not method.neutral()), None)
 
     @cached_property
     def contrast(self) -> ContrastMethod | None:
@@ -201,6 +208,10 @@ class Frame:
                 for tile in image.tiles
             ]
             pieces.append(image.to_visual_tokens(tiles).nan_to_num(0.0).to(ledger.kinds.device))
+        if call.reductions is not None:  # the prompt holds fewer tokens than were encoded
+            pieces = [
+                x[r.positions.to(x.device)] for x, r in zip(pieces, call.reductions, strict=True)
+            ]
         copies = len(ledger.kinds) // (call.rows or len(ledger.kinds))
         places = (ledger.kinds == IMAGE)[::copies]
         count = sum(len(piece) for piece in pieces)

@@ -35,9 +35,11 @@ from vlmfix.frame import (
 )
 from vlmfix.ledger import IMAGE, VIDEO, Ledger
 from vlmfix.prelude import look_first, run_last_token
+from vlmfix.pruning import TokenMethod
 from vlmfix.question import find_question
+from vlmfix.shortening import put_back, shorten
 from vlmfix.streams import before_forward, combine, combine_decoded, replace_embeddings
-from vlmfix.tap import Tap, describe_tower
+from vlmfix.tap import EncodedImage, Tap, describe_tower
 
 __all__ = ["SESSION", "Session"]
 
@@ -128,16 +130,23 @@ class Session:
                 flags = any(method.overrides("flag_tokens") for method in methods)
                 if flags and layer not in self._hooked_inputs:
                     self._hook_input(layer)
-            if stack.taps:
+            if stack.taps or stack.tokens is not None:
                 self._tap_tower(stack)
             if stack.contrast is not None and not self._hooked_decoder:
                 self._hook_decoder()
 
     def _tap_tower(self, stack: Stack) -> None:
         """Read the layers of the vision tower that a stack wants, beside those read already."""
-        before = self._tap
-        tower = before.tower if before else describe_tower(self.model, self.info)
+        before, pruning = self._tap, stack.tokens
+        try:
+            tower = before.tower if before else describe_tower(self.model, self.info)
+        except UnsupportedModel:
+            if stack.taps or pruning is None or pruning.needs_tiles:
+                raise
+            return  # then every placeholder is a visual token like any other
         layers = {layer for method in stack.taps for layer in method.encoder_layers(tower)}
+        if pruning is not None:  # any layer tells which placeholders are newlines
+            layers.update(pruning.encoder_layers(tower) or (0,))
         if before is not None:
             if layers <= set(before.layers):
                 return
@@ -145,6 +154,10 @@ class Session:
             before.detach()
         self._tap = Tap(tower, layers)
         self._tap.attach()
+
+    def take_images(self) -> list[EncodedImage] | None:
+        """What the tap saw of this thread's last encoding; None without a tap."""
+        return None if self._tap is None else self._tap.take()
 
     def _hook_attention(self, layer: int) -> None:
         module: Any = self.info.attention[layer]
@@ -303,8 +316,16 @@ class Session:
             call.vision = vision_arguments(self.model, kwargs)
         if self._tap is not None:
             self._tap.take()  # whatever was encoded before belongs to another prompt
-        if processor is not None and stack.reads_question:
+        asked = stack.reads_question or (stack.tokens is not None and stack.tokens.reads_question)
+        if processor is not None and asked:
             call.question = find_question(processor, self.info, ids)
+        cut = None
+        if stack.tokens is not None:
+            cut = self._shorten(stack.tokens, call, {**kwargs, "input_ids": ids})
+        if cut is not None:
+            args, kwargs = (), cut
+            if processor is not None and asked:
+                call.question = find_question(processor, self.info, cut["input_ids"])
         outer = getattr(self.local, "call", None)
         self.local.call = call
         try:
@@ -313,7 +334,37 @@ class Session:
             self.local.call = outer
         call.finish(output)
         self.last = self.local.last = call
-        return output
+        return output if cut is None else put_back(output, ids, cut["input_ids"].shape[1])
+
+    def _shorten(
+        self, method: TokenMethod, call: Call, kwargs: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        """The arguments of generate() for prompts with fewer visual tokens; None: as they are."""
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            raise StateError(
+                f"{method.name} cuts whole prompts, and this generate() goes on from a KV cache. "
+                "Start from the whole conversation, without past_key_values."
+            )
+        kwargs.pop("inputs", None)
+        shortened = shorten(self, method, kwargs, call.question)
+        if shortened is None:
+            return None
+        cut = shortened.kwargs
+        call.prompt_length = cut["input_ids"].shape[1]
+        call.reductions = shortened.reductions
+        images = [one.image for one in shortened.reductions]
+        call.images = None if None in images else images  # type: ignore[assignment]  # none is None
+        for name in ("max_length", "min_length"):
+            if cut.get(name) is not None:
+                cut[name] -= shortened.removed
+        config = cut.get("generation_config")
+        if config is not None:
+            cut["generation_config"] = config = copy.deepcopy(config)
+            for name in ("max_length", "min_length"):
+                if getattr(config, name, None):
+                    setattr(config, name, getattr(config, name) - shortened.removed)
+        return cut
 
     def get_compiled_call(self, *args: Any, **kwargs: Any) -> Any:
         """The model's compiled forward, with the Python part of a decode step before the graph.
@@ -424,7 +475,16 @@ class Session:
                 "the forward got no input_ids, so vlmfix cannot see where the image is. Pass "
                 "input_ids, or run the plain model with vlmfix.using(model, None)."
             )
+        shortened = None
+        if stack.tokens is not None and (cache is None or not cache.get_seq_length()):
+            shortened = shorten(self, stack.tokens, {**kwargs, "input_ids": ids})
+        if shortened is not None:  # in generate() it was done before
+            args, kwargs = (), shortened.kwargs
+            ids = kwargs["input_ids"]
+            prompt_length = None if prompt_length is None else prompt_length - shortened.removed
         frame = self._frame(stack, ids, cache, prompt_length, kwargs)
+        if shortened is not None:
+            frame.call.reductions = shortened.reductions
         if stack.preludes and not frame.past:
             frame = look_first(self, frame, ids, cache, kwargs)
         if stack.contrast is not None:

@@ -35,6 +35,7 @@ from vlmfix.families import last_logits, vision_arguments
 from vlmfix.frame import Frame, Stack
 from vlmfix.ledger import IMAGE, PAD, VIDEO, Ledger
 from vlmfix.method import Keys, Plan, Watcher
+from vlmfix.shortening import encode_reduced
 from vlmfix.surgeon import PER_TOKEN, TOKEN_TYPES, module_state, prompt_without_images
 
 if TYPE_CHECKING:
@@ -343,7 +344,8 @@ def _run_branches(
     turns = [slice(first, None, copies) for first in range(copies if cache is None else 1)]
     for branch in call.branches:
         ran = [
-            _forward(session, prompt, branch, encoded, cache, tokens, turn, kept) for turn in turns
+            _forward(session, prompt, branch, encoded, call.reductions, cache, tokens, turn, kept)
+            for turn in turns
         ]
         call.extra_passes += len(ran)
         if cache is None:
@@ -387,6 +389,7 @@ def _forward(
     prompt: Prompt,
     branch: Branch,
     encoded: Mapping[str, Any],
+    cut: Any,
     cache: Cache | None,
     tokens: Mapping[str, torch.Tensor],
     chosen: slice,
@@ -413,7 +416,7 @@ def _forward(
         visible = inputs["attention_mask"].bool()
         shift = inputs["position_ids"][:, -1:] + 1 - following
     else:
-        inputs |= encoded if branch.vision is None else branch.vision
+        inputs |= _image_inputs(session, encoded if branch.vision is None else branch.vision, cut)
     if total > length:
         _append(inputs, mine, length)
     text = session.model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
@@ -427,6 +430,13 @@ def _forward(
     with session.apart(plain, Call(methods=())), module_state(model), torch.no_grad(), filling:
         output = model(**inputs)
     return _Ran(output.logits[:, -kept:], own, visible, shift)
+
+
+def _image_inputs(session: Session, vision: Mapping[str, Any], cut: Any) -> Mapping[str, Any]:
+    """Pixels, or encoded and cut as those of the base were."""
+    if cut is None or "mm_encoder_outputs" in vision:
+        return vision
+    return encode_reduced(session, vision, cut)
 
 
 def _append(inputs: dict[str, Any], tokens: Mapping[str, torch.Tensor], length: int) -> None:

@@ -16,6 +16,7 @@ from vlmfix.contrast import ContrastMethod
 from vlmfix.errors import BadInput, CompositionError, StateError
 from vlmfix.families import ModelInfo, describe_model
 from vlmfix.frame import Stack
+from vlmfix.pruning import TokenMethod
 from vlmfix.registry import MethodSpec, build_stack
 from vlmfix.session import SESSION, Session
 
@@ -150,6 +151,12 @@ def _stack(
             f"{' and '.join(contrasts)} both combine the logits, each against branches of its own, "
             "and no paper says how two such combinations add up. Keep one of them; methods that "
             "edit attention or change images stack with it."
+        )
+    pruning = [method.name for method in prepared if isinstance(method, TokenMethod)]
+    if len(pruning) > 1:
+        raise CompositionError(
+            f"{' and '.join(pruning)} both prune visual tokens, and which of them would see what "
+            "the other left is not defined. Keep one of them."
         )
     stack = Stack(prepared, info)
     if impl == "triton":
