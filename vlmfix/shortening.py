@@ -79,7 +79,7 @@ def shorten(
     kwargs: Mapping[str, Any],
     question: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Shortened | None:
-    """Cut whole prompts with images; None if nothing goes: no image, or features given, or all kept.
+    """Cut whole prompts; None if nothing goes: no image, features given, or every token kept.
 
     Args:
         session: of the wrapped model; its tap is in the vision tower if the method wants one.
