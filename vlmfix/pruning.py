@@ -18,10 +18,14 @@ from vlmfix.method import Method, check_range
 if TYPE_CHECKING:
     from vlmfix.tap import Received, Tile, Tower
 
-__all__ = ["Kept", "TokenMethod", "VisualTokens", "share_budget"]
-
-#: 192 of the 576 visual tokens of LLaVA-1.5, the largest budget of most papers.
-_SHARE = 1 / 3
+__all__ = [
+    "Kept",
+    "LayerTokenMethod",
+    "PruningMethod",
+    "TokenMethod",
+    "VisualTokens",
+    "share_budget",
+]
 
 
 @dataclass(frozen=True)
@@ -89,29 +93,21 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class TokenMethod(Method):
-    """A method that keeps some visual tokens of every image.
+class PruningMethod(Method):
+    """A method that keeps some visual tokens: what all of them share, the budget.
 
-    The budget is `tokens` or `ratio` per image, never both; by default a third is kept. An image
-    is what the vision tower gets as one: crops that a processor hands over as images of their own
-    (InternVL, SmolVLM) have a budget each.
+    It is `tokens` or `ratio`, never both.
     """
 
-    tokens: int | None = field(default=None, metadata={"help": "visual tokens kept per image"})
+    tokens: int | None = field(default=None, metadata={"help": "how many visual tokens are kept"})
     ratio: float | None = field(
-        default=None, metadata={"help": "share of the visual tokens kept; default 1/3"}
-    )
-
-    positions: Literal["contiguous", "original"] = field(
-        default="contiguous",
-        metadata={"help": "of what is kept; M-RoPE families always keep the original ones"},
+        default=None, metadata={"help": "share of them that is kept; see the page for the default"}
     )
 
     stage: ClassVar[Literal["pixels", "tokens", "attention", "logits"]] = "tokens"
-    #: Whether `keep` reads the tiles of VisualTokens.
-    needs_tiles: ClassVar[bool] = False
-    #: Whether `keep` reads the question.
-    reads_question: ClassVar[bool] = False
+    #: What is kept if neither is given: 192 of the 576 visual tokens of LLaVA-1.5, the largest
+    #: budget of most papers.
+    default_ratio: ClassVar[float] = 1 / 3
 
     def __post_init__(self) -> None:
         if self.tokens is not None and self.ratio is not None:
@@ -121,10 +117,6 @@ class TokenMethod(Method):
             )
         check_range(self, "tokens", 1, 10**6)
         check_range(self, "ratio", 0.0, 1.0)
-        if self.positions not in ("contiguous", "original"):
-            raise BadInput(
-                f"{self.name}: positions={self.positions!r} must be 'contiguous' or 'original'."
-            )
         if self.ratio == 0:
             raise BadInput(f"{self.name}: ratio=0 keeps nothing; for no image use no image.")
 
@@ -132,11 +124,37 @@ class TokenMethod(Method):
         """How many of `count` visual tokens stay: at least one, at most all."""
         if self.tokens is not None:
             return min(self.tokens, count)
-        return max(1, round(count * (_SHARE if self.ratio is None else self.ratio)))
+        return max(1, round(count * (self.default_ratio if self.ratio is None else self.ratio)))
 
     def neutral(self) -> bool:
-        """Whether these settings keep every token of every image."""
+        """Whether these settings keep every token."""
         return self.ratio == 1
+
+
+@dataclass(frozen=True)
+class TokenMethod(PruningMethod):
+    """A method that keeps some visual tokens of every image, before the language model.
+
+    An image is what the vision tower gets as one: crops that a processor hands over as images of
+    their own (InternVL, SmolVLM) have a budget each.
+    """
+
+    positions: Literal["contiguous", "original"] = field(
+        default="contiguous",
+        metadata={"help": "of what is kept; M-RoPE families always keep the original ones"},
+    )
+
+    #: Whether `keep` reads the tiles of VisualTokens.
+    needs_tiles: ClassVar[bool] = False
+    #: Whether `keep` reads the question.
+    reads_question: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.positions not in ("contiguous", "original"):
+            raise BadInput(
+                f"{self.name}: positions={self.positions!r} must be 'contiguous' or 'original'."
+            )
 
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> TokenMethod:
         if self.needs_tiles:
@@ -170,6 +188,31 @@ class TokenMethod(Method):
 
         Returns:
             `budget` tokens, or fewer where there are not so many different ones.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LayerTokenMethod(PruningMethod):
+    """A method that drops visual tokens between two decoder layers, by attention seen on the way.
+
+    The budget is over all visual tokens of a prompt.
+    """
+
+    def first_layer(self, info: ModelInfo) -> int:
+        """The first decoder layer that sees the kept tokens alone; at least 1."""
+        raise NotImplementedError
+
+    def keep(self, attention: torch.Tensor, budget: int) -> torch.Tensor:
+        """Choose what stays of the visual tokens of one prompt.
+
+        Args:
+            attention: (n,) float32, what the last prompt token pays to each of them in the layer
+                before `first_layer`, mean over heads.
+            budget: how many to keep, 1 <= budget < n.
+
+        Returns:
+            (budget,) int64, ascending.
         """
         raise NotImplementedError
 
