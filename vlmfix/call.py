@@ -31,7 +31,8 @@ class CallReport:
         contrasted_rows: rows of logits that a contrastive method combined.
         streams: rows that a pass runs per row of the batch: 1, and 1 for each branch.
         notes: {method: {what: {layer: counts per sample}}}, e.g. VAR's sinks.
-        visual_tokens: (kept, all) for each image of a prompt that was pruned, without newlines.
+        visual_tokens: (kept, all) of each image that was pruned, without newlines; of each prompt
+            with an image where layers drop tokens.
         pixels: {method: [one finding per prompt]} of methods that change images, e.g. CARVE's
             boxes and refined images.
     """
@@ -78,7 +79,9 @@ class Call:
     question: tuple[torch.Tensor, torch.Tensor] | None = None
     #: What generate() was given of images, before it encoded them.
     vision: dict[str, Any] = field(default_factory=dict)
-    #: What became of the visual tokens of each image (shortening.Reduction), if they were pruned.
+    #: (kept, all) visual tokens of each image or prompt that was pruned.
+    visual_tokens: tuple[tuple[int, int], ...] = ()
+    #: What became of the visual tokens of each image, if the prompt was cut (shortening.Reduction).
     reductions: list[Any] | None = None
     #: What the branches of a contrastive method see (contrast.Branch), once it has been asked.
     branches: tuple[Any, ...] | None = None
@@ -129,6 +132,6 @@ class Call:
             contrasted_rows=sum(int(rows) for rows in self.contrasted),
             streams=self.streams,
             notes=self.notes,
-            visual_tokens=tuple(one.size for one in self.reductions or ()),
+            visual_tokens=self.visual_tokens,
             pixels=self.pixels,
         )

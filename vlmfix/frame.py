@@ -21,7 +21,7 @@ from vlmfix.errors import BadInput, StateError
 from vlmfix.families import ModelInfo
 from vlmfix.ledger import GENERATED, IMAGE, PAD, TEXT, VIDEO, Ledger
 from vlmfix.method import AttentionMethod, Keys, Method, PixelMethod
-from vlmfix.pruning import TokenMethod
+from vlmfix.pruning import LayerTokenMethod, TokenMethod
 
 if TYPE_CHECKING:
     from vlmfix.tap import Tap
@@ -79,6 +79,12 @@ class Stack:
     def tokens(self) -> TokenMethod | None:
         """The method that prunes visual tokens, if there is one that does not keep them all."""
         found = (method for method in self.methods if isinstance(method, TokenMethod))
+        return next((method for method in found if not method.neutral()), None)
+
+    @cached_property
+    def drops(self) -> LayerTokenMethod | None:
+        """The method that drops visual tokens between layers, if it does not keep them all."""
+        found = (method for method in self.methods if isinstance(method, LayerTokenMethod))
         return next((method for method in found if not method.neutral()), None)
 
     @cached_property

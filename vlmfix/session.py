@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from vlmfix.attention import NAME, SLOT, Implementation, Slot, base_attention, in_python
 from vlmfix.call import Call
 from vlmfix.contrast import Branch
+from vlmfix.dropping import check_prompt, enter_layer, last_row_watcher
 from vlmfix.edits import Step
 from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
 from vlmfix.families import ModelInfo, vision_arguments
@@ -35,7 +36,7 @@ from vlmfix.frame import (
 )
 from vlmfix.ledger import IMAGE, VIDEO, Ledger
 from vlmfix.prelude import look_first, run_last_token
-from vlmfix.pruning import TokenMethod
+from vlmfix.pruning import LayerTokenMethod, TokenMethod
 from vlmfix.question import find_question
 from vlmfix.shortening import put_back, shorten
 from vlmfix.streams import before_forward, combine, combine_decoded, replace_embeddings
@@ -130,6 +131,10 @@ class Session:
                 flags = any(method.overrides("flag_tokens") for method in methods)
                 if flags and layer not in self._hooked_inputs:
                     self._hook_input(layer)
+            if stack.drops is not None:
+                for layer in range(stack.drops.first_layer(self.info), self.info.num_layers):
+                    if layer not in self._hooked_inputs:
+                        self._hook_input(layer)
             if stack.taps or stack.tokens is not None:
                 self._tap_tower(stack)
             if stack.contrast is not None and not self._hooked_decoder:
@@ -180,7 +185,7 @@ class Session:
 
     def _hook_input(self, layer: int) -> None:
         handle = self.info.layers[layer].register_forward_pre_hook(
-            partial(self._flag, layer), with_kwargs=True
+            partial(self._before_layer, layer), with_kwargs=True
         )
         self._handles.append(handle)
         self._hooked_inputs.add(layer)
@@ -353,6 +358,7 @@ class Session:
         cut = shortened.kwargs
         call.prompt_length = cut["input_ids"].shape[1]
         call.reductions = shortened.reductions
+        call.visual_tokens = tuple(one.size for one in shortened.reductions)
         images = [one.image for one in shortened.reductions]
         call.images = None if None in images else images  # type: ignore[assignment]  # none is None
         for name in ("max_length", "min_length"):
@@ -485,8 +491,11 @@ class Session:
         frame = self._frame(stack, ids, cache, prompt_length, kwargs)
         if shortened is not None:
             frame.call.reductions = shortened.reductions
+            frame.call.visual_tokens = tuple(one.size for one in shortened.reductions)
         if stack.preludes and not frame.past:
             frame = look_first(self, frame, ids, cache, kwargs)
+        if stack.drops is not None and frame.past < frame.ledger.prompt_length:
+            frame = self._watch_last_row(stack.drops, frame, kwargs)
         if stack.contrast is not None:
             args, kwargs = (), {**kwargs, "input_ids": ids}
             frame, kwargs = before_forward(self, frame, kwargs)
@@ -497,6 +506,19 @@ class Session:
             )
         self.local.frame = frame
         return args, kwargs
+
+    def _watch_last_row(
+        self, method: LayerTokenMethod, frame: Frame, kwargs: dict[str, Any]
+    ) -> Frame:
+        """The frame of a prompt under which the row that a method chooses by is kept."""
+        check_prompt(method, frame, kwargs)
+        watcher = last_row_watcher(method, frame)
+        stack = Stack((*frame.stack.methods, watcher), self.info)
+        self.reach(stack)
+        frame.ledger.seen[method] = watcher.seen
+        return Frame(
+            stack, frame.call, frame.ledger, frame.past, frame.queries, frame.offsets, frame.tap
+        )
 
     def _frame(
         self,
@@ -556,22 +578,22 @@ class Session:
             self.frame.positions = kwargs.get("position_ids")
         return None
 
-    def _flag(
+    def _before_layer(
         self, layer: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """At a layer's input: let methods note prompt tokens."""
-        if self.prepared_steps is None:
-            self._note_flags(layer, args, kwargs)
+    ) -> Any:
+        return None if self.prepared_steps is not None else self._enter_layer(layer, args, kwargs)
 
     @in_python
-    def _note_flags(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter_layer(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """At a layer's input: let methods note prompt tokens, or drop them."""
         frame = self.frame
-        if frame is None or frame.decoding:
-            return
+        if frame is None:
+            return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        for method in frame.stack.by_layer.get(layer, ()):
+        for method in () if frame.decoding else frame.stack.by_layer.get(layer, ()):
             if method.overrides("flag_tokens"):
                 frame.ledger.flag(method, layer, frame.past, method.flag_tokens(hidden))
+        return enter_layer(frame, layer, args, kwargs)
 
     def _check(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         return None if self.prepared_steps is not None else self._conclude(args, kwargs, output)

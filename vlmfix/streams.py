@@ -16,7 +16,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import (
@@ -34,9 +34,9 @@ from vlmfix.errors import BadInput, CompositionError, StateError
 from vlmfix.families import last_logits, vision_arguments
 from vlmfix.frame import Frame, Stack
 from vlmfix.ledger import IMAGE, PAD, VIDEO, Ledger
-from vlmfix.method import Keys, Plan, Watcher
 from vlmfix.shortening import encode_reduced
 from vlmfix.surgeon import PER_TOKEN, TOKEN_TYPES, module_state, prompt_without_images
+from vlmfix.watchers import LastRow
 
 if TYPE_CHECKING:
     from vlmfix.session import Session
@@ -176,7 +176,7 @@ def before_forward(
         return frame, kwargs
     watched = tuple(method.watched(session.info))
     if watched:
-        watcher = _LastRow(watched, row=ledger.prompt_length - 1)
+        watcher = LastRow(watched, row=ledger.prompt_length - 1)
         stack = Stack((*frame.stack.methods, watcher), session.info)
         session.reach(stack)
         frame = Frame(
@@ -217,31 +217,6 @@ def _keep_pieces(ledger: Ledger, kwargs: Mapping[str, Any], past: int, queries: 
             pieces[name] = value
         else:
             pieces[name] = torch.cat([before, value], dim=-1)
-
-
-@dataclass(frozen=True, eq=False)
-class _LastRow(Watcher):
-    """Keeps, per watched layer, the mean over heads of one row: (R, row + 1) float32."""
-
-    row: int = 0
-
-    name: ClassVar[str] = "last row"
-
-    def plan(self, keys: Keys) -> Plan | None:
-        places = torch.arange(keys.kinds.shape[1], device=keys.kinds.device)
-        return Plan((places.expand(keys.kinds.shape),), [True] * len(keys.kinds))
-
-    def observe_weights(
-        self, layer: int, weights: torch.Tensor, position: int, *plan: torch.Tensor
-    ) -> None:
-        if not 0 <= self.row - position < weights.shape[2]:
-            return
-        places = plan[0][0]  # of the keys, which start late in sliding layers
-        inside = places <= self.row
-        row = weights[:, :, self.row - position].float().mean(1)
-        kept = row.new_zeros(len(row), self.row + 1)
-        kept[:, places[inside]] = row[:, inside]
-        self.seen[layer] = kept
 
 
 # -- after a forward -------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from vlmfix.contrast import ContrastMethod
 from vlmfix.errors import BadInput, CompositionError, StateError
 from vlmfix.families import ModelInfo, describe_model
 from vlmfix.frame import Stack
-from vlmfix.pruning import TokenMethod
+from vlmfix.pruning import LayerTokenMethod, PruningMethod
 from vlmfix.registry import MethodSpec, build_stack
 from vlmfix.session import SESSION, Session
 
@@ -152,13 +152,20 @@ def _stack(
             "and no paper says how two such combinations add up. Keep one of them; methods that "
             "edit attention or change images stack with it."
         )
-    pruning = [method.name for method in prepared if isinstance(method, TokenMethod)]
+    pruning = [method.name for method in prepared if isinstance(method, PruningMethod)]
     if len(pruning) > 1:
         raise CompositionError(
             f"{' and '.join(pruning)} both prune visual tokens, and which of them would see what "
             "the other left is not defined. Keep one of them."
         )
     stack = Stack(prepared, info)
+    layered = [method.name for method in prepared if isinstance(method, LayerTokenMethod)]
+    if layered and (stack.by_layer or contrasts):
+        raise CompositionError(
+            f"{layered[0]} leaves some layers fewer keys than others, which no method that edits "
+            "attention or combines logits reckons with. Prune before the language model instead "
+            "(hiprune, divprune, ...), or run it alone."
+        )
     if impl == "triton":
         _check_fused(stack)
     return stack

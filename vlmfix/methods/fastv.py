@@ -1,0 +1,65 @@
+"""FastV: drop visual tokens after the first layers, by the last prompt token's attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from vlmfix.errors import BadInput
+from vlmfix.families import ModelInfo
+from vlmfix.pruning import LayerTokenMethod
+
+__all__ = ["FastV"]
+
+
+@dataclass(frozen=True)
+class FastV(LayerTokenMethod):
+    """Keep the visual tokens that the last prompt token attends to most in an early layer.
+
+    Chen et al.: "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration
+    for Large Vision-Language Models", ECCV 2024, arXiv 2403.06764. Layers before `layer` run on the
+    whole prompt; from it on the hidden states, the KV cache and the masks hold the kept tokens
+    alone, at their original positions.
+
+    Paper and code: the paper speaks of the attention that a token receives, the code takes the row
+    of the last prompt token, mean over heads, and so does this. Half of the tokens go after two
+    layers in the paper; a script of the authors uses three. The code runs one prompt at a time
+    with a fixed span of image tokens; here prompts of a batch keep budgets of their own.
+    """
+
+    layer: int = field(
+        default=2, metadata={"help": "first decoder layer, from 0, without the dropped tokens"}
+    )
+
+    name: ClassVar[str] = "fastv"
+    default_ratio: ClassVar[float] = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer < 1:
+            raise BadInput(
+                f"fastv: layer={self.layer} leaves no layer to choose by; give 1 or more."
+            )
+
+    def prepared(self, info: ModelInfo, model: Any) -> FastV:
+        deep = getattr(model.config.vision_config, "deepstack_visual_indexes", None) or ()
+        if not len(deep) <= self.layer < info.num_layers:
+            raise BadInput(
+                f"fastv: layer={self.layer} must be below {info.num_layers}, the layers of this "
+                f"model, and at least {max(1, len(deep))}: image features enter before that."
+            )
+        if self.layer - 1 not in info.attention:
+            raise BadInput(
+                f"fastv: layer {self.layer - 1} of this model has no attention to choose by. "
+                f"Choose layer so that layer - 1 is one of {sorted(info.attention)}."
+            )
+        return self
+
+    def first_layer(self, info: ModelInfo) -> int:
+        return self.layer
+
+    def keep(self, attention: torch.Tensor, budget: int) -> torch.Tensor:
+        order = attention.argsort(descending=True, stable=True)
+        return order[:budget].sort().values
