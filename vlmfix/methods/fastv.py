@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from vlmfix.errors import BadInput
+from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import ModelInfo
 from vlmfix.pruning import LayerTokenMethod
 
@@ -49,6 +50,13 @@ class FastV(LayerTokenMethod):
             raise BadInput(
                 f"fastv: layer={self.layer} must be below {info.num_layers}, the layers of this "
                 f"model, and at least {max(1, len(deep))}: image features enter before that."
+            )
+        text = model.config.get_text_config(decoder=True)
+        if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=text).layers):
+            raise UnsupportedModel(
+                f"fastv cannot run on model type {info.model_type!r}: its sliding or recurrent "
+                "layers do not keep all keys, so there are none to drop. Prune before the language "
+                "model instead (hiprune, divprune, ...)."
             )
         if self.layer - 1 not in info.attention:
             raise BadInput(
