@@ -24,6 +24,7 @@ __all__ = [
     "PruningMethod",
     "TokenMethod",
     "VisualTokens",
+    "largest",
     "share_budget",
 ]
 
@@ -217,39 +218,44 @@ class LayerTokenMethod(PruningMethod):
         raise NotImplementedError
 
 
+def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """(count,) int64, ascending: where the largest of (n,) scores are; of equal ones the first."""
+    return scores.argsort(descending=True, stable=True)[:count].sort().values
+
+
 def share_budget(counts: list[int], budget: int, weights: list[float] | None = None) -> list[int]:
     """Split a budget over groups of tokens, in proportion, by the method of largest remainders.
 
     Args:
-        counts: tokens of each group, at least 1.
+        counts: tokens of each group.
         budget: at most their sum.
         weights: what the shares are in proportion to; None: the counts.
 
     Returns:
-        A share per group, at most its count, summing to the budget; at least 1 if the budget
-        reaches. What a full group cannot take goes to the others; equal remainders go to the group
-        that comes first.
+        A share per group, at most its count, summing to the budget; at least 1 for each group that
+        has a token, if the budget reaches. What a full group cannot take goes to the others; equal
+        remainders go to the group that comes first.
     """
-    shares: list[float] = [0.0] * len(counts)
-    floor = 1 if budget >= len(counts) else 0
     weighed = [float(x) for x in (counts if weights is None else weights)]
-    left = budget - floor * len(counts)
-    open_ = [at for at, count in enumerate(counts) if count > floor]
+    reaches = budget >= sum(count > 0 for count in counts)
+    floors = [min(1, count) if reaches else 0 for count in counts]
+    rooms = [count - floor for count, floor in zip(counts, floors, strict=True)]
+    shares = [0.0] * len(counts)
+    left = budget - sum(floors)
+    open_ = [at for at, room in enumerate(rooms) if room]
     while left > 0 and open_:
         total = sum(weighed[at] for at in open_)
         each = {at: left * (weighed[at] / total if total else 1 / len(open_)) for at in open_}
-        full = [at for at in open_ if each[at] >= counts[at] - floor]
+        full = [at for at in open_ if each[at] >= rooms[at]]
+        for at in full or open_:
+            shares[at] = rooms[at] if full else each[at]
         if not full:
-            for at, share in each.items():
-                shares[at] = share
             break
-        for at in full:
-            shares[at] = counts[at] - floor
-            left -= counts[at] - floor
+        left -= sum(rooms[at] for at in full)
         open_ = [at for at in open_ if at not in full]
     whole = [int(share) for share in shares]
-    missing = budget - floor * len(counts) - sum(whole)
+    missing = budget - sum(floors) - sum(whole)
     by_rest = sorted(range(len(counts)), key=lambda at: (whole[at] - shares[at], at))
-    for at in by_rest[: max(0, missing)]:
+    for at in by_rest[:missing]:
         whole[at] += 1
-    return [floor + share for share in whole]
+    return [floor + share for floor, share in zip(floors, whole, strict=True)]
