@@ -79,18 +79,20 @@ def case(name: str) -> tuple[TinyFamily, Inputs]:
     return family(name), family(name).inputs(batch=2)
 
 
-def eager_weights(name: str, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
-    """Per layer, the softmax (b, H, Q, K) of each call that the tower makes in eager mode."""
+def eager_calls(
+    name: str, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """Per layer, softmax (b, H, Q, K) and keys (b, H, K, D) of each call of the tower, eager."""
     model = build(name).model
     model.set_attn_implementation("eager")
     layers = tower_of(family(name)).layers
-    found: dict[int, list[Tensor]] = {}
+    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
     home = sys.modules[type(layers[0]).__module__]
     original = home.eager_attention_forward
 
     def recording(module: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(module, *args, **kwargs)
-        found.setdefault(id(module), []).append(output[1])
+        found.setdefault(id(module), []).append((output[1], args[1]))
         return output
 
     monkeypatch.setattr(home, "eager_attention_forward", recording)
@@ -154,6 +156,18 @@ def placed(images: list[EncodedImage], layer: int, what: str) -> Tensor:
     )
 
 
+def placed_keys(images: list[EncodedImage], layer: int) -> Tensor:
+    """The keys of one layer at all visual tokens of the batch, (n, D), without newlines."""
+    return torch.cat(
+        [
+            torch.cat([tile.received[layer].key for tile in image.tiles])[
+                image.index[image.index >= 0]
+            ]
+            for image in images
+        ]
+    )
+
+
 def read(tiny: TinyFamily, inputs: Inputs) -> list[EncodedImage]:
     with Tap(tower_of(tiny), LAYERS) as tap:
         encode(tiny.model, inputs)
@@ -168,6 +182,7 @@ def same(one: list[EncodedImage], other: list[EncodedImage]) -> None:
             assert (a.rows, a.columns, set(a.received)) == (b.rows, b.columns, set(b.received))
             for layer in a.received:
                 assert torch.allclose(a.received[layer].column, b.received[layer].column, atol=1e-6)
+                assert torch.allclose(a.received[layer].key, b.received[layer].key, atol=1e-5)
                 x, y = a.received[layer].cls, b.received[layer].cls
                 assert (x is None) == (y is None)
                 assert x is None or torch.allclose(x, y, atol=1e-6)
@@ -183,12 +198,13 @@ def test_tokens_have_the_eager_attention_of_their_patches(
     tiny, inputs = case(name)
     tower = tower_of(tiny)
     images = read(tiny, inputs)
-    weights = eager_weights(tiny.name, inputs, monkeypatch)
-    assert len(weights) == len(tower.layers) == 2
+    recorded = eager_calls(tiny.name, inputs, monkeypatch)
+    assert len(recorded) == len(tower.layers) == 2
     first = int(tower.has_cls)
-    for layer, calls in enumerate(weights):
-        column = torch.cat([w.mean(dim=(1, 2))[:, first:].flatten() for w in calls])
-        row = torch.cat([w[:, :, 0].mean(1)[:, first:].flatten() for w in calls])
+    for layer, calls in enumerate(recorded):
+        column = torch.cat([w.mean(dim=(1, 2))[:, first:].flatten() for w, _ in calls])
+        row = torch.cat([w[:, :, 0].mean(1)[:, first:].flatten() for w, _ in calls])
+        keys = torch.cat([key.mean(1)[:, first:].flatten(0, 1) for _, key in calls])
         if layer == 0:
             sources = patches_of_tokens(tiny, inputs, len(column))
             # Every patch is somewhere, unless LLaVA-NeXT cut it off with the padding.
@@ -202,7 +218,44 @@ def test_tokens_have_the_eager_attention_of_their_patches(
             assert actual.dtype == torch.float32
             assert torch.allclose(actual, expected, atol=1e-6, equal_nan=True)
             assert expected.nan_to_num().std() > 1e-4  # flat values would prove nothing
+        merged = torch.stack([keys[patches].mean(0) for patches in sources if patches])
+        assert torch.allclose(placed_keys(images, layer), merged, atol=1e-6)
+        assert merged.std(0).min() > 1e-3
     assert tower.has_cls == (tiny.name in WITH_CLS)
+
+
+@pytest.mark.parametrize("base", ["sdpa", "eager"])
+def test_keys_are_what_the_layers_key_projection_gives(base: str) -> None:
+    tiny = build("llava")
+    tiny.model.set_attn_implementation(base)
+    tower, projected = tower_of(tiny), []
+    hook: Any = tower.layers[1].k_proj
+    hook.register_forward_hook(lambda module, args, output: projected.append(output))
+    images = read(tiny, tiny.inputs(batch=2))
+    (keys,) = projected
+    assert keys.shape == (2, 17, 32)
+    expected = keys.view(2, 17, 2, 16).mean(2)[:, 1:]  # the class token goes, heads are averaged
+    for image, own in zip(images, expected, strict=True):
+        key = image.tiles[0].received[1].key
+        assert key.dtype == torch.float32 and not key.requires_grad
+        assert torch.allclose(key, own, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "layer"), [(-2, 22), (-1, 23), (1, 0), (0, 0), (24, 23), ([-2, -5, 16], 22)]
+)
+def test_the_layer_whose_output_is_projected(hidden: Any, layer: int) -> None:
+    assert vlmfix.tap._feature_layer(hidden, 24) == layer
+
+
+def test_feature_layers_of_families() -> None:
+    found = {name: tower_of(family(name)).feature_layer for name in SUPPORTED}
+    assert found == dict.fromkeys(SUPPORTED, 1) | {"llava": 0, "llava_next": 0}
+    tiny = build("qwen2_5_vl")
+    tower: Any = tiny.model.get_encoder(modality="image")
+    for full, layer in (((0,), 0), ((0, 1), 1), ((1,), 1)):
+        tower.config.fullatt_block_indexes = list(full)
+        assert tower_of(tiny).feature_layer == layer
 
 
 def test_windows_are_really_reordered() -> None:
@@ -246,8 +299,8 @@ def test_padded_patches_neither_ask_nor_are_asked(monkeypatch: pytest.MonkeyPatc
     inputs = {"pixel_values": noise(2, 1, 3, 16, 16), "pixel_attention_mask": mask}
     images = read(tiny, inputs)
     real = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool().repeat_interleave(4, 0).view(2, 16)
-    weights = eager_weights("smolvlm", inputs, monkeypatch)
-    for layer, (w,) in enumerate(weights):
+    calls = eager_calls("smolvlm", inputs, monkeypatch)
+    for layer, ((w, _),) in enumerate(calls):
         for index, image in enumerate(images):
             column = w[index][:, real[index]].mean(dim=(0, 1))
             expected = column.view(2, 2, 2, 2).mean(dim=(1, 3)).flatten()
@@ -585,7 +638,7 @@ def test_a_layer_that_does_not_run_is_named() -> None:
 
 def test_patches_that_make_no_whole_squares() -> None:
     tower = tower_of(family("gemma3"))
-    calls = {0: [(torch.zeros(1, 25), torch.zeros(1, 25))]}
+    calls = {0: [(torch.zeros(1, 25), torch.zeros(1, 25), torch.zeros(1, 25, 2))]}
     with pytest.raises(UnsupportedModel, match="25 patches in 20 x 20 pixels.* 2 x 2 squares"):
         vlmfix.tap._images(
             tower, calls, {"pixel_values": torch.zeros(1, 3, 20, 20)}, torch.zeros(1, 4, 64)

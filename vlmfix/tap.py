@@ -1,10 +1,10 @@
 """Reading the attention of chosen vision-tower layers, without changing what the tower returns.
 
 Methods that weigh or drop visual tokens by what the image encoder itself looks at (IMBA, HiPrune,
-VisionZip) need, per patch, how much attention it receives in one or two layers. A `Tap` computes
-that beside the tower's own attention: no eager mode, no more than 64 MiB of attention rows at
-once, and the tower's output stays bit for bit the same. It then says which visual token each
-value belongs to.
+VisionZip) need, per patch, how much attention it receives in one or two layers, or its key there.
+A `Tap` computes that beside the tower's own attention: no eager mode, no more than 64 MiB of
+attention rows at once, and the tower's output stays bit for bit the same. It then says which visual
+token each value belongs to.
 
 How: the chosen attention modules get a copy of their configuration that names a function
 registered here, which reads queries and keys and then calls the attention that was there before;
@@ -127,6 +127,8 @@ class Tower:
         layers: its attention modules, in order.
         full_attention: indices of the layers in which every patch attends to its whole image; the
             others attend within windows, so that values of different windows do not compare.
+        feature_layer: the layer, of those with full attention, whose output the projector gets, or
+            the last one before it.
         has_cls: whether a class token comes before the patches.
         merge: side of the square of patches that becomes one visual token.
         layout: see `_Family`.
@@ -137,6 +139,7 @@ class Tower:
     model_type: str
     layers: tuple[torch.nn.Module, ...] = field(repr=False)
     full_attention: tuple[int, ...]
+    feature_layer: int
     has_cls: bool
     merge: int
     layout: Layout
@@ -155,10 +158,13 @@ class Received:
             token asks, too). Over all keys it sums to 1.
         cls: (N,) float32, attention received from the class token, mean over heads; None where
             the tower has no class token.
+        key: (N, D) float32, the key vector as the attention gets it (rotated where the tower has
+            rotary positions), mean over heads.
     """
 
     column: torch.Tensor
     cls: torch.Tensor | None
+    key: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -243,17 +249,29 @@ def describe_tower(model: Any, info: ModelInfo) -> Tower:
     # CLIP, SigLIP and the like record the outputs of this class when asked for attentions.
     attention = module._can_record_outputs["attentions"]
     layers = tuple(child for child in module.modules() if isinstance(child, attention))
-    full = getattr(module.config, "fullatt_block_indexes", None)
+    windowed = getattr(module.config, "fullatt_block_indexes", None)
+    full = tuple(range(len(layers)) if windowed is None else sorted(windowed))
+    used = _feature_layer(getattr(model.config, "vision_feature_layer", -1), len(layers))
     return Tower(
         model_type=info.model_type,
         layers=layers,
-        full_attention=tuple(range(len(layers)) if full is None else sorted(full)),
+        full_attention=full,
+        feature_layer=max((layer for layer in full if layer <= used), default=full[0]),
         has_cls=has_cls,
         merge=family.merge(model.config),
         layout=family.layout,
         module=module,
         host=model.base_model,
     )
+
+
+def _feature_layer(hidden: int | Sequence[int], count: int) -> int:
+    """The layer that makes the hidden states of this index, of which 0 are the embeddings.
+
+    Of several indices, whose hidden states go to the projector side by side, the last layer.
+    """
+    indices = [hidden] if isinstance(hidden, int) else hidden
+    return max(0, max(index % (count + 1) for index in indices) - 1)
 
 
 def _refusal(info: ModelInfo, reason: str) -> UnsupportedModel:
@@ -319,8 +337,9 @@ class _Slot:
     base: Callable[..., AttentionOutput]
 
 
-#: Per layer, one pair of `received_attention` per call of the attention function.
-_Calls = dict[int, list[tuple[torch.Tensor, torch.Tensor]]]
+#: Per layer and call of the attention function, the pair of `received_attention` and the keys
+#: (B, K, D), mean over heads.
+_Calls = dict[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]
 
 
 class Tap:
@@ -478,7 +497,8 @@ class Tap:
         calls: _Calls | None = getattr(self._local, "calls", None)
         if calls is not None:  # None: a video, or a tower that somebody runs by itself
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-            calls[layer].append(received_attention(query, key, scaling, mask))
+            column, first = received_attention(query, key, scaling, mask)
+            calls[layer].append((column, first, key.detach().mean(1, dtype=torch.float32)))
 
 
 @in_python
@@ -571,12 +591,19 @@ def _patches(tower: Tower, calls: _Calls, arguments: dict[str, Any]) -> list[Enc
         order = torch.argsort(window_index).to(_device(calls))
     shapes = grid_shapes(tower, grids)
     sizes = [rows * columns for rows, columns in shapes]
+
+    def fold(values: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        patches = torch.cat([value.flatten(0, 1) for value in values])
+        tokens = patches.unflatten(0, (-1, tower.merge**2)).mean(1)
+        return torch.split(tokens if order is None else tokens[order], sizes)
+
     by_layer = {}
     for layer, found in calls.items():
-        column = torch.cat([column.flatten() for column, _ in found])
-        tokens = column.view(-1, tower.merge**2).mean(1)
-        tokens = tokens if order is None else tokens[order]
-        by_layer[layer] = [Received(part, None) for part in torch.split(tokens, sizes)]
+        columns, _, keys = zip(*found, strict=True)
+        by_layer[layer] = [
+            Received(column, None, key)
+            for column, key in zip(fold(columns), fold(keys), strict=True)
+        ]
     return [
         EncodedImage(
             (Tile(rows, columns, dict(zip(by_layer, received, strict=True))),),
@@ -602,13 +629,15 @@ def _square_tiles(tower: Tower, calls: _Calls, arguments: dict[str, Any]) -> lis
                 f"patches in {height} x {width} pixels, which are no {rows} x {columns} squares "
                 f"of {merge} x {merge}. Give it images of the size that its processor makes."
             )
-        squares = values[:, has_cls:].view(-1, rows, merge, columns, merge)
-        return squares.mean(dim=(2, 4)).flatten(1)
+        squares = values[:, has_cls:].unflatten(1, (rows, merge, columns, merge))
+        return squares.mean(dim=(2, 4)).flatten(1, 2)
 
     by_layer = {}
-    for layer, ((column, first),) in calls.items():  # one call: all tiles are one batch
+    for layer, ((column, first, key),) in calls.items():  # one call: all tiles are one batch
         heard = [None] * len(first) if not has_cls else list(fold(first))
-        by_layer[layer] = [Received(*pair) for pair in zip(fold(column), heard, strict=True)]
+        by_layer[layer] = [
+            Received(*values) for values in zip(fold(column), heard, fold(key), strict=True)
+        ]
     return [
         Tile(rows, columns, dict(zip(by_layer, received, strict=True)))
         for received in zip(*by_layer.values(), strict=True)

@@ -94,14 +94,15 @@ def test_spatial_tokens_join_the_local_ones() -> None:
 
 def test_class_token_where_there_is_one_and_all_patches_elsewhere() -> None:
     column, cls = torch.tensor([1.0, 2, 3, 4]), torch.tensor([4.0, 3, 2, 1])
+    key = torch.zeros(4, 2)
     method = PayAttentionToInformedTokens()
-    with_cls = [Received(column, cls)] * 2
+    with_cls = [Received(column, cls, key)] * 2
     assert method.image_values(with_cls).tolist() == [1, 0, 0, 0]
-    assert method.image_values([Received(column, None)] * 2).tolist() == [0, 0, 0, 1]
+    assert method.image_values([Received(column, None, key)] * 2).tolist() == [0, 0, 0, 1]
     spatial = replace(method, spatial_ratio=0.25)
     assert spatial.image_values(with_cls).tolist() == [1, 0, 0, 1]
     # Local tokens come from the first of the two layers, summary tokens from the second.
-    other = Received(torch.zeros(4), torch.tensor([0.0, 0, 0, 9]))
+    other = Received(torch.zeros(4), torch.tensor([0.0, 0, 0, 9]), key)
     assert method.image_values([with_cls[0], other]).tolist() == [1, 0, 0, 2]
 
 
