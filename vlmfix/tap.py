@@ -594,7 +594,7 @@ def _patches(tower: Tower, calls: _Calls, arguments: dict[str, Any]) -> list[Enc
 
     def fold(values: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         patches = torch.cat([value.flatten(0, 1) for value in values])
-        tokens = patches.unflatten(0, (-1, tower.merge**2)).mean(1)
+        tokens = patches.view(-1, tower.merge**2, *patches.shape[1:]).mean(1)
         return torch.split(tokens if order is None else tokens[order], sizes)
 
     by_layer = {}
@@ -629,7 +629,8 @@ def _square_tiles(tower: Tower, calls: _Calls, arguments: dict[str, Any]) -> lis
                 f"patches in {height} x {width} pixels, which are no {rows} x {columns} squares "
                 f"of {merge} x {merge}. Give it images of the size that its processor makes."
             )
-        squares = values[:, has_cls:].unflatten(1, (rows, merge, columns, merge))
+        patches = values[:, has_cls:]
+        squares = patches.view(-1, rows, merge, columns, merge, *values.shape[2:])
         return squares.mean(dim=(2, 4)).flatten(1, 2)
 
     by_layer = {}
