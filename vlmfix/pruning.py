@@ -76,7 +76,17 @@ class VisualTokens:
         assert self.place is not None
         found: list[Received] = [tile.received[layer] for tile in self.tiles]
         values = [one.cls if what == "cls" and one.cls is not None else one.column for one in found]
-        return torch.cat(values)[self.place]
+        return torch.cat(values).to(self.place.device)[self.place]
+
+    def keys(self, layer: int) -> torch.Tensor:
+        """(n, D) float32: key of each token in a layer of the vision tower (see tap.Received).
+
+        Args:
+            layer: one of `encoder_layers`.
+        """
+        assert self.place is not None
+        keys = torch.cat([tile.received[layer].key for tile in self.tiles])
+        return keys.to(self.place.device)[self.place]
 
 
 @dataclass(frozen=True)
