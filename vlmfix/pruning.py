@@ -24,6 +24,7 @@ __all__ = [
     "PruningMethod",
     "TokenMethod",
     "VisualTokens",
+    "encoder_layer",
     "largest",
     "share_budget",
 ]
@@ -226,6 +227,24 @@ class LayerTokenMethod(PruningMethod):
             (budget,) int64, ascending.
         """
         raise NotImplementedError
+
+
+def encoder_layer(method: TokenMethod, name: str, tower: Tower, default: int) -> int:
+    """The option `name` of a method, a layer of the vision tower, with its default filled in.
+
+    Raises:
+        BadInput: no such layer, or one whose patches attend within windows.
+    """
+    layer: int | None = getattr(method, name)
+    if layer is None:
+        return default
+    if layer not in tower.full_attention:
+        known = ", ".join(map(str, tower.full_attention))
+        raise BadInput(
+            f"{method.name}: {name}={layer} is no layer of the vision tower of "
+            f"{tower.model_type!r} in which all patches attend to each other. Give one of {known}."
+        )
+    return layer
 
 
 def largest(scores: torch.Tensor, count: int) -> torch.Tensor:

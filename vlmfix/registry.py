@@ -81,6 +81,18 @@ METHODS: tuple[MethodInfo, ...] = (
         aliases=("headpursuit",),
     ),
     MethodInfo(
+        name="hiprune",
+        target="vlmfix.methods.hiprune:HiPrune",
+        title="HiPrune, hierarchical attention of the vision encoder",
+        stage="tokens",
+        summary=(
+            "Keep the visual tokens that the vision encoder attends to in a middle and in its "
+            "last layer; HiPrune++ (`text_share`) is experimental, rebuilt from the paper's text."
+        ),
+        paper="Liu et al., ACL 2026, arXiv 2508.00553",
+        needs=("a vision encoder whose patches become visual tokens one to one or in squares",),
+    ),
+    MethodInfo(
         name="imba",
         target="vlmfix.methods.imba:PayAttentionToInformedTokens",
         title="IMBA (PAINT), paying attention to informed tokens",
@@ -172,6 +184,18 @@ METHODS: tuple[MethodInfo, ...] = (
         summary="Scale up the heads whose outputs change most without the image.",
         paper="He et al., ACL 2025, arXiv 2412.13949",
         needs=("one more forward per prompt, without the image",),
+    ),
+    MethodInfo(
+        name="visionzip",
+        target="vlmfix.methods.visionzip:VisionZip",
+        title="VisionZip, dominant and contextual tokens",
+        stage="tokens",
+        summary=(
+            "Keep the visual tokens that the encoder's class token attends to, and merge the rest "
+            "into a few."
+        ),
+        paper="Yang et al., CVPR 2025, arXiv 2412.04467",
+        needs=("a vision encoder whose patches become visual tokens one to one or in squares",),
     ),
 )
 

@@ -1,0 +1,219 @@
+"""HiPrune: keep what the vision encoder attends to in a middle and in its last layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+
+from vlmfix.errors import BadInput
+from vlmfix.families import ModelInfo
+from vlmfix.method import Preset, check_range, find_preset
+from vlmfix.pruning import Kept, TokenMethod, VisualTokens, encoder_layer, largest, share_budget
+from vlmfix.tap import describe_tower
+
+if TYPE_CHECKING:
+    from vlmfix.tap import Tower
+
+__all__ = ["HiPrune", "choose_tokens", "default_object_layer", "neighbor_places"]
+
+Neighbors = Literal["strict", "reference"]
+
+
+def neighbor_places(
+    place: torch.Tensor, shape: tuple[int, int], neighbors: Neighbors
+) -> torch.Tensor:
+    """The places above, below, left and right of some places in a grid.
+
+    Args:
+        place: (a,) int64, counted row by row.
+        shape: rows and columns of the grid.
+        neighbors: "strict": those inside the grid. "reference": place -1, +1, -columns, +columns,
+            clamped to the grid, as the authors' code has it: the right neighbour of a row's end is
+            the start of the next row, and what is above the first row is place 0.
+
+    Returns:
+        (m,) int64, m <= 4 a, in no order and with repeats.
+    """
+    rows, columns = shape
+    if neighbors == "reference":
+        steps = torch.tensor([-1, 1, -columns, columns])
+        return (place[:, None] + steps).clamp(0, rows * columns - 1).flatten()
+    row = (place // columns)[:, None] + torch.tensor([0, 0, -1, 1])
+    column = (place % columns)[:, None] + torch.tensor([-1, 1, 0, 0])
+    inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
+    return (row * columns + column)[inside]
+
+
+def choose_tokens(
+    object_attention: torch.Tensor,
+    deep_attention: torch.Tensor,
+    place: torch.Tensor,
+    shape: tuple[int, int],
+    budget: int,
+    alpha: float,
+    neighbors: Neighbors = "strict",
+) -> torch.Tensor:
+    """Anchors, their neighbours (buffers), and registers of one image or tile.
+
+    Args:
+        object_attention: (n,), attention that each token receives in the object layer: the
+            round(alpha budget / 5) largest are anchors.
+        deep_attention: (n,), the same in the deep layer: the largest of what is neither anchor nor
+            buffer are registers, as many as the budget still takes.
+        place: (n,) int64, where the tokens stand in the grid, row by row; places of tokens that
+            the model dropped as padding are absent.
+        shape: rows and columns of the grid.
+        budget: at most n. If it does not hold all buffers, those of the largest `deep_attention`.
+        alpha: in [0, 1], share of the budget for anchors and buffers.
+        neighbors: see `neighbor_places`.
+
+    Returns:
+        (budget,) int64, ascending. Of equal values the first counts as larger.
+    """
+    anchors = largest(object_attention, round(alpha * budget / 5))
+    turn = torch.isin(place, neighbor_places(place[anchors], shape, neighbors)).long()
+    turn[anchors] = 2
+    order = deep_attention.argsort(descending=True, stable=True)
+    order = order[turn[order].argsort(descending=True, stable=True)]
+    return order[:budget].sort().values
+
+
+def default_object_layer(tower: Tower) -> int:
+    """The layer whose attention is on objects: the 9th of CLIP's 24, the 16th of Qwen's 32.
+
+    Other depths in proportion; in a tower with windows the nearest layer without.
+    """
+    count = len(tower.layers)
+    wanted = count // 2 - 1 if tower.layout == "patches" else round(0.375 * count) - 1
+    return min(tower.full_attention, key=lambda layer: abs(layer - wanted))
+
+
+@dataclass(frozen=True)
+class HiPrune(TokenMethod):
+    """Keep object patches with their neighbours, and the patches that gather global information.
+
+    Liu, Du, Zhu, Lian, Li, Chen, Guan, Wang: "HiPrune: Hierarchical Attention for Efficient Token
+    Pruning in VLMs", ACL 2026, arXiv 2508.00553. Middle layers of a vision encoder attend to
+    objects, its last ones to scattered patches ("registers"). Anchors, the tokens that receive most
+    attention in a middle layer, stay with their four neighbours; registers of the layer that makes
+    the features fill the budget. The prompt plays no part.
+
+    `text_share` above 0 is HiPrune++: that share of the budget goes to the tokens whose features
+    are most similar to the question. It is experimental: no code of it was released, and it is
+    rebuilt from the paper's text, which contradicts itself on how many tokens there are and whether
+    they come on top (`additive`).
+
+    Paper and code: the paper's pseudo-code reads layers l and -1, the code l - 1 and -2, counted
+    from 0; the code's are the default. Its neighbours wrap around the ends of rows
+    (`neighbors="reference"`); here they do not. It shares one budget among the images of a batch;
+    here every image has one, which its tiles share by size, where the code gives each tile the
+    same. It drops LLaVA-NeXT's newlines and keeps what is padding; here rows keep their newline
+    and padding is gone before.
+    """
+
+    alpha: float | None = field(
+        default=None,
+        metadata={"help": "share for anchors and neighbours; default by preset, else 0.1"},
+    )
+    object_layer: int | None = field(
+        default=None,
+        metadata={"help": "encoder layer, from 0, that finds anchors; default: see the page"},
+    )
+    deep_layer: int | None = field(
+        default=None,
+        metadata={"help": "encoder layer that finds registers; default: the features' own"},
+    )
+    neighbors: Neighbors = field(
+        default="strict", metadata={"help": "strict, or reference: around the ends of rows"}
+    )
+    text_share: float = field(
+        default=0.0, metadata={"help": "experimental, HiPrune++: share chosen by the question"}
+    )
+    additive: bool = field(
+        default=False, metadata={"help": "HiPrune++: these tokens come on top of the budget"}
+    )
+
+    name: ClassVar[str] = "hiprune"
+    needs_tiles: ClassVar[bool] = True
+    reads_question: ClassVar[bool] = True
+    PRESETS: ClassVar[tuple[Preset, ...]] = (
+        Preset(
+            "EmojiCOCO", "llava", "llama", 256, 6, {"alpha": 0.5},
+            "ours: with 0.1, a third of 64 tokens has no anchor", (697, 697),
+        ),
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "alpha", 0.0, 1.0)
+        check_range(self, "text_share", 0.0, 1.0)
+        if self.neighbors not in ("strict", "reference"):
+            raise BadInput(
+                f"hiprune: neighbors={self.neighbors!r} must be 'strict' or 'reference'."
+            )
+
+    def prepared(self, info: ModelInfo, model: torch.nn.Module) -> HiPrune:
+        super().prepared(info, model)
+        tower = describe_tower(model, info)
+        preset = find_preset(self.PRESETS, info)
+        alpha = self.alpha
+        if alpha is None:
+            alpha = preset.values["alpha"] if preset else 0.1
+        return replace(
+            self,
+            alpha=alpha,
+            object_layer=encoder_layer(self, "object_layer", tower, default_object_layer(tower)),
+            deep_layer=encoder_layer(self, "deep_layer", tower, tower.feature_layer),
+        )
+
+    def budget(self, count: int) -> int:
+        own = super().budget(count)
+        return min(count, own + round(self.text_share * own)) if self.additive else own
+
+    def encoder_layers(self, tower: Tower) -> tuple[int, ...]:
+        assert self.object_layer is not None and self.deep_layer is not None  # set by prepared()
+        return self.object_layer, self.deep_layer
+
+    def keep(self, visual: VisualTokens, budget: int) -> Kept:
+        assert self.alpha is not None  # set by prepared()
+        assert self.object_layer is not None and self.deep_layer is not None
+        by_text = round(self.text_share * budget)
+        if self.additive:
+            by_text = budget - super().budget(len(visual))
+        tile, row, column = visual.grid()
+        objects = visual.received(self.object_layer).cpu()
+        deep = visual.received(self.deep_layer).cpu()
+        groups = [(tile == at).nonzero().flatten() for at in range(len(visual.tiles))]
+        shares = share_budget([len(group) for group in groups], budget - by_text)
+        chosen = [
+            group[
+                choose_tokens(
+                    objects[group],
+                    deep[group],
+                    row[group] * one.columns + column[group],
+                    (one.rows, one.columns),
+                    share,
+                    self.alpha,
+                    self.neighbors,
+                )
+            ]
+            for one, group, share in zip(visual.tiles, groups, shares, strict=True)
+        ]
+        if by_text:
+            chosen.append(_most_similar(visual, torch.cat(chosen), by_text))
+        return Kept(torch.cat(chosen).sort().values)
+
+
+def _most_similar(visual: VisualTokens, taken: torch.Tensor, count: int) -> torch.Tensor:
+    """(count,) the tokens, of those not taken, whose features are closest to the mean question."""
+    if not len(visual.question):
+        raise BadInput(
+            "hiprune: text_share compares visual tokens with the question, and a prompt has no "
+            "text behind its image. Put the question behind the image, or leave text_share at 0."
+        )
+    question = visual.question.mean(0, keepdim=True).to(visual.features.device)
+    similarity = torch.cosine_similarity(visual.features.float(), question).cpu()
+    similarity[taken] = -torch.inf
+    return largest(similarity, count)
