@@ -258,6 +258,34 @@ def test_feature_layers_of_families() -> None:
         assert tower_of(tiny).feature_layer == layer
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_the_class_token_behind_the_last_block(name: str) -> None:
+    tiny, inputs = case(name)
+    tower = tower_of(tiny)
+    tiles = [tile for image in read(tiny, inputs) for tile in image.tiles]
+    if not tower.has_cls:
+        assert all(tile.cls_output is None for tile in tiles)
+        return
+    blocks: Any = tower.module.encoder
+    outputs: list[Tensor] = []
+    block = (blocks.layers if hasattr(blocks, "layers") else blocks.layer)[-1]
+    handle = block.register_forward_hook(lambda *args: outputs.append(args[-1]))
+    encode(tiny.model, inputs)
+    handle.remove()
+    for tile, hidden in zip(tiles, outputs[0], strict=True):
+        assert tile.cls_output is not None and tile.cls_output.dtype == torch.float32
+        assert torch.equal(tile.cls_output, hidden[0])
+        assert tile.cls_output.untyped_storage().nbytes() <= len(tiles) * hidden.shape[1] * 4
+
+
+def test_which_families_fill_one_run_of_placeholders_with_tiles() -> None:
+    found = {name: tower_of(family(name)).whole for name in SUPPORTED}
+    assert {name: whole for name, whole in found.items() if whole} == {
+        "llava_next": "first",
+        "internvl": "last",
+    }
+
+
 def test_windows_are_really_reordered() -> None:
     """The case "windows" would be empty if its patches came in raster order anyway."""
     tiny, inputs = case("windows")
@@ -641,7 +669,11 @@ def test_patches_that_make_no_whole_squares() -> None:
     calls = {0: [(torch.zeros(1, 25), torch.zeros(1, 25), torch.zeros(1, 25, 2))]}
     with pytest.raises(UnsupportedModel, match="25 patches in 20 x 20 pixels.* 2 x 2 squares"):
         vlmfix.tap._images(
-            tower, calls, {"pixel_values": torch.zeros(1, 3, 20, 20)}, torch.zeros(1, 4, 64)
+            tower,
+            calls,
+            {"pixel_values": torch.zeros(1, 3, 20, 20)},
+            torch.zeros(1, 4, 64),
+            torch.zeros(1, 25, 32),
         )
 
 

@@ -32,7 +32,7 @@ import inspect
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
@@ -71,11 +71,14 @@ class _Family(NamedTuple):
         images on one axis, in squares that become one token, with a grid per image.
     merge: configuration -> side of the square of patches that becomes one visual token.
     towers: the `model_type`s of the vision tower that were checked; empty: the family has its own.
+    whole: which of the tiles of a picture, where they fill one run of placeholders, is the picture
+        as a whole at low resolution; None: pictures are one tile, or text parts their tiles.
     """
 
     layout: Layout
     merge: Callable[[Any], int]
     towers: tuple[str, ...] = ()
+    whole: Literal["first", "last"] | None = None
 
 
 def _one(config: Any) -> int:
@@ -98,8 +101,8 @@ _QWEN = _Family("patches", _spatial_merge)
 _FAMILIES: dict[str, _Family] = {
     "llava": _Family("tiles", _one, _PLAIN_TOWERS),
     "paligemma": _Family("tiles", _one, _PLAIN_TOWERS),
-    "llava_next": _Family("packed", _one, _PLAIN_TOWERS),
-    "internvl": _Family("tiles", lambda config: round(1 / config.downsample_ratio)),
+    "llava_next": _Family("packed", _one, _PLAIN_TOWERS, whole="first"),
+    "internvl": _Family("tiles", lambda config: round(1 / config.downsample_ratio), whole="last"),
     "gemma3": _Family("tiles", _pooled, _PLAIN_TOWERS),
     "smolvlm": _Family("tiles", lambda config: int(config.scale_factor)),
     "idefics3": _Family("tiles", lambda config: int(config.scale_factor)),
@@ -131,7 +134,7 @@ class Tower:
             the last one before it.
         has_cls: whether a class token comes before the patches.
         merge: side of the square of patches that becomes one visual token.
-        layout: see `_Family`.
+        layout, whole: see `_Family`.
         module: the tower itself.
         host: the module whose `get_image_features` runs it.
     """
@@ -143,6 +146,7 @@ class Tower:
     has_cls: bool
     merge: int
     layout: Layout
+    whole: Literal["first", "last"] | None
     module: torch.nn.Module = field(repr=False)
     host: torch.nn.Module = field(repr=False)
 
@@ -175,6 +179,8 @@ class Tile:
     columns: int
     received: dict[int, Received]
     """By layer."""
+    cls_output: torch.Tensor | None = None
+    """(d,) float32, the class token behind the tower's last block; None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -260,6 +266,7 @@ def describe_tower(model: Any, info: ModelInfo) -> Tower:
         has_cls=has_cls,
         merge=family.merge(model.config),
         layout=family.layout,
+        whole=family.whole,
         module=module,
         host=model.base_model,
     )
@@ -467,8 +474,12 @@ class Tap:
             finally:
                 self._local.calls = None
             arguments = signature.bind(*args, **kwargs).arguments
-            features = output[1] if isinstance(output, tuple) else output.pooler_output
-            self._local.images = _images(self.tower, calls, arguments, features)
+            hidden, features = (
+                output[:2]
+                if isinstance(output, tuple)
+                else (output.last_hidden_state, output.pooler_output)
+            )
+            self._local.images = _images(self.tower, calls, arguments, features, hidden)
             return output
 
         return in_python(encode_and_read)
@@ -523,7 +534,11 @@ AttentionInterface.register(NAME, _tapped_attention)
 
 
 def _images(
-    tower: Tower, calls: _Calls, arguments: dict[str, Any], features: Any
+    tower: Tower,
+    calls: _Calls,
+    arguments: dict[str, Any],
+    features: Any,
+    hidden: torch.Tensor,
 ) -> list[EncodedImage]:
     """What one encoding gave, image by image.
 
@@ -532,6 +547,8 @@ def _images(
         calls: what its attention modules recorded.
         arguments: those of `get_image_features`, by name.
         features: the projected features: a list of (n, D), or one (images, n, D) tensor.
+        hidden: what the last block of the tower made of its tokens; only read where it has a class
+            token, and then (tiles, 1 + patches, d).
 
     Raises:
         UnsupportedModel: a layer that did not run, or another number of visual tokens than the
@@ -552,7 +569,14 @@ def _images(
             f"counts {expected}, so its values would go to the wrong tokens. Call the model with "
             "the arguments of its processor and the feature settings of its configuration."
         )
-    return images
+    if not tower.has_cls:
+        return images
+    # A copy: a view would keep the hidden states of all patches.
+    outputs = iter(hidden.detach()[:, 0].to(torch.float32, copy=True))
+    return [
+        replace(one, tiles=tuple(replace(t, cls_output=next(outputs)) for t in one.tiles))
+        for one in images
+    ]
 
 
 def _tiles(tower: Tower, calls: _Calls, arguments: dict[str, Any]) -> list[EncodedImage]:
