@@ -1,0 +1,80 @@
+"""A regular grid of visual tokens: the baseline that says what a lower resolution would do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vlmfix.pruning import Kept, TokenMethod, VisualTokens, largest, share_budget
+
+__all__ = ["UniformGrid", "grid_size", "grid_tokens", "spread"]
+
+
+def spread(count: int, kept: int) -> torch.Tensor:
+    """(kept,) int64: the middles of `kept` equal parts of the places 0 ... count - 1.
+
+    round((i + 1/2) count / kept - 1/2), halves up.
+    """
+    return (2 * torch.arange(kept) + 1) * count // (2 * kept)
+
+
+def grid_size(rows: int, columns: int, budget: int) -> tuple[int, int]:
+    """Rows and columns of a coarse grid with at most `budget` places.
+
+    Of the two numbers of rows around the one that keeps the aspect of the fine grid, the one that
+    leaves fewer tokens of the budget over, the smaller one if they leave the same.
+    """
+    ideal = math.sqrt(budget * rows / columns)
+    choices = {min(max(1, round_(ideal)), rows, budget) for round_ in (math.floor, math.ceil)}
+    sizes = [(height, min(columns, budget // height)) for height in sorted(choices)]
+    return max(sizes, key=lambda size: size[0] * size[1])
+
+
+def grid_tokens(row: torch.Tensor, column: torch.Tensor, budget: int) -> torch.Tensor:
+    """The tokens of one tile at the places of a coarse grid, topped up from the middle outwards.
+
+    Args:
+        row, column: (n,) int64, where the tokens stand; rows and columns that the model dropped as
+            padding are absent.
+        budget: at most n.
+
+    Returns:
+        (budget,) int64, ascending.
+    """
+    # Numbered without the rows and columns that are absent.
+    rows, row = row.unique(return_inverse=True)
+    columns, column = column.unique(return_inverse=True)
+    height, width = grid_size(len(rows), len(columns), budget)
+    on_grid = torch.isin(row, spread(len(rows), height))
+    on_grid &= torch.isin(column, spread(len(columns), width))
+    away = (row - (len(rows) - 1) / 2) ** 2 + (column - (len(columns) - 1) / 2) ** 2
+    return largest(torch.where(on_grid, 1.0, -away), budget)
+
+
+@dataclass(frozen=True)
+class UniformGrid(TokenMethod):
+    """Keep the visual tokens of a regular coarse grid over the image.
+
+    A baseline: Omri, Shroff, Tambe: "Token Sequence Compression for Efficient Multimodal
+    Computing", arXiv 2504.17892, find regular sampling surprisingly strong. How they place the
+    grid is not known here; ours has about the image's aspect, its rows and columns lie in the
+    middles of equal parts, and what the budget holds beyond it are the tokens nearest to the middle
+    of the image. Tiles of an image (LLaVA-NeXT) get shares in proportion to their tokens.
+    """
+
+    name: ClassVar[str] = "uniform"
+    needs_tiles: ClassVar[bool] = True
+
+    def keep(self, visual: VisualTokens, budget: int) -> Kept:
+        tile, row, column = visual.grid()
+        groups = [(tile == at).nonzero().flatten() for at in range(len(visual.tiles))]
+        shares = share_budget([len(group) for group in groups], budget)
+        chosen = [
+            group[grid_tokens(row[group], column[group], share)]
+            for group, share in zip(groups, shares, strict=True)
+            if share
+        ]
+        return Kept(torch.cat(chosen).sort().values)
