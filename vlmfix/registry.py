@@ -178,7 +178,7 @@ METHODS: tuple[MethodInfo, ...] = (
         target="vlmfix.methods.uniform:UniformGrid",
         title="Visual tokens of a regular grid (baseline)",
         stage="tokens",
-        summary="Keep the visual tokens of a regular coarse grid: what a lower resolution would do.",
+        summary="Keep the visual tokens of a regular grid: what a lower resolution would do.",
         paper="Omri, Shroff, Tambe, arXiv 2504.17892",
         needs=("a vision encoder whose patches become visual tokens one to one or in squares",),
     ),

@@ -37,20 +37,18 @@ def grid_tokens(row: torch.Tensor, column: torch.Tensor, budget: int) -> torch.T
     """The tokens of one tile at the places of a coarse grid, topped up from the middle outwards.
 
     Args:
-        row, column: (n,) int64, where the tokens stand; rows and columns that the model dropped as
-            padding are absent.
+        row, column: (n,) int64, where the tokens stand; rows and columns at the edges that the
+            model dropped as padding are absent.
         budget: at most n.
 
     Returns:
         (budget,) int64, ascending.
     """
-    # Numbered without the rows and columns that are absent.
-    rows, row = row.unique(return_inverse=True)
-    columns, column = column.unique(return_inverse=True)
-    height, width = grid_size(len(rows), len(columns), budget)
-    on_grid = torch.isin(row, spread(len(rows), height))
-    on_grid &= torch.isin(column, spread(len(columns), width))
-    away = (row - (len(rows) - 1) / 2) ** 2 + (column - (len(columns) - 1) / 2) ** 2
+    row, column = row - row.min(), column - column.min()
+    rows, columns = int(row.max()) + 1, int(column.max()) + 1
+    height, width = grid_size(rows, columns, budget)
+    on_grid = torch.isin(row, spread(rows, height)) & torch.isin(column, spread(columns, width))
+    away = (row - (rows - 1) / 2) ** 2 + (column - (columns - 1) / 2) ** 2
     return largest(torch.where(on_grid, 1.0, -away), budget)
 
 
