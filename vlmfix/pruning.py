@@ -44,6 +44,7 @@ class VisualTokens:
         question: (T, D) float32 embeddings of the tokens of the user's question; empty if the
             method does not read it.
         number: of the image within its prompt, from 0.
+        whole: which of several tiles is the picture as a whole at low resolution.
     """
 
     features: torch.Tensor
@@ -52,6 +53,7 @@ class VisualTokens:
     relevance: torch.Tensor | None
     question: torch.Tensor
     number: int
+    whole: int | None = None
 
     def __len__(self) -> int:
         return len(self.features)
@@ -148,7 +150,7 @@ class TokenMethod(PruningMethod):
     """A method that keeps some visual tokens of every image, before the language model.
 
     An image is what the vision tower gets as one: crops that a processor hands over as images of
-    their own (InternVL, SmolVLM) have a budget each.
+    their own (InternVL, SmolVLM) have a budget each, unless the method wants whole pictures.
     """
 
     positions: Literal["contiguous", "original"] = field(
@@ -160,6 +162,9 @@ class TokenMethod(PruningMethod):
     needs_tiles: ClassVar[bool] = False
     #: Whether `keep` reads the question.
     reads_question: ClassVar[bool] = False
+    #: Whether tiles that are handed over as images of their own come as one image with one budget
+    #: where the prompt shows that they are one picture: where their placeholders fill one run.
+    whole_pictures: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

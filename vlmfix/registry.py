@@ -146,6 +146,21 @@ METHODS: tuple[MethodInfo, ...] = (
         needs=("a second stream: a text-only prefill, twice the rows of every step",),
     ),
     MethodInfo(
+        name="ptp",
+        target="vlmfix.methods.ptp:PyramidTokenPruning",
+        title="PTP-style pyramid token pruning (reconstruction)",
+        stage="tokens",
+        summary=(
+            "Reconstruction: keep visual tokens by region, by the vision encoder's attention, and "
+            "by the attention of the question."
+        ),
+        paper="Liang et al., arXiv 2509.15704",
+        needs=(
+            "a vision encoder whose patches become visual tokens one to one or in squares",
+            "a look at the prompt in the first decoder layers (alpha=0: none)",
+        ),
+    ),
+    MethodInfo(
         name="random",
         target="vlmfix.methods.random_tokens:RandomTokens",
         title="Random visual tokens (baseline)",

@@ -40,7 +40,7 @@ from vlmfix.pruning import LayerTokenMethod, TokenMethod
 from vlmfix.question import find_question
 from vlmfix.shortening import put_back, shorten
 from vlmfix.streams import before_forward, combine, combine_decoded, replace_embeddings
-from vlmfix.tap import EncodedImage, Tap, describe_tower
+from vlmfix.tap import EncodedImage, Tap, Tower, describe_tower
 
 __all__ = ["SESSION", "Session"]
 
@@ -159,6 +159,11 @@ class Session:
             before.detach()
         self._tap = Tap(tower, layers)
         self._tap.attach()
+
+    @property
+    def tower(self) -> Tower | None:
+        """The vision tower that is read; None without a tap."""
+        return None if self._tap is None else self._tap.tower
 
     def take_images(self) -> list[EncodedImage] | None:
         """What the tap saw of this thread's last encoding; None without a tap."""

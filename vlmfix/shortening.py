@@ -24,7 +24,7 @@ from vlmfix.ledger import PAD, Ledger
 from vlmfix.method import Watcher
 from vlmfix.pruning import Kept, TokenMethod, VisualTokens
 from vlmfix.surgeon import TOKEN_TYPES, compact, module_state, real_tokens
-from vlmfix.tap import EncodedImage
+from vlmfix.tap import EncodedImage, Tower
 
 if TYPE_CHECKING:
     from vlmfix.session import Session
@@ -107,6 +107,9 @@ def shorten(
             f"{sum(counts)} visual tokens. Pass images and prompts as one call of the model's "
             "processor returns them."
         )
+    if method.whole_pictures:
+        features, images = _pictures(session, placeholders, features, images)
+        counts = [len(part) for part in features]
     owners = _owners(placeholders, counts)
     questions = _questions(model, ids, ledger) if method.reads_question else None
     relevance = _relevance(session, method, kwargs, output, ledger, placeholders, counts)
@@ -119,6 +122,7 @@ def shorten(
                 method,
                 part,
                 None if images is None else images[at],
+                session.tower,
                 None if relevance is None else relevance[at],
                 part.new_empty(0, part.shape[1]).float() if questions is None else questions[owner],
                 number,
@@ -269,6 +273,39 @@ def _relevance(
     return list(torch.split(watcher.seen[layer][:, :length][placeholders], list(counts)))
 
 
+def _pictures(
+    session: Session,
+    placeholders: torch.Tensor,
+    features: list[torch.Tensor],
+    images: list[EncodedImage] | None,
+) -> tuple[list[torch.Tensor], list[EncodedImage] | None]:
+    """Features and images with the tiles of a picture joined, where they came one by one."""
+    tower = session.tower
+    if images is None or tower is None or tower.whole is None or tower.layout != "tiles":
+        return features, images
+    edges = torch.nn.functional.pad(placeholders.long(), (1, 1)).diff(dim=1)
+    runs = (edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]
+    joined, pictures, at = [], [], 0
+    for run in runs.tolist():
+        count, held = 0, 0
+        while held < run and at + count < len(features):
+            held += len(features[at + count])
+            count += 1
+        if held != run:
+            raise BadInput(
+                f"{run} image placeholders in a row, but the next {count} tiles make {held} visual "
+                "tokens. Pass images and prompts as one call of the processor returns them."
+            )
+        own = images[at : at + count]
+        tiles = tuple(tile for image in own for tile in image.tiles)
+        # Each of these images is one tile that fills its placeholders: run == all of its tokens.
+        index = torch.arange(run, device=own[0].index.device)
+        joined.append(torch.cat(features[at : at + count]))
+        pictures.append(EncodedImage(tiles, index))
+        at += count
+    return joined, pictures
+
+
 def _owners(placeholders: torch.Tensor, counts: Sequence[int]) -> list[int]:
     """The prompt of each image, by their placeholders."""
     left = placeholders.sum(1).tolist()
@@ -290,6 +327,7 @@ def _reduce(
     method: TokenMethod,
     features: torch.Tensor,
     image: EncodedImage | None,
+    tower: Tower | None,
     relevance: torch.Tensor | None,
     question: torch.Tensor,
     number: int,
@@ -307,6 +345,7 @@ def _reduce(
         relevance=None if relevance is None else relevance[real],
         question=question,
         number=number,
+        whole=_whole(tower, image),
     )
     budget = method.budget(len(real))
     if budget >= len(real):
@@ -323,6 +362,13 @@ def _reduce(
         full[torch.arange(len(chosen), len(positions)), newlines] = 1.0
         weights = full[order]
     return Reduction(positions, count, weights, image, (len(chosen), len(real)))
+
+
+def _whole(tower: Tower | None, image: EncodedImage | None) -> int | None:
+    """Which tile of an image with several is the whole picture."""
+    if tower is None or image is None or len(image.tiles) == 1:
+        return None
+    return 0 if tower.whole == "first" else len(image.tiles) - 1
 
 
 def _checked(method: TokenMethod, kept: Kept, count: int, budget: int) -> Kept:
@@ -356,19 +402,24 @@ def _with_features(
     output: Any, features: Sequence[torch.Tensor], reductions: Sequence[Reduction]
 ) -> Any:
     """The encoder's output with reduced features, in the form that the model expects."""
-    reduced = [one.apply(part) for one, part in zip(reductions, features, strict=True)]
+    counts = [one.count for one in reductions]  # pictures, of which the encoder saw the tiles
+
+    def reduce(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        images = torch.split(torch.cat(list(parts)), counts)
+        return [one.apply(part) for one, part in zip(reductions, images, strict=True)]
+
+    reduced = reduce(features)
     changed = copy.copy(output)
     if isinstance(output.pooler_output, torch.Tensor):
         alike = len({len(part) for part in reduced}) == 1
-        stacked = torch.stack(reduced) if alike else torch.cat(reduced)[None]
-        changed.pooler_output = stacked
+        # generate() copies features for beams by counting rows against placeholders; rows of one
+        # token each fit the prompts of a batch whatever they keep.
+        changed.pooler_output = torch.stack(reduced) if alike else torch.cat(reduced)[:, None]
     else:
         changed.pooler_output = reduced
     deep = output.get("deepstack_features") if hasattr(output, "get") else None
     if deep is not None:
-        changed.deepstack_features = [
-            [one.apply(part) for one, part in zip(reductions, level, strict=True)] for level in deep
-        ]
+        changed.deepstack_features = [reduce(level) for level in deep]
     return changed
 
 
