@@ -179,7 +179,10 @@ def _encode(
     model: Any = session.model
     with torch.no_grad():
         output = model.base_model.get_image_features(**vision, return_dict=True)
-    return output, list(output.pooler_output), session.take_images()
+    features, images = list(output.pooler_output), session.take_images()
+    if images is not None:  # SmolVLM and Idefics3 give those of all images of a prompt as one
+        features = list(torch.split(torch.cat(features), [len(one.index) for one in images]))
+    return output, features, images
 
 
 def _ledger(
