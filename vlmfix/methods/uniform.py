@@ -24,13 +24,17 @@ def spread(count: int, kept: int) -> torch.Tensor:
 def grid_size(rows: int, columns: int, budget: int) -> tuple[int, int]:
     """Rows and columns of a coarse grid with at most `budget` places.
 
-    Of the two numbers of rows around the one that keeps the aspect of the fine grid, the one that
-    leaves fewer tokens of the budget over, the smaller one if they leave the same.
+    Rows or columns are the number on either side of the one that keeps the aspect of the fine grid,
+    the other as many as the budget holds. Of these the one with most places; of equal ones the one
+    with fewest rows.
     """
-    ideal = math.sqrt(budget * rows / columns)
-    choices = {min(max(1, round_(ideal)), rows, budget) for round_ in (math.floor, math.ceil)}
-    sizes = [(height, min(columns, budget // height)) for height in sorted(choices)]
-    return max(sizes, key=lambda size: size[0] * size[1])
+    sizes = []
+    for round_ in (math.floor, math.ceil):
+        height = min(max(1, round_(math.sqrt(budget * rows / columns))), rows, budget)
+        width = min(max(1, round_(math.sqrt(budget * columns / rows))), columns, budget)
+        sizes.append((height, min(columns, budget // height)))
+        sizes.append((min(rows, budget // width), width))
+    return max(sorted(sizes), key=lambda size: size[0] * size[1])
 
 
 def grid_tokens(row: torch.Tensor, column: torch.Tensor, budget: int) -> torch.Tensor:
