@@ -78,6 +78,7 @@ def shorten(
     method: TokenMethod,
     kwargs: Mapping[str, Any],
     question: tuple[torch.Tensor, torch.Tensor] | None = None,
+    prompt_length: int | None = None,
 ) -> Shortened | None:
     """Cut whole prompts; None if nothing goes: no image, features given, or every token kept.
 
@@ -86,6 +87,7 @@ def shorten(
         method: prepared.
         kwargs: of generate() or of a forward over whole prompts; `input_ids` (B, L).
         question: as `find_question` gives it, where the processor is known.
+        prompt_length: where an answer begins behind the prompts; None: nothing is behind them.
 
     Raises:
         BadInput: videos, or placeholders that the images do not fill.
@@ -93,10 +95,10 @@ def shorten(
     """
     model: Any = session.model
     vision = vision_arguments(model, kwargs)
-    if "pixel_values" not in vision:
+    if "pixel_values" not in vision and "pixel_values_videos" not in vision:
         return None
     _check(method, model, kwargs)
-    ledger = _ledger(session, kwargs, question)
+    ledger = _ledger(session, kwargs, question, prompt_length)
     ids = kwargs["input_ids"]
     output, features, images = _encode(session, vision)
     placeholders = torch.isin(ids, ids.new_tensor(session.info.image_token_ids))
@@ -162,12 +164,6 @@ def _check(method: TokenMethod, model: Any, kwargs: Mapping[str, Any]) -> None:
             f"{type(model).__name__} takes no encoded features in this version of transformers, so "
             f"{method.name} cannot hand over fewer of them. Use transformers 5.18 or later."
         )
-    one_axis = not hasattr(model.base_model, "get_rope_index")
-    if method.positions == "original" and one_axis and kwargs.get("use_cache") is False:
-        raise BadInput(
-            f"{method.name}: positions=original leaves gaps, which transformers takes for several "
-            "prompts in one row when there is no cache. Use positions=contiguous, or a cache."
-        )
     if kwargs.get("labels") is not None:
         raise BadInput(f"{method.name} cuts the prompt, so labels would no longer fit it.")
 
@@ -189,14 +185,14 @@ def _ledger(
     session: Session,
     kwargs: Mapping[str, Any],
     question: tuple[torch.Tensor, torch.Tensor] | None,
+    prompt_length: int | None,
 ) -> Ledger:
     """What every token of the whole prompts is."""
     ids = kwargs["input_ids"]
     ledger = Ledger(len(ids), ids.shape[1], ids.device)
     mask = real_tokens(ids, kwargs.get("attention_mask")).long()
-    ledger.write(
-        0, prompt_kinds(session.info, ids, 0, {**kwargs, "attention_mask": mask}), ids.shape[1]
-    )
+    kinds = prompt_kinds(session.info, ids, 0, {**kwargs, "attention_mask": mask})
+    ledger.write(0, kinds, prompt_length or ids.shape[1])
     if question is not None:
         ledger.say_question(*question)
     return ledger
@@ -452,7 +448,8 @@ def _cut_tokens(
         text = (new_mask.cumsum(1) - 1).clamp(min=0)
         # The first axis counts tokens: with gaps the masks of transformers would see two prompts.
         shorter["position_ids"] = torch.cat([text[None], places])
-        following = places.amax(dim=(0, 2)) + 1 - new_mask.shape[1]
+        # Added to the number of real tokens: models count by the mask, without the padding.
+        following = places.amax(dim=(0, 2)) + 1 - new_mask.sum(1)
         for module in model.modules():
             if "rope_deltas" in module.__dict__:
                 module.rope_deltas = following[:, None]
