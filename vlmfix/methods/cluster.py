@@ -88,7 +88,6 @@ def _assign(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
         distances = _distances(points, centres[clusters])
         farthest = torch.where(sizes[clusters] > 1, distances, -1.0).argmax()
         sizes[clusters[farthest]] -= 1
-        sizes[empty] = 1
         clusters[farthest] = empty
     return clusters
 
