@@ -7,6 +7,7 @@ generate call with the call (call.py); nothing counts steps.
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 import warnings
 import weakref
@@ -17,6 +18,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from vlmfix.attention import NAME, SLOT, Implementation, Slot, base_attention, in_python
@@ -38,13 +40,18 @@ from vlmfix.ledger import IMAGE, VIDEO, Ledger
 from vlmfix.prelude import look_first, run_last_token
 from vlmfix.pruning import LayerTokenMethod, TokenMethod
 from vlmfix.question import find_question
-from vlmfix.shortening import put_back, shorten
+from vlmfix.shortening import Shortened, put_back, shorten
 from vlmfix.streams import before_forward, combine, combine_decoded, replace_embeddings
 from vlmfix.tap import EncodedImage, Tap, Tower, describe_tower
 
 __all__ = ["SESSION", "Session"]
 
 SESSION = "_vlmfix_session"  # where a wrapped model keeps its Session
+
+#: Arguments of a forward that hold images or videos not yet encoded.
+_PIXELS = ("pixel_values", "pixel_values_videos")
+#: Names of the arguments that generate() also takes by position.
+_GENERATE_ARGUMENTS = tuple(inspect.signature(GenerationMixin.generate).parameters)[1:]
 
 
 class Session:
@@ -323,7 +330,10 @@ class Session:
         call = Call(methods=stack.specs(), prompt_length=ids.shape[1], rows=ids.shape[0])
         call.pixels = found or {}
         if stack.contrast is not None:  # generate() encodes images before the first forward
-            call.vision = vision_arguments(self.model, kwargs)
+            call.vision = vision = vision_arguments(self.model, kwargs)
+            if "mm_encoder_outputs" in vision:  # which it repeats in place for beams
+                given = vision["mm_encoder_outputs"]
+                vision["mm_encoder_outputs"] = {kind: copy.copy(given[kind]) for kind in given}
         if self._tap is not None:
             self._tap.take()  # whatever was encoded before belongs to another prompt
         asked = stack.reads_question or (stack.tokens is not None and stack.tokens.reads_question)
@@ -331,7 +341,8 @@ class Session:
             call.question = find_question(processor, self.info, ids)
         cut = None
         if stack.tokens is not None:
-            cut = self._shorten(stack.tokens, call, {**kwargs, "input_ids": ids})
+            named = dict(zip(_GENERATE_ARGUMENTS, args, strict=False))
+            cut = self._shorten(stack.tokens, call, {**named, **kwargs, "input_ids": ids})
         if cut is not None:
             args, kwargs = (), cut
             if processor is not None and asked:
@@ -350,32 +361,41 @@ class Session:
         self, method: TokenMethod, call: Call, kwargs: dict[str, Any]
     ) -> dict[str, Any] | None:
         """The arguments of generate() for prompts with fewer visual tokens; None: as they are."""
-        cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length():
-            raise StateError(
-                f"{method.name} cuts whole prompts, and this generate() goes on from a KV cache. "
-                "Start from the whole conversation, without past_key_values."
-            )
+        _require_empty_cache(method, kwargs.get("past_key_values"))
         kwargs.pop("inputs", None)
         shortened = shorten(self, method, kwargs, call.question)
         if shortened is None:
             return None
         cut = shortened.kwargs
+        positions = cut.get("position_ids")
+        one_axis = positions is not None and positions.ndim == 2
+        if one_axis and self._generation_option("use_cache", kwargs) is False:
+            raise BadInput(
+                f"{method.name}: positions=original leaves gaps, which transformers takes for "
+                "several prompts in one row when there is no cache. Use positions=contiguous, or a "
+                "cache."
+            )
         call.prompt_length = cut["input_ids"].shape[1]
-        call.reductions = shortened.reductions
-        call.visual_tokens = tuple(one.size for one in shortened.reductions)
-        images = [one.image for one in shortened.reductions]
-        call.images = None if None in images else images  # type: ignore[assignment]  # none is None
-        for name in ("max_length", "min_length"):
-            if cut.get(name) is not None:
-                cut[name] -= shortened.removed
+        _note_pruned(call, shortened)
         config = cut.get("generation_config")
         if config is not None:
             cut["generation_config"] = config = copy.deepcopy(config)
-            for name in ("max_length", "min_length"):
-                if getattr(config, name, None):
-                    setattr(config, name, getattr(config, name) - shortened.removed)
+        for name in ("max_length", "min_length"):  # they count the prompt
+            value = self._generation_option(name, kwargs)
+            if not value:
+                continue
+            if config is None or kwargs.get(name) is not None:
+                cut[name] = value - shortened.removed
+            else:
+                setattr(config, name, value - shortened.removed)
         return cut
+
+    def _generation_option(self, name: str, kwargs: dict[str, Any]) -> Any:
+        """What generate() makes of an option: the argument, the configuration's, the model's."""
+        model: Any = self.model
+        configs = (kwargs.get("generation_config"), model.generation_config)
+        values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in values if value is not None), None)
 
     def get_compiled_call(self, *args: Any, **kwargs: Any) -> Any:
         """The model's compiled forward, with the Python part of a decode step before the graph.
@@ -475,7 +495,10 @@ class Session:
                 "continuous batching (generate_batch) mixes rows of many prompts in one batch, "
                 "which no method supports. Use generate(), or vlmfix.using(model, None)."
             )
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        if args:  # everything here looks arguments up by name
+            names = inspect.signature(self.model.forward).parameters
+            args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
+        ids = kwargs.get("input_ids")
         cache = kwargs.get("past_key_values")
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
@@ -486,23 +509,24 @@ class Session:
                 "the forward got no input_ids, so vlmfix cannot see where the image is. Pass "
                 "input_ids, or run the plain model with vlmfix.using(model, None)."
             )
-        shortened = None
-        if stack.tokens is not None and (cache is None or not cache.get_seq_length()):
-            shortened = shorten(self, stack.tokens, {**kwargs, "input_ids": ids})
+        shortened, vision = None, {}
+        if stack.tokens is not None and any(kwargs.get(name) is not None for name in _PIXELS):
+            _require_empty_cache(stack.tokens, cache)
+            vision = vision_arguments(self.model, kwargs)
+            shortened = shorten(self, stack.tokens, kwargs, prompt_length=prompt_length)
         if shortened is not None:  # in generate() it was done before
-            args, kwargs = (), shortened.kwargs
+            kwargs = shortened.kwargs
             ids = kwargs["input_ids"]
             prompt_length = None if prompt_length is None else prompt_length - shortened.removed
         frame = self._frame(stack, ids, cache, prompt_length, kwargs)
         if shortened is not None:
-            frame.call.reductions = shortened.reductions
-            frame.call.visual_tokens = tuple(one.size for one in shortened.reductions)
+            _note_pruned(frame.call, shortened)
+            frame.call.vision = vision
         if stack.preludes and not frame.past:
             frame = look_first(self, frame, ids, cache, kwargs)
         if stack.drops is not None and frame.past < frame.ledger.prompt_length:
             frame = self._watch_last_row(stack.drops, frame, kwargs)
         if stack.contrast is not None:
-            args, kwargs = (), {**kwargs, "input_ids": ids}
             frame, kwargs = before_forward(self, frame, kwargs)
         elif frame.ledger.streams is not None:
             raise StateError(
@@ -618,8 +642,6 @@ class Session:
                 "vlmfix.unwrap(model)."
             )
         if frame.rerun_with is not None:
-            if args:
-                kwargs = {**kwargs, "input_ids": args[0]}
             return run_last_token(self, frame, kwargs, output)
         if frame.stack.contrast is not None:
             return combine(self, frame, kwargs, output)
@@ -633,3 +655,19 @@ class Session:
     def _end(self) -> None:
         # The frame holds the cache's ledger: leaving it would keep the last prompt alive.
         self.local.frame = None
+
+
+def _require_empty_cache(method: TokenMethod, cache: Cache | None) -> None:
+    if cache is not None and cache.get_seq_length():
+        raise StateError(
+            f"{method.name} cuts whole prompts, and this call goes on from a KV cache. Start from "
+            "the whole conversation, without past_key_values."
+        )
+
+
+def _note_pruned(call: Call, shortened: Shortened) -> None:
+    """What later parts of a call must know of a prompt that was cut."""
+    call.reductions = shortened.reductions
+    call.visual_tokens = tuple(one.size for one in shortened.reductions)
+    images = [one.image for one in shortened.reductions]
+    call.images = None if None in images else images  # type: ignore[assignment]  # none is None
