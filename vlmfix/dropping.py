@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vlmfix.frame import Frame
     from vlmfix.pruning import LayerTokenMethod
 
-__all__ = ["Dropped", "check_prompt", "enter_layer", "last_row_watcher"]
+__all__ = ["Dropped", "check_prompt", "choose", "enter_layer", "last_row_watcher"]
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def check_prompt(method: LayerTokenMethod, frame: Frame, kwargs: Mapping[str, An
     if frame.queries < length:
         raise CompositionError(
             f"{method.name} must see the whole prompt at once, but this forward holds "
-            f"{frame.queries} of its {length} tokens (chunked prefill). Generate without "
-            "prefill_chunk_size."
+            f"{frame.queries} of its {length} tokens (chunked prefill, or a later turn over a "
+            "cache). Generate without prefill_chunk_size or past_key_values."
         )
     if isinstance(cache, Cache):
         wrong = {type(x).__name__ for x in cache.layers if type(x) is not DynamicLayer}
@@ -88,8 +88,9 @@ def enter_layer(
     method, ledger = frame.stack.drops, frame.ledger
     if method is None:
         return None
-    if frame.past == 0 and layer == method.first_layer(frame.stack.info):
-        ledger.dropped = _choose(method, frame, layer)
+    first = method.first_layer(frame.stack.info)
+    if frame.past == 0 and layer == first and method in ledger.seen:  # there is an image
+        ledger.dropped = _drop(method, frame, layer)
     dropped: Dropped | None = ledger.dropped
     if dropped is None or layer < dropped.first:
         return None
@@ -117,14 +118,21 @@ def enter_layer(
     return args, changed
 
 
-def _choose(method: LayerTokenMethod, frame: Frame, layer: int) -> Dropped | None:
-    """What stays of every prompt; None if everything does."""
-    ledger = frame.ledger
-    length = ledger.prompt_length
-    visual = ledger.visual()[:, :length]
-    keep = ledger.kinds[:, :length] != PAD
-    attention = ledger.seen[method][layer - 1].to(keep.device)
-    sizes = []
+def choose(
+    method: LayerTokenMethod, attention: torch.Tensor, visual: torch.Tensor
+) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """Ask a method which visual tokens of every prompt stay.
+
+    Args:
+        method: prepared.
+        attention: (B, L) float32, what the last prompt token pays to each token.
+        visual: (B, L) bool, which of them are visual tokens.
+
+    Returns:
+        (B, L) bool, the visual tokens that stay; and how many of how many do, for each prompt that
+        has some.
+    """
+    kept, sizes = visual.clone(), []
     for row, mine in enumerate(visual):
         count = int(mine.sum())
         if not count:
@@ -132,12 +140,23 @@ def _choose(method: LayerTokenMethod, frame: Frame, layer: int) -> Dropped | Non
         budget = method.budget(count)
         sizes.append((budget, count))
         if budget < count:
-            chosen = torch.zeros(count, dtype=torch.bool, device=keep.device)
+            chosen = torch.zeros(count, dtype=torch.bool, device=visual.device)
             chosen[method.keep(attention[row, mine], budget)] = True
-            keep[row, mine] = chosen
-    frame.call.visual_tokens = tuple(sizes)
-    if all(kept == count for kept, count in sizes):
+            kept[row, mine] = chosen
+    return kept, sizes
+
+
+def _drop(method: LayerTokenMethod, frame: Frame, layer: int) -> Dropped | None:
+    """What stays of every prompt; None if everything does."""
+    ledger, call = frame.ledger, frame.call
+    length = ledger.prompt_length
+    visual = ledger.visual()[:, :length]
+    kept, sizes = choose(method, ledger.seen[method][layer - 1].to(visual.device), visual)
+    copies = len(visual) // (call.rows or len(visual))  # beams and returned sequences agree
+    call.visual_tokens = tuple(sizes[::copies])
+    if torch.equal(kept, visual):
         return None
+    keep = (ledger.kinds[:, :length] != PAD) & (kept | ~visual)
     width = int(keep.sum(1).max())
     index = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, length - width :]
     return Dropped(layer, index, ~keep.gather(1, index), length)

@@ -524,8 +524,14 @@ class Session:
             frame.call.vision = vision
         if stack.preludes and not frame.past:
             frame = look_first(self, frame, ids, cache, kwargs)
-        if stack.drops is not None and frame.past < frame.ledger.prompt_length:
+        in_prompt = frame.past < frame.ledger.prompt_length
+        if stack.drops is not None and in_prompt and bool(frame.ledger.visual().any()):
             frame = self._watch_last_row(stack.drops, frame, kwargs)
+        if stack.drops is None and frame.ledger.dropped is not None:
+            raise StateError(
+                "later layers of this KV cache hold fewer tokens, which a method has dropped. Go "
+                "on with the same method, or start from the prompt without this cache."
+            )
         if stack.contrast is not None:
             frame, kwargs = before_forward(self, frame, kwargs)
         elif frame.ledger.streams is not None:
