@@ -13,6 +13,7 @@ from tiny_configs import IMAGE
 from torch import Tensor
 
 import vlmfix
+import vlmfix.attention
 from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo
 from vlmfix.pruning import Kept, TokenMethod, VisualTokens
@@ -87,6 +88,16 @@ def test_relevance_reads_the_question_that_it_is_told() -> None:
         assert visual.relevance is not None
         expected = weights[row, asked[row]][:, keys].amax(0)
         assert torch.allclose(visual.relevance, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_relevance_of_rows_that_come_in_pieces(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = family("llava")
+    inputs = tiny.inputs(batch=3)
+    expected = told(tiny.model, inputs, layer)
+    monkeypatch.setattr(vlmfix.attention, "_CHUNK_BYTES", 1)
+    found = told(tiny.model, inputs, layer)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -94,7 +95,7 @@ def test_worked_text_reduction() -> None:
     rows = torch.tensor([[0.10, 0.05, 0.20], [0.02, 0.30, 0.08]])
     heads = torch.stack([rows + 0.01, rows - 0.01])[None]  # their mean over heads counts
     question = torch.tensor([[True, True]])
-    for pieces in ([(0, 2)], [(0, 1), (0, 2)]):
+    for pieces in ([(0, 2)], [(0, 1), (1, 2)]):
         watcher = _QuestionRows((0,), question=question, rows_end=9, stop=False)
         for first, last in pieces:
             watcher.observe_weights(0, heads[:, :, first:last], first)
@@ -248,6 +249,19 @@ def test_a_picture_of_one_tile_has_no_region_stage() -> None:
         assert torch.equal(method.keep(visual, 5).index, largest(fused, 5))
     alone = PyramidTokenPruning(alpha=0.0, saliency_layer=5)
     assert torch.equal(alone.keep(one_tile(saliency, None), 5).index, largest(saliency, 5))
+
+
+def test_a_tile_that_is_all_padding_gets_nothing() -> None:
+    plain = picture()
+    assert plain.place is not None and plain.relevance is not None
+    real = plain.place[plain.place // 16 != 3]
+    visual = replace(
+        plain, features=plain.features[real], place=real, relevance=plain.relevance[real]
+    )
+    index = PyramidTokenPruning(saliency_layer=5).keep(visual, 20).index
+    assert len(index) == 20
+    sizes = [int((real[index] // 16 == at).sum()) for at in range(5)]
+    assert sizes[3] == 0 and min(sizes[:3] + sizes[4:]) > 0
 
 
 def test_equal_scores_go_to_the_first() -> None:
