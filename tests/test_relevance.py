@@ -142,15 +142,19 @@ def test_a_look_ends_with_its_layer(name: str, layer: int, generate: bool) -> No
 
 
 def test_a_look_runs_through_where_accelerate_moves_weights() -> None:
+    """Its hooks take weights away again behind each module; a look must not stop in between."""
+    from accelerate import cpu_offload
+
     tiny = build("llava")
     inputs = tiny.inputs(batch=2)
     expected = told(tiny.model, inputs, 0)
-    tiny.model.hf_device_map = {"": "cpu"}
+    cpu_offload(tiny.model, execution_device=torch.device("cpu"))
     runs = []
     tiny.model.get_decoder().layers[2].register_forward_hook(lambda *_: runs.append(1))
     found = told(tiny.model, inputs, 0)
     assert len(runs) == 2
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert {parameter.device.type for parameter in tiny.model.parameters()} == {"meta"}
 
 
 def test_a_look_leaves_the_model_as_it_was() -> None:

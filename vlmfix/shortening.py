@@ -256,7 +256,7 @@ def _relevance(
             "its image. Put the question behind the image."
         )
     # Hooks of accelerate move weights back after each layer; an interrupted forward would not.
-    stop = not hasattr(model, "hf_device_map")
+    stop = not any(hasattr(module, "_hf_hook") for module in model.modules())
     watcher = _QuestionRows((layer,), question=asked, rows_end=length, stop=stop)
     known = ("input_ids", "position_ids", *TOKEN_TYPES)
     inputs = {name: kwargs[name] for name in known if kwargs.get(name) is not None}
