@@ -12,15 +12,18 @@ from typing import Any
 import torch
 from tiny import FAMILIES, TinyFamily, build
 
+import vlmfix
 from vlmfix.method import Method
 from vlmfix.methods.ad_hh import AdaptiveHeadDeactivation
 from vlmfix.methods.avc import AttentionalVisionCalibration
+from vlmfix.methods.fastv import FastV
 from vlmfix.methods.gift import GazeShiftFusion
 from vlmfix.methods.head_pursuit import HeadPursuit
 from vlmfix.methods.imba import PayAttentionToInformedTokens
 from vlmfix.methods.m3id import MutualInformationDecoding
 from vlmfix.methods.pai import PayAttentionToImage
 from vlmfix.methods.pai_guidance import ImageGuidance
+from vlmfix.methods.random_tokens import RandomTokens
 from vlmfix.methods.rbd import ReBalancingContrastiveDecoding
 from vlmfix.methods.spin import ImageGuidedHeadSuppression
 from vlmfix.methods.vaf import VisualAmplificationFusion
@@ -39,6 +42,8 @@ class Row:
     families: tuple[str, ...] = FAMILIES
     #: False for methods that must see the whole prompt at once and refuse a prefill in chunks.
     chunks: bool = True
+    #: False for methods that leave layers of a cache unequally long, and refuse a static one.
+    static: bool = True
 
 
 # Every head of the last two layers that a tiny model of three has.
@@ -64,6 +69,14 @@ ROWS = (
         "avc",
         AttentionalVisionCalibration(alpha=2.5, deviations=0.3),
         AttentionalVisionCalibration(alpha=0.0, beta=0.0),
+    ),
+    Row(
+        "fastv",
+        FastV(ratio=0.5),
+        FastV(ratio=1.0),
+        families=tuple(name for name in FAMILIES if name != "gemma3"),  # it has sliding layers
+        chunks=False,
+        static=False,
     ),
     Row(
         "gift",
@@ -95,6 +108,11 @@ ROWS = (
         "pai_guidance",
         ImageGuidance(gamma=3.0),
         ImageGuidance(gamma=1.0),
+    ),
+    Row(
+        "random",
+        RandomTokens(ratio=0.5),
+        RandomTokens(ratio=1.0),
     ),
     Row(
         "rbd",
@@ -167,3 +185,10 @@ def logits(model: Any, inputs: dict[str, Any], **kwargs: Any) -> torch.Tensor:
     with torch.no_grad():
         output: torch.Tensor = model(**inputs, **kwargs).logits[:, -1]
     return output
+
+
+def changed(model: Any) -> int:
+    """Rows of attention or logits that methods changed in the last call, or tokens they dropped."""
+    report = vlmfix.last_call(model)
+    dropped = sum(count - kept for kept, count in report.visual_tokens)
+    return report.edited_rows + report.contrasted_rows + dropped

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import CELLS, IDS, MODES, ROWS, Row, family, logits, prompt
+from matrix import CELLS, IDS, MODES, ROWS, Row, changed, family, logits, prompt
 from tiny import FAMILIES, build, generate_kwargs
 from transformers import DynamicCache
 
 import vlmfix
 import vlmfix.attention
 from vlmfix.method import AttentionMethod
+from vlmfix.pruning import TokenMethod
 
 cells = pytest.mark.parametrize(("row", "name"), CELLS, ids=IDS)
 
@@ -27,12 +28,6 @@ def _generate(model: Any, inputs: dict[str, Any], mode: str = "greedy") -> torch
     return output
 
 
-def _changed(model: Any) -> int:
-    """Rows of attention or of logits that methods changed in the last call."""
-    report = vlmfix.last_call(model)
-    return report.edited_rows + report.contrasted_rows
-
-
 @cells
 def test_cell_is_not_empty(row: Row, name: str) -> None:
     tiny = family(name)
@@ -40,13 +35,15 @@ def test_cell_is_not_empty(row: Row, name: str) -> None:
     plain = logits(tiny.model, inputs)
     with vlmfix.wrapped(tiny.model, row.strong):
         edited = logits(tiny.model, inputs)
-        assert _changed(tiny.model) > 0
+        assert changed(tiny.model) > 0
         _generate(tiny.model, inputs)
-        assert _changed(tiny.model) > 0
+        assert changed(tiny.model) > 0
         report = vlmfix.last_call(tiny.model)
     assert ((edited - plain).abs().amax(1) > 1e-3).any()
     assert report.new_tokens == report.passes == 6
-    assert report.prompt_length == inputs["input_ids"].shape[1]
+    length = inputs["input_ids"].shape[1]
+    shorter = isinstance(row.strong, TokenMethod)
+    assert report.prompt_length < length if shorter else report.prompt_length == length
 
 
 @cells
@@ -57,7 +54,7 @@ def test_identity_is_bit_identical(row: Row, name: str) -> None:
     with vlmfix.wrapped(tiny.model, row.identity):
         assert torch.equal(logits(tiny.model, inputs), plain)
         assert torch.equal(_generate(tiny.model, inputs), tokens)
-        assert _changed(tiny.model) == 0
+        assert changed(tiny.model) == 0
 
 
 @cells
@@ -83,6 +80,10 @@ def test_other_caches_equal_the_dynamic_cache(row: Row, name: str, mode: str) ->
     tiny = family(name)
     inputs = prompt(tiny)
     with vlmfix.wrapped(tiny.model, row.strong):
+        if mode == "static cache" and not row.static:
+            with pytest.raises(vlmfix.CompositionError, match="Generate with a dynamic cache"):
+                _generate(tiny.model, inputs, mode)
+            return
         assert torch.equal(_generate(tiny.model, inputs), _generate(tiny.model, inputs, mode))
 
 
@@ -126,9 +127,9 @@ def test_a_model_loaded_with_eager_attention(row: Row) -> None:
     tiny.model.set_attn_implementation({"text_config": "eager"})
     static = {"cache_implementation": "static", "disable_compile": True}
     with vlmfix.wrapped(tiny.model, row.strong):
-        for kwargs in ({}, static):
+        for kwargs in ({}, static) if row.static else ({},):
             assert torch.allclose(_steps(tiny.model, inputs, **kwargs), expected, atol=1e-4)
-            assert _changed(tiny.model) > 0
+            assert changed(tiny.model) > 0
 
 
 @cells
@@ -159,6 +160,8 @@ def test_streaming_and_prompt_lookup_equal_greedy(row: Row, name: str) -> None:
         def end(self) -> None:
             pass
 
+    if name not in row.families:
+        pytest.skip(f"{row.name} does not run on {name}")
     tiny = family(name)
     inputs = tiny.single(prompt(tiny), 1)
     with vlmfix.wrapped(tiny.model, row.strong):
@@ -168,7 +171,9 @@ def test_streaming_and_prompt_lookup_equal_greedy(row: Row, name: str) -> None:
         drafted = tiny.model.generate(
             **inputs, prompt_lookup_num_tokens=3, **generate_kwargs(max_new_tokens=6)
         )
-    assert collect.ids == greedy[0].tolist()
+    assert collect.ids[-6:] == greedy[0, -6:].tolist()
+    if not isinstance(row.strong, TokenMethod):  # else it gets the prompt that the model runs
+        assert collect.ids == greedy[0].tolist()
     assert torch.equal(drafted, greedy)
 
 
@@ -203,8 +208,8 @@ def test_compiled_static_decoding_is_one_graph_and_equals_greedy(row: Row, name:
     from torch._dynamo.utils import counters
     from transformers import CompileConfig
 
-    if name not in row.families:
-        pytest.skip(f"{row.name} does not run on {name}")
+    if name not in row.families or not row.static:
+        pytest.skip(f"{row.name} does not run on {name} or not with a static cache")
     tiny = build(name)
     inputs, other = prompt(tiny), prompt(tiny, seed=5)
     config = CompileConfig(fullgraph=True, backend="eager", mode=None)
@@ -214,15 +219,15 @@ def test_compiled_static_decoding_is_one_graph_and_equals_greedy(row: Row, name:
     torch.compiler.reset()
     with vlmfix.wrapped(tiny.model, row.strong):
         edited = _steps(tiny.model, inputs)
-        rows = _changed(tiny.model)
+        rows = changed(tiny.model)
         assert torch.allclose(_steps(tiny.model, inputs, **compiled), edited, atol=1e-4)
-        assert _changed(tiny.model) == rows > 0
+        assert changed(tiny.model) == rows > 0
         graphs = counters["stats"]["unique_graphs"]
         again = _steps(tiny.model, other, **compiled)
-        rows = _changed(tiny.model)
+        rows = changed(tiny.model)
         assert counters["stats"]["unique_graphs"] == graphs > 0
         assert torch.allclose(again, _steps(tiny.model, other), atol=1e-4)
-        assert _changed(tiny.model) == rows  # counted anew in each call
+        assert changed(tiny.model) == rows  # counted anew in each call
     assert torch.allclose(_steps(tiny.model, inputs, **compiled), plain, atol=1e-4)
     assert (plain - edited)[1:].abs().max() > 1e-3
 
@@ -244,7 +249,7 @@ def test_compiled_step_of_a_prompt_without_an_image_changes_nothing(row: Row) ->
     torch.compiler.reset()
     with vlmfix.wrapped(tiny.model, row.strong):
         assert torch.allclose(_steps(tiny.model, inputs, **compiled), plain, atol=1e-4)
-        assert _changed(tiny.model) == 0
+        assert changed(tiny.model) == 0
 
 
 FUSED = [row for row in ROWS if getattr(row.strong, "has_fused_form", False)]
@@ -266,13 +271,13 @@ def test_fused_kernel_decodes_what_the_row_path_decodes(row: Row, name: str) -> 
     compiled = {"cache_implementation": "static", "compile_config": config}
     with vlmfix.wrapped(tiny.model, row.strong, impl="torch"):
         expected = _steps(tiny.model, inputs, **short)
-        rows = _changed(tiny.model)
+        rows = changed(tiny.model)
     with vlmfix.wrapped(tiny.model, row.strong, impl="triton"):
         for kwargs in ({}, compiled):
             fused = _steps(tiny.model, inputs, **short, **kwargs)
             assert torch.allclose(fused, expected, atol=1e-4)
             assert not torch.equal(fused[1:], expected[1:])  # another implementation did run
-            assert _changed(tiny.model) == rows
+            assert changed(tiny.model) == rows
 
 
 def test_auto_takes_the_kernel_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +289,7 @@ def test_auto_takes_the_kernel_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(vlmfix.attention.ops, "attend_rows", refuse)
     with vlmfix.wrapped(tiny.model, "pai:alpha=0.5", impl="auto"):
         _generate(tiny.model, prompt(tiny))
-        assert _changed(tiny.model) > 0
+        assert changed(tiny.model) > 0
 
 
 def test_fused_kernel_refuses_what_it_has_no_form_for() -> None:
