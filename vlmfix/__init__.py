@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vlmfix.loading import load, load_image
     from vlmfix.maps import AttentionMap, attention_map
     from vlmfix.registry import MethodInfo, list_methods
+    from vlmfix.selection import KeptTokens, visual_tokens
     from vlmfix.wrapper import last_call, suspended, unwrap, using, wrap, wrapped
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "CalibrationNeeded",
     "CallReport",
     "CompositionError",
+    "KeptTokens",
     "MethodInfo",
     "MissingDependency",
     "StateError",
@@ -57,6 +59,7 @@ __all__ = [
     "suspended",
     "unwrap",
     "using",
+    "visual_tokens",
     "wrap",
     "wrapped",
 ]
@@ -67,6 +70,7 @@ _HOME = {
     "vlmfix.loading": ("load", "load_image"),
     "vlmfix.maps": ("AttentionMap", "attention_map"),
     "vlmfix.registry": ("MethodInfo", "list_methods"),
+    "vlmfix.selection": ("KeptTokens", "visual_tokens"),
     "vlmfix.wrapper": ("last_call", "suspended", "unwrap", "using", "wrap", "wrapped"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vlmfix.frame import Frame
     from vlmfix.pruning import LayerTokenMethod
 
-__all__ = ["Dropped", "check_prompt", "choose", "enter_layer", "last_row_watcher"]
+__all__ = ["Dropped", "check_prompt", "enter_layer", "last_row_watcher"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def enter_layer(
     return args, changed
 
 
-def choose(
+def _choose(
     method: LayerTokenMethod, attention: torch.Tensor, visual: torch.Tensor
 ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
     """Ask a method which visual tokens of every prompt stay.
@@ -151,9 +151,9 @@ def _drop(method: LayerTokenMethod, frame: Frame, layer: int) -> Dropped | None:
     ledger, call = frame.ledger, frame.call
     length = ledger.prompt_length
     visual = ledger.visual()[:, :length]
-    kept, sizes = choose(method, ledger.seen[method][layer - 1].to(visual.device), visual)
+    kept, sizes = _choose(method, ledger.seen[method][layer - 1].to(visual.device), visual)
     copies = len(visual) // (call.rows or len(visual))  # beams and returned sequences agree
-    call.visual_tokens = tuple(sizes[::copies])
+    call.visual_tokens, call.kept = tuple(sizes[::copies]), kept[::copies]
     if torch.equal(kept, visual):
         return None
     keep = (ledger.kinds[:, :length] != PAD) & (kept | ~visual)

@@ -28,10 +28,10 @@ from vlmfix.surgeon import module_state, real_tokens
 from vlmfix.tap import Tower, describe_tower, grid_shapes, packed_index, tile_shape
 from vlmfix.wrapper import wrapped
 
-__all__ = ["AttentionMap", "attention_map"]
+__all__ = ["AttentionMap", "Placed", "attention_map", "placed_images"]
 
 #: (tokens, views) of one image, see `AttentionMap.views`.
-_Image = tuple[int, tuple[torch.Tensor, ...]]
+Placed = tuple[int, tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,7 @@ def attention_map(
         full, lengths = _with_answers(model, info, inputs, generated)
         chosen_rows = _rows(ledger, rows, lengths, full["input_ids"].shape[1])
         visual = ledger.visual()[:, : full["input_ids"].shape[1]]
-        images = _images(_tower(model, info), inputs, visual.sum(1).tolist())
+        images = placed_images(_tower(model, info), inputs, visual.sum(1).tolist())
         watcher = _RowKeeper(
             chosen_layers, wanted=tuple(chosen_rows), visual=visual.cpu(), heads=chosen_heads
         )
@@ -182,7 +182,7 @@ class _RowKeeper(Watcher):
 def _maps(
     watcher: _RowKeeper,
     sample: int,
-    images: Sequence[_Image],
+    images: Sequence[Placed],
     layers: tuple[int, ...],
     heads: tuple[int, ...] | None,
 ) -> Iterator[AttentionMap]:
@@ -340,8 +340,20 @@ def _tower(model: Any, info: ModelInfo) -> Tower:
         raise UnsupportedModel(f"no map can be drawn over its images: {error}") from error
 
 
-def _images(tower: Tower, inputs: Mapping[str, Any], counts: list[int]) -> list[list[_Image]]:
-    """Per prompt, its images: `counts` are the placeholders of the prompts."""
+def placed_images(tower: Tower, inputs: Mapping[str, Any], counts: list[int]) -> list[list[Placed]]:
+    """Where the visual tokens of whole prompts lie in their images.
+
+    Args:
+        tower: the model's.
+        inputs: arguments of its generate().
+        counts: image placeholders of each prompt.
+
+    Returns:
+        A list per prompt of the placeholders and the views of each image.
+
+    Raises:
+        BadInput: inputs that lack what tells it, or placeholders that the images do not fill.
+    """
     names = {"tiles": "pixel_values", "packed": "image_sizes", "patches": "image_grid_thw"}
     missing = [n for n in ("pixel_values", names[tower.layout]) if inputs.get(n) is None]
     if missing:
@@ -350,9 +362,9 @@ def _images(tower: Tower, inputs: Mapping[str, Any], counts: list[int]) -> list[
             "the model's processor returns."
         )
     images = iter(_shapes(tower, inputs, sum(counts)))
-    found: list[list[_Image]] = []
+    found: list[list[Placed]] = []
     for sample, count in enumerate(counts):
-        own: list[_Image] = []
+        own: list[Placed] = []
         while (left := count - sum(tokens for tokens, _ in own)) > 0:
             image = next(images, None)
             if image is None or image[0] > left:
@@ -365,7 +377,7 @@ def _images(tower: Tower, inputs: Mapping[str, Any], counts: list[int]) -> list[
     return found
 
 
-def _shapes(tower: Tower, inputs: Mapping[str, Any], total: int) -> Iterator[_Image]:
+def _shapes(tower: Tower, inputs: Mapping[str, Any], total: int) -> Iterator[Placed]:
     """The images of a batch, in order."""
     if tower.layout == "patches":
         for rows, columns in grid_shapes(tower, inputs["image_grid_thw"]):
@@ -389,5 +401,5 @@ def _shapes(tower: Tower, inputs: Mapping[str, Any], total: int) -> Iterator[_Im
         yield len(index), tuple(views)
 
 
-def _whole(rows: int, columns: int) -> _Image:
+def _whole(rows: int, columns: int) -> Placed:
     return rows * columns, (torch.arange(rows * columns).view(rows, columns),)

@@ -29,7 +29,7 @@ from vlmfix.tap import EncodedImage, Tower
 if TYPE_CHECKING:
     from vlmfix.session import Session
 
-__all__ = ["Reduction", "Shortened", "encode_reduced", "put_back", "shorten"]
+__all__ = ["Asked", "Reduction", "Shortened", "ask", "encode_reduced", "put_back", "shorten"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,25 @@ class Reduction:
             return features[self.positions.to(features.device)]
         weights = self.weights.to(features.device)
         return (weights @ features.float()).to(features.dtype)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a method keeps of the images of whole prompts.
+
+    Attributes:
+        reductions: per image, in the order of the prompts.
+        owners: the prompt of each.
+        placeholders: (B, L) bool, their places in the prompts.
+        features: (n, D) of each image.
+        output: of the encoder.
+    """
+
+    reductions: list[Reduction]
+    owners: list[int]
+    placeholders: torch.Tensor
+    features: list[torch.Tensor]
+    output: Any
 
 
 @dataclass(frozen=True)
@@ -92,6 +111,37 @@ def shorten(
     Raises:
         BadInput: videos, or placeholders that the images do not fill.
         UnsupportedModel: a model that takes no features in place of pixels.
+    """
+    asked = ask(session, method, kwargs, question, prompt_length)
+    if asked is None:
+        return None
+    kept = torch.zeros(sum(one.count for one in asked.reductions), dtype=torch.bool)
+    start = 0
+    for reduction in asked.reductions:
+        kept[start + reduction.positions.cpu()] = True
+        start += reduction.count
+    if bool(kept.all()):
+        return None
+    cut, vision = dict(kwargs), vision_arguments(session.model, kwargs)
+    for name in vision:
+        cut.pop(name)
+    reduced = _with_features(asked.output, asked.features, asked.reductions)
+    cut["mm_encoder_outputs"] = {"image": reduced}
+    kept = kept.to(asked.placeholders.device)
+    removed = _cut_tokens(session.model, cut, vision, asked.placeholders, kept, method)
+    return Shortened(cut, asked.reductions, removed)
+
+
+def ask(
+    session: Session,
+    method: TokenMethod,
+    kwargs: Mapping[str, Any],
+    question: tuple[torch.Tensor, torch.Tensor] | None = None,
+    prompt_length: int | None = None,
+) -> Asked | None:
+    """Encode the images of whole prompts and ask a method what it keeps; None without pixels.
+
+    Arguments and errors are those of `shorten`.
     """
     model: Any = session.model
     vision = vision_arguments(model, kwargs)
@@ -130,19 +180,7 @@ def shorten(
                 number,
             )
         )
-    kept = torch.zeros(sum(counts), dtype=torch.bool)
-    start = 0
-    for reduction in reductions:
-        kept[start + reduction.positions.cpu()] = True
-        start += reduction.count
-    if bool(kept.all()):
-        return None
-    cut = dict(kwargs)
-    for name in vision:
-        cut.pop(name)
-    cut["mm_encoder_outputs"] = {"image": _with_features(output, features, reductions)}
-    removed = _cut_tokens(model, cut, vision, placeholders, kept.to(ids.device), method)
-    return Shortened(cut, reductions, removed)
+    return Asked(reductions, owners, placeholders, features, output)
 
 
 def encode_reduced(
