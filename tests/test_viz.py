@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vlmfix.errors import BadInput, MissingDependency
-from vlmfix.viz import draw_maps, overlay
+from vlmfix.viz import darken_dropped, draw_maps, draw_tokens, overlay
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -93,3 +93,61 @@ def test_other_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_map_of_zeros_is_dark() -> None:
     assert overlay(grey(2, 2), [[0.0]], opacity=1.0).getpixel((1, 1)) == DARK
+
+
+def picture() -> Image.Image:
+    """Six blocks of 10 x 10 pixels, each of a colour of its own."""
+    blocks = (np.arange(18).reshape(2, 3, 3) * 13 + 20).astype(np.uint8)
+    return Image.fromarray(blocks.repeat(10, 0).repeat(10, 1))
+
+
+def test_dropped_patches_are_dark_and_the_others_as_they_were() -> None:
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    image = picture()
+    before, drawn = np.asarray(image), np.asarray(darken_dropped(image, mask))
+    assert drawn.shape == (20, 30, 3)
+    for row in range(2):
+        for column in range(3):
+            here = (slice(10 * row, 10 * row + 10), slice(10 * column, 10 * column + 10))
+            if mask[row, column]:
+                assert (drawn[here] == before[here]).all()
+            else:
+                assert (drawn[here] == (before[here] * 0.15).astype(np.uint8)).all()
+
+
+def test_several_masks_in_one_figure(tmp_path: Path) -> None:
+    masks = {f"k = {at}": torch.arange(6).view(2, 3) < at for at in (2, 5)}
+    path = tmp_path / "new" / "tokens.png"
+    draw_tokens(picture(), masks, path)
+    with Image.open(path) as drawn:
+        pixels = np.asarray(drawn.convert("RGB")).astype(int)
+    area = {}
+    for block, colour in enumerate(np.asarray(picture())[::10, ::10].reshape(6, 3).astype(int)):
+        for dark, own in ((False, colour), (True, (colour * 0.15).astype(int))):
+            area[block, dark] = int((np.abs(pixels - own) <= 1).all(-1).sum())
+    # Three panels; the first shows every block, the others those that stay, and the rest darkened.
+    unit = area[0, False] / 3
+    for block in range(6):
+        shown = 1 + sum(block < kept for kept in (2, 5))
+        assert area[block, False] == pytest.approx(unit * shown, rel=0.1)
+        assert (area[block, True] > 0.5 * unit) == (shown < 3)
+
+
+@pytest.mark.parametrize(
+    "mask", [[True, False], [[0.5]], [[1, 0]], np.zeros((0, 3), dtype=bool)], ids=str
+)
+def test_what_is_no_mask(mask: object, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="cannot be drawn"):
+        darken_dropped(grey(2, 2), mask)
+    with pytest.raises(BadInput, match="cannot be drawn"):
+        draw_tokens(grey(2, 2), {"mask": mask}, tmp_path / "tokens.png")
+    with pytest.raises(BadInput, match="nothing to draw"):
+        draw_tokens(grey(2, 2), {}, tmp_path / "tokens.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_darkening_needs_no_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    darken_dropped(grey(2, 2), [[True]])
+    with pytest.raises(MissingDependency, match=r"vlmfix\[eval\]"):
+        draw_tokens(grey(2, 2), {"mask": [[True]]}, tmp_path / "tokens.png")

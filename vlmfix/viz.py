@@ -1,8 +1,9 @@
-"""Maps over an image as pictures; needs matplotlib (the extra `eval`).
+"""Maps over an image, and images without what was pruned, as pictures.
 
-The image is drawn in few greys around the middle one, so that every colour means attention and
-hardly depends on what lies below. The colours are viridis: its lightness rises evenly, which also
-serves eyes that do not tell red from green, and print in grey.
+Figures and colours need matplotlib (the extra `eval`). Under a map the image is drawn in few greys
+around the middle one, so that every colour means attention and hardly depends on what lies below.
+The colours are viridis: its lightness rises evenly, which also serves eyes that do not tell red
+from green, and print in grey.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from vlmfix.errors import BadInput, MissingDependency
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["draw_maps", "overlay"]
+__all__ = ["darken_dropped", "draw_maps", "draw_tokens", "overlay"]
 
 _COLOURS = "viridis"
 _OPACITY = 0.75
 _MIDDLE = 128
 _ROW = 5  # at most so many panels side by side
 _SIDE = 2.6  # of a panel, in inches
+_LIGHT = 0.15  # share of its light that a dropped cell keeps
 
 
 def overlay(
@@ -84,10 +86,8 @@ def draw_maps(
         MissingDependency: matplotlib is not installed.
     """
     colormaps = _matplotlib().colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
-    from matplotlib.figure import Figure
 
     if not grids:
         raise BadInput("there is no map to draw: give at least one grid with a title.")
@@ -95,18 +95,9 @@ def draw_maps(
     tops = {title: float(grid.max()) for title, grid in values.items()}
     if shared_scale:
         tops = dict.fromkeys(tops, max(tops.values()))
-    lines = math.ceil((len(values) + 1) / _ROW)
-    columns = math.ceil((len(values) + 1) / lines)
     pure = colormaps[_COLOURS](np.linspace(0, 1, 256))[:, :3]
     as_drawn = ListedColormap(_OPACITY * pure + (1 - _OPACITY) * _MIDDLE / 255)
-    height = _SIDE * min(2.0, image.height / image.width)
-    size = (_SIDE * columns + 0.8, (height + 0.35) * lines)
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(lines, columns, squeeze=False).ravel()
-    for panel in axes:
-        panel.axis("off")
-    axes[0].imshow(image.convert("RGB"))
+    figure, axes = _panels(image, len(values), beside=0.8)
     for panel, (title, grid) in zip(axes[1:], values.items(), strict=False):
         panel.imshow(overlay(image, grid, high=tops[title]))
         panel.set_title(title, fontsize=9)
@@ -118,6 +109,70 @@ def draw_maps(
             bar.set_label(label, fontsize=8)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def darken_dropped(image: Image, mask: ArrayLike) -> Image:
+    """Darken the patches of an image whose visual tokens were dropped.
+
+    Args:
+        image: see `overlay`.
+        mask: (rows, columns) bool, True where a token stays; `KeptTokens.masks` has them.
+
+    Returns:
+        An RGB image of the size of `image`, bit for bit the same where a token stays.
+
+    Raises:
+        BadInput: a mask that is not two-dimensional or not bool.
+    """
+    from PIL import Image as images
+
+    stays = _checked_mask(mask)
+    cells = images.fromarray(stays.astype(np.uint8) * 255)
+    cells = cells.resize(image.size, images.Resampling.NEAREST)
+    light = image.convert("RGB")
+    return images.composite(light, light.point(lambda level: int(_LIGHT * level)), cells)
+
+
+def draw_tokens(image: Image, masks: Mapping[str, ArrayLike], path: str | Path) -> None:
+    """Draw an image, and it again with the dropped patches darkened, to an image file.
+
+    Args:
+        image: see `overlay`.
+        masks: title -> (rows, columns) bool, True where a token stays.
+        path: where the picture goes; the ending says the format.
+
+    Raises:
+        BadInput: no mask, or one that `darken_dropped` refuses.
+        MissingDependency: matplotlib is not installed.
+    """
+    _matplotlib()
+    if not masks:
+        raise BadInput("there is nothing to draw: give at least one mask with a title.")
+    stays = {title: _checked_mask(mask) for title, mask in masks.items()}
+    figure, axes = _panels(image, len(stays))
+    for panel, (title, mask) in zip(axes[1:], stays.items(), strict=False):
+        panel.imshow(darken_dropped(image, mask))
+        panel.set_title(f"{title}: {int(mask.sum())} of {mask.size}", fontsize=9)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _panels(image: Image, count: int, beside: float = 0.0) -> tuple[Any, Any]:
+    """A figure with the image and room for `count` panels behind it, and inches at the right."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = math.ceil((count + 1) / _ROW)
+    columns = math.ceil((count + 1) / lines)
+    height = _SIDE * min(2.0, image.height / image.width)
+    size = (_SIDE * columns + beside, (height + 0.35) * lines)
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for panel in axes:
+        panel.axis("off")
+    axes[0].imshow(image.convert("RGB"))
+    return figure, axes
 
 
 def _matplotlib() -> Any:
@@ -136,6 +191,16 @@ def _checked(grid: ArrayLike) -> np.ndarray[Any, np.dtype[np.float64]]:
         raise BadInput(
             f"a map of shape {values.shape} cannot be drawn: give (rows, columns) of finite values "
             "that are not negative, e.g. map.grids()[0].mean((0, 1, 2))."
+        )
+    return values
+
+
+def _checked_mask(mask: ArrayLike) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    values = np.asarray(mask)
+    if values.ndim != 2 or not values.size or values.dtype != np.bool_:
+        raise BadInput(
+            f"a mask of shape {values.shape} and type {values.dtype} cannot be drawn: give (rows, "
+            "columns) of bool, e.g. one of KeptTokens.masks()."
         )
     return values
 
