@@ -79,6 +79,15 @@ METHODS: tuple[MethodInfo, ...] = (
         paper="Alvar et al., CVPR 2025, arXiv 2503.02175",
     ),
     MethodInfo(
+        name="fastv",
+        target="vlmfix.methods.fastv:FastV",
+        title="FastV",
+        stage="tokens",
+        summary="Drop, after the first decoder layers, what the last prompt token heeds least.",
+        paper="Chen et al., ECCV 2024, arXiv 2403.06764",
+        needs=("a dynamic KV cache and the prompt in one forward; no other method beside it",),
+    ),
+    MethodInfo(
         name="gift",
         target="vlmfix.methods.gift:GazeShiftFusion",
         title="GIFT, gaze shift-guided cross-modal fusion enhancement",

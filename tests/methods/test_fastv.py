@@ -1,0 +1,72 @@
+"""FastV: the tokens that a row heeds most, and its options; tests/test_dropping.py has the rest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from matrix import family
+from pruned import check_a_row_without_image, check_text_only_is_untouched
+
+import vlmfix
+from vlmfix import visual_tokens
+from vlmfix.errors import BadInput
+from vlmfix.families import describe_model
+from vlmfix.methods.fastv import FastV
+from vlmfix.registry import build
+
+
+@pytest.mark.parametrize(
+    ("attention", "budget", "kept"),
+    [
+        ([0.1, 0.4, 0.2, 0.3], 2, [1, 3]),
+        ([0.1, 0.4, 0.2, 0.3], 1, [1]),
+        ([0.1, 0.4, 0.2, 0.3], 3, [1, 2, 3]),
+        ([0.2, 0.1, 0.2, 0.2], 2, [0, 2]),  # of equal ones the first
+        ([0.0, 0.0, 0.0], 2, [0, 1]),
+    ],
+)
+def test_the_largest_stay_in_their_order(
+    attention: list[float], budget: int, kept: list[int]
+) -> None:
+    assert FastV().keep(torch.tensor(attention), budget).tolist() == kept
+
+
+def test_options() -> None:
+    assert build("fastv") == FastV(layer=2)
+    assert build("fastv:layer=3;tokens=64") == FastV(layer=3, tokens=64)
+    assert (FastV().budget(576), FastV(ratio=0.25).budget(576), FastV(tokens=9).budget(4)) == (
+        288,
+        144,
+        4,
+    )
+    with pytest.raises(BadInput, match="two budgets"):
+        FastV(tokens=4, ratio=0.5)
+    with pytest.raises(BadInput, match="layer=0 leaves no layer to choose by"):
+        FastV(layer=0)
+
+
+def test_its_layer_is_the_first_without_the_dropped() -> None:
+    tiny = family("llava")
+    for layer in (1, 2):
+        assert FastV(layer=layer).first_layer(describe_model(tiny.model)) == layer
+        with vlmfix.wrapped(tiny.model, FastV(layer=layer, tokens=3)):
+            cache = tiny.model.generate(
+                **tiny.inputs(), max_new_tokens=1, return_dict_in_generate=True
+            ).past_key_values
+        held = [layer.get_seq_length() for layer in cache.layers]
+        assert held == [24] * layer + [24 - 13] * (3 - layer)
+
+
+def test_the_layer_before_decides() -> None:
+    tiny = family("llava")
+    inputs = tiny.inputs(batch=2)
+    early, late = (
+        [own[0].index.tolist() for own in visual_tokens(tiny.model, inputs, FastV(layer=layer))]
+        for layer in (1, 2)
+    )
+    assert early != late and early[0] != early[1]
+
+
+def test_text_only_and_rows_without_image() -> None:
+    check_text_only_is_untouched(family("llava"), "fastv")
+    check_a_row_without_image(family("llava"), "fastv")
