@@ -2,11 +2,13 @@
 
     python docs/make_pictures.py [METHOD ...]
     python docs/make_pictures.py --maps
+    python docs/make_pictures.py --tokens
 
 Needs the extra `eval` (matplotlib). The images are the first three of the evaluation split on which
 the plain model names an object that is not there; the methods' answers play no part in the choice.
 With --maps it draws the picture of docs/maps.md instead: where the plain model looks in the first
-bundled image as it predicts its first token and the objects that it names.
+bundled image as it predicts its first token and the objects that it names. With --tokens it draws
+that of docs/pruning.md: what pruning methods keep of the first bundled image.
 """
 
 from __future__ import annotations
@@ -24,10 +26,12 @@ from vlmfix import emoji
 from vlmfix.chat import chat_inputs
 from vlmfix.evals.chair_objects import category_of, ground_truth, mentions
 from vlmfix.evals.coco import CocoData
-from vlmfix.viz import draw_maps
+from vlmfix.viz import draw_maps, draw_tokens
 
 TARGET = Path(__file__).resolve().parent / "pictures" / "compare.png"
 MAPS = TARGET.with_name("attention_map.png")
+TOKENS = TARGET.with_name("kept_tokens.png")
+PRUNING = ("hiprune", "visionzip", "divprune", "cluster", "ptp", "fastv", "uniform", "random")
 PROMPT = "Please describe this image in detail."
 IMAGES = 3
 PRESENT, ABSENT, OTHER = "#1a7f37", "#cf222e", "#24292f"
@@ -96,6 +100,20 @@ def attention_picture() -> None:
     print(f"wrote {MAPS.relative_to(MAPS.parents[2])}")
 
 
+def tokens_picture() -> None:
+    """Draw what is left of emoji:1 if a quarter of its visual tokens stays."""
+    model, processor = vlmfix.load("emoji")
+    picture = vlmfix.load_image("emoji:1")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": PROMPT}]
+    inputs = chat_inputs(model, processor, [[{"role": "user", "content": content}]])
+    masks = {}
+    for name in PRUNING:
+        ((kept,),) = vlmfix.visual_tokens(model, inputs, f"{name}:ratio=0.25", processor=processor)
+        masks[name] = kept.masks()[0]
+    draw_tokens(picture, masks, TOKENS)
+    print(f"wrote {TOKENS.relative_to(TOKENS.parents[2])}")
+
+
 def _caption(axis: Any, text: str, truth: frozenset[str], title: str) -> None:
     """Write a caption word by word, objects in colour."""
     axis.axis("off")
@@ -143,5 +161,7 @@ def _colour(piece: str, truth: frozenset[str]) -> str:
 if __name__ == "__main__":
     if sys.argv[1:] == ["--maps"]:
         attention_picture()
+    elif sys.argv[1:] == ["--tokens"]:
+        tokens_picture()
     else:
         main(sys.argv[1:] or ["vhr", "pai"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -235,6 +236,17 @@ def test_a_method_that_reads_the_question_gets_the_processor() -> None:
             model.generate(**inputs, max_new_tokens=1, do_sample=False, **more)
             (reduction,) = model.__dict__[SESSION].last_call().reductions
         assert reduction.positions.tolist() == told.index.tolist()
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    page = Path(__file__).resolve().parents[1] / "docs" / "pruning.md"
+    names: Inputs = {}
+    monkeypatch.chdir(tmp_path)
+    exec(page.read_text().split("```python\n")[1].split("```")[0], names)
+    assert names["report"].visual_tokens == ((16, 64),)
+    assert names["text"] and len(names["kept"].index) == int(names["kept"].masks()[0].sum()) == 16
+    assert (tmp_path / "tokens.png").stat().st_size > 0
 
 
 # -- what is left alone, what is refused -----------------------------------------------------------

@@ -85,7 +85,7 @@ METHODS: tuple[MethodInfo, ...] = (
         stage="tokens",
         summary="Drop, after the first decoder layers, what the last prompt token heeds least.",
         paper="Chen et al., ECCV 2024, arXiv 2403.06764",
-        needs=("a dynamic KV cache and the prompt in one forward; no other method beside it",),
+        needs=("a dynamic KV cache, and the prompt in one forward",),
     ),
     MethodInfo(
         name="gift",
