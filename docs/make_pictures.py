@@ -124,7 +124,7 @@ def carve_picture() -> None:
     with vlmfix.wrapped(model, "carve"):
         answers = vlmfix.generate(model, processor, chats, max_new_tokens=8, do_sample=False)
         found = vlmfix.last_call(model).pixels["carve"]
-    figure, axes = plt.subplots(4, 5, figsize=(11, 9), dpi=DPI, layout="constrained")
+    figure, axes = plt.subplots(4, 5, figsize=(11, 9), dpi=80, layout="constrained")
     for axis in axes.ravel():
         axis.axis("off")
     for column, ((image, text, box), one, answer) in enumerate(
