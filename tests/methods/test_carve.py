@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,14 @@ import torch
 from matrix import family
 from PIL import Image
 from scipy import ndimage
+from scipy.stats import rankdata
 from test_passes import ask, picture, tiny_model
 from tiny_processor import TinyProcessor
 
 import vlmfix
 from vlmfix import emoji
 from vlmfix.chat import split_chat
+from vlmfix.emoji.language import question
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import describe_model
 from vlmfix.maps import AttentionMap
@@ -599,6 +603,60 @@ def test_steps_of_one_token(bundled: Any, chats: list[Any]) -> None:
         assert np.array_equal(one.scores, other.scores)
         assert not np.allclose(one.scores, third.scores)
         assert len(one.general.split()) == 1 < len(third.general.split())
+
+
+def test_only_the_last_step_asks_for_all_of_the_description(bundled: Any, chats: list[Any]) -> None:
+    model, processor = bundled
+    described = vlmfix.generate(
+        model, processor, ask(split_chat(chats[0])[0][0], "Describe the image."),
+        do_sample=False, max_new_tokens=32,
+    )  # fmt: skip
+    for steps, whole_of_it in (("last", True), ("all", False)):
+        with vlmfix.wrapped(model, f"carve:steps={steps}"):
+            vlmfix.generate(model, processor, chats[0], **SETTINGS)
+            (found,) = vlmfix.last_call(model).pixels["carve"]
+        assert (found.general == described) == whole_of_it
+        assert found.answer == "No" and described.startswith(found.general)
+
+
+def test_the_map_lies_on_what_was_asked_for(bundled: Any) -> None:
+    """On the bundled images, S is larger on the object in question than elsewhere."""
+    model, processor = bundled
+    with zipfile.ZipFile(emoji.evaluation_split()) as split:
+        world = json.loads(split.read("annotations/instances.json"))
+    names = {row["id"]: row["name"] for row in world["categories"]}
+    pictures = dict(emoji.example_images(60))
+    asked, places = [], []
+    for row in world["images"][:60]:
+        objects = [item for item in world["annotations"] if item["image_id"] == row["id"]]
+        first = objects[0]["category_id"]
+        image = pictures[Path(row["file_name"]).name]
+        asked.append(ask(image, question(names[first])))
+        inside = np.zeros((112, 112), dtype=bool)
+        for item in objects:
+            left, top, width, height = (round(value) for value in item["bbox"])
+            if item["category_id"] == first:
+                inside[top : top + height, left : left + width] = True
+        places.append(inside)
+
+    def area_under_curve(spec: str) -> float:
+        areas = []
+        with vlmfix.wrapped(model, spec):
+            vlmfix.generate(model, processor, asked, max_new_tokens=2, do_sample=False)
+            for found, inside in zip(vlmfix.last_call(model).pixels["carve"], places, strict=True):
+                rank = rankdata(found.scores)[inside.ravel()]
+                count = inside.sum()
+                above = rank.sum() - count * (count + 1) / 2
+                areas.append(above / (count * (inside.size - count)))
+        return float(np.mean(areas))
+
+    found = area_under_curve("carve")
+    published = area_under_curve(
+        "carve:general=Write a general description of the image.;"
+        "suffix=Answer the question using a single word or phrase."
+    )
+    print(f"area under the curve: {found:.3f}, with the published wording {published:.3f}")
+    assert found > 0.58 and found > published
 
 
 def test_a_crop_of_the_processor_on_a_tiny_model() -> None:
