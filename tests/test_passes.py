@@ -24,8 +24,8 @@ OTHERS = ("qwen2_vl", "glm4v", "idefics3", "aya_vision")
 LAYERS = (0, 1, 2)
 
 
-def picture(seed: int) -> Image.Image:
-    values = np.random.default_rng(seed).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+def picture(seed: int, width: int = 16) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 255, (16, width, 3), dtype=np.uint8)
     return Image.fromarray(values)
 
 
@@ -34,12 +34,12 @@ def ask(image: Image.Image, text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
-#: Three images, one of them asked about three times; prompts of many lengths, one of them twice.
+#: Three images, one of them wide, one asked about three times; prompts of many lengths, one twice.
 CHATS = [
     ask(picture(1), "is there a dog ?"),
     ask(picture(2), "w3"),
     ask(picture(1), "w7 w8 w9 w10 w11 w12 w13"),
-    ask(picture(3), "is there a dog in the image ? w20 w21 w22"),
+    ask(picture(3, 40), "is there a dog in the image ? w20 w21 w22"),
     ask(picture(2), "w3"),
     ask(picture(1), "w3"),
 ]
@@ -87,7 +87,7 @@ def test_shared_beginnings_equal_prompts_run_whole_and_alone(name: str) -> None:
     # Flat rows, or the same ones everywhere, would prove nothing.
     first = [seen.maps[0].weights[:, 0, 0] for seen in looks]
     assert first[0].std() > 1e-3
-    assert all((first[0] - first[at]).abs().max() > 1e-4 for at in (1, 2, 3, 5))
+    assert all((first[0] - first[at]).abs().max() > 1e-4 for at in (1, 2, 5))
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
