@@ -148,6 +148,18 @@ def test_an_end_token_ends_an_answer_and_others_go_on() -> None:
         assert look(model, processor, CHATS, LAYERS, 6, complete=[3])[3].tokens == long
 
 
+@pytest.mark.parametrize("name", ["llava", "paligemma"])
+def test_no_answer_asks_for_one_more_image(name: str) -> None:
+    model, processor = tiny_model(name), TinyProcessor(family(name))
+    handle = model.get_output_embeddings().register_forward_hook(
+        lambda module, args, logits: logits.index_fill(-1, torch.tensor([IMAGE]), 1e4)
+    )
+    with vlmfix.wrapped(model, None):
+        looks = look(model, processor, CHATS[:3], (1,), 4)
+    handle.remove()
+    assert all(len(seen.tokens) == 4 and IMAGE not in seen.tokens for seen in looks)
+
+
 def test_penalties_of_the_configuration_play_no_part() -> None:
     for name in ("llava", "gemma3"):
         model, processor = tiny_model(name), TinyProcessor(family(name))
