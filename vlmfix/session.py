@@ -301,6 +301,9 @@ class Session:
         call.pixels = found or {}
         if stack.contrast is not None:  # generate() encodes images before the first forward
             call.vision = vision_arguments(self.model, kwargs)
+            if features := call.vision.get("mm_encoder_outputs"):  # which beams repeat in place
+                copies = {modality: copy.copy(given) for modality, given in features.items()}
+                call.vision["mm_encoder_outputs"] = copies
         if self._tap is not None:
             self._tap.take()  # whatever was encoded before belongs to another prompt
         if processor is not None and stack.reads_question:
