@@ -16,7 +16,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from transformers.cache_utils import (
@@ -32,8 +32,8 @@ from vlmfix.call import Call
 from vlmfix.contrast import Branch, ContrastMethod, Prompt
 from vlmfix.errors import BadInput, CompositionError, StateError
 from vlmfix.families import last_logits, vision_arguments
-from vlmfix.frame import Frame, Stack
-from vlmfix.ledger import IMAGE, PAD, VIDEO, Ledger
+from vlmfix.frame import Frame, Stack, carries_vision
+from vlmfix.ledger import PAD, Ledger
 from vlmfix.method import Keys, Plan, Watcher
 from vlmfix.surgeon import PER_TOKEN, TOKEN_TYPES, module_state, prompt_without_images
 
@@ -88,18 +88,21 @@ class Streams:
         for name in ("input_ids", *TOKEN_TYPES):
             if kwargs.get(name) is not None:
                 wide[name] = kwargs[name].repeat(1 + self.branches, 1)
+        mask = kwargs.get("attention_mask")
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = (past + torch.arange(queries, device=ids.device))[None]
             deltas = _rope_deltas(model)
-            positions = positions if deltas is None else positions + deltas
+            if deltas is not None:
+                if isinstance(mask, torch.Tensor) and mask.ndim == 2:  # padding has no position
+                    positions = mask.long().cumsum(1)[:, -queries:] - 1
+                positions = positions + deltas
         positions = positions.expand(*positions.shape[:-2], rows, queries)
         repeats = [1] * positions.ndim
         repeats[-2] = self.branches
         wide["position_ids"] = torch.cat(
             [positions, positions.repeat(repeats) + self.shift.to(positions.device)], dim=-2
         )
-        mask = kwargs.get("attention_mask")
         if isinstance(mask, Mapping):
             wide["attention_mask"] = {
                 kind: self._wide_mask(m, past, queries, offset if kind != "full_attention" else 0)
@@ -154,17 +157,15 @@ def before_forward(
     """
     method, ledger, cache = frame.stack.contrast, frame.ledger, _cache(kwargs)
     assert method is not None
-    if kwargs.get("return_dict") is False:
+    by_name, config = kwargs.get("return_dict"), cast("Any", session.model.config)
+    if not (config.return_dict if by_name is None else by_name):
         raise BadInput(f"{method.name} combines logits by name: leave return_dict=False out.")
+    behind_prompt = bool(frame.past) and ledger.pieces is None
+    if behind_prompt:
+        _check_cache(method, frame, kwargs)
     if not method.streams():
         return frame, kwargs
-    if frame.past and ledger.pieces is None:
-        kinds = ledger.kinds[:, frame.past : min(frame.past + frame.queries, ledger.prompt_length)]
-        if kinds.shape[1] and bool(((kinds == IMAGE) | (kinds == VIDEO)).any()):
-            raise StateError(
-                f"{method.name} cannot take images in a later turn: its branches have gone their "
-                "own way. Generate from the whole conversation, without past_key_values."
-            )
+    if behind_prompt:
         if ledger.streams is None:
             return frame, kwargs
         return frame, ledger.streams.widen(session.model, kwargs, frame)
@@ -185,9 +186,36 @@ def before_forward(
     return frame, kwargs
 
 
+def _check_cache(method: ContrastMethod, frame: Frame, kwargs: Mapping[str, Any]) -> None:
+    """Refuse tokens behind a prompt whose branches are not there, are others, or cannot follow."""
+    ledger = frame.ledger
+    if method.streams() and ledger.contrast is None:
+        raise StateError(
+            f"this KV cache was filled while {method.name} was off, so its branches are missing. "
+            "Start from the prompt, without this cache."
+        )
+    if ledger.streams is not None and ledger.contrast != method:
+        raise StateError(
+            f"this KV cache holds the branches of {ledger.contrast.spec()!r}, not those of "
+            f"{method.spec()!r}. Go on with the same method and options, or start from the prompt "
+            "without this cache."
+        )
+    if method.streams() and carries_vision(kwargs):
+        raise StateError(
+            f"{method.name} cannot take images in a later turn: its branches have gone their "
+            "own way. Generate from the whole conversation, without past_key_values."
+        )
+
+
 def _check_prompt(method: ContrastMethod, frame: Frame, cache: Cache | None) -> None:
     length = frame.ledger.prompt_length
     end = frame.past + frame.queries
+    if end < length and frame.call.rows is None:
+        raise CompositionError(
+            f"{method.name} must see a whole prompt in one forward, but this one holds "
+            f"{frame.queries} of its {length} tokens. Give it whole, or let "
+            "generate(prefill_chunk_size=...) cut it."
+        )
     if end >= length and bool((frame.ledger.kinds[:, length - 1] == PAD).any()):
         raise BadInput(
             f"{method.name} reads the logits of the last column, where a prompt is padded. Pad on "
@@ -272,7 +300,7 @@ def combine(session: Session, frame: Frame, kwargs: Mapping[str, Any], output: A
     if bool(ledger.visual()[:, :length].any()):
         branches = _run_branches(session, frame, method, kwargs, kept)
         output = _fold(frame, output, [output.logits, *branches], token)
-    ledger.pieces = None
+    ledger.pieces, ledger.contrast = None, method
     return output
 
 
@@ -501,12 +529,28 @@ def _join(cache: Cache, branches: Sequence[DynamicCache], rows: int) -> None:
 def _with_streams(kind: Any) -> Any:
     """A class of cache that reorders the rows of every stream as it is told for the base's.
 
-    Its objects are those of `kind`, which a copy of them stays, too. Nothing else that generate()
-    does to a cache names rows.
+    Its objects are those of `kind`, which a copy of them stays, too, until they are reset. Nothing
+    else that generate() does to a cache names rows.
     """
 
     class WithStreams(kind):  # type: ignore[misc]  # a class made at run time
         streams: tuple[int, int]
+
+        def update(self, key_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            groups, rows = self.streams
+            if len(key_states) != groups * rows:
+                raise StateError(
+                    f"this KV cache holds {groups * rows} rows, {rows} of prompts and the others "
+                    "of a contrastive method's branches, and a forward without them has come. Go "
+                    "on with the same method, or start from the prompt without this cache."
+                )
+            return super().update(key_states, *args, **kwargs)
+
+        def reset(self) -> None:
+            super().reset()
+            for layer in self.layers:  # what comes next has other rows
+                layer.is_initialized = False
+            self.__class__ = kind
 
         def reorder_cache(self, beam_idx: torch.Tensor) -> None:
             groups, rows = self.streams
