@@ -6,7 +6,7 @@ import copy
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar
 
@@ -32,7 +32,7 @@ from transformers.generation.streamers import BaseStreamer
 import vlmfix
 from vlmfix.contrast import Branch, ContrastMethod, Prompt
 from vlmfix.errors import BadInput, CompositionError, StateError
-from vlmfix.families import describe_model
+from vlmfix.families import ModelInfo, describe_model
 from vlmfix.surgeon import module_state
 from vlmfix.teacher_forcing import answer_greedily
 
@@ -245,6 +245,55 @@ def test_a_stack_is_neither_of_its_parts(name: str, contrast: str, edit: str) ->
     assert torch.equal(stacked, reversed_)
     for part in (contrasted, edited):
         assert ((stacked - part).abs().amax(-1) > 1e-3).any()
+
+
+@dataclass(frozen=True)
+class Onlooker(ContrastMethod):
+    """Keeps what it is shown of the prompts."""
+
+    shown: list[Prompt] = field(default_factory=list, compare=False)
+
+    name: ClassVar[str] = "onlooker"
+
+    def streams(self) -> int:
+        return 1
+
+    def neutral(self) -> bool:
+        return False
+
+    def watched(self, info: ModelInfo) -> Sequence[int]:
+        return tuple(info.attention)
+
+    def branches(self, prompt: Prompt) -> Sequence[Branch]:
+        self.shown.append(prompt)
+        return [Branch()]
+
+    def contrast(
+        self, base: torch.Tensor, branches: Sequence[torch.Tensor], token: torch.Tensor
+    ) -> torch.Tensor:
+        return base
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
+def test_the_attention_shown_to_a_contrast_is_the_edited_one(name: str, edit: str) -> None:
+    model, inputs = family(name).model, _inputs(name)
+    method, modes = Onlooker(), [{}, {"num_beams": 3}, STATIC, {"use_cache": False}]
+    if edit not in ("vhr", "gift") and name != "gemma3":
+        modes.append({"prefill_chunk_size": 7})
+    with vlmfix.wrapped(model, STRONG[edit]):
+        maps = vlmfix.attention_map(model, inputs)
+    with vlmfix.wrapped(model, [STRONG[edit], method]):
+        for kwargs in modes:
+            _generate(model, inputs, max_new_tokens=2, **kwargs)
+    assert len(method.shown) == len(modes)  # once a prompt, also where each step is one
+    for prompts in method.shown:
+        assert torch.equal(prompts.visual, inputs["input_ids"] == IMAGE)
+        assert torch.equal(prompts.real, inputs["attention_mask"].bool())
+        for row, (found,) in enumerate(maps):
+            for layer, weights in zip(found.layers, found.weights, strict=True):
+                seen = prompts.seen[layer][row, prompts.visual[row]]
+                assert torch.allclose(seen, weights[0, 0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("stack", [("avc", "pai"), ("m3id", "vhr"), ("rbd", "var")], ids="+".join)
