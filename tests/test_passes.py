@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -194,6 +195,15 @@ def test_no_method_runs_and_nothing_is_left_behind(name: str) -> None:
 def _without_deltas(found: list[Any]) -> list[Any]:
     """What generate() itself leaves on M-RoPE models."""
     return [(at, {k: v for k, v in named.items() if k != "rope_deltas"}) for at, named in found]
+
+
+def test_positions_behind_an_image_must_be_known() -> None:
+    model, processor = tiny_model("qwen2_5_vl"), TinyProcessor(family("qwen2_5_vl"))
+    with vlmfix.wrapped(model, None):
+        model.generate(**chat_inputs(model, processor, CHATS[:1]), **generate_kwargs())
+        processor.layout = replace(processor.layout, extra=None)
+        with pytest.raises(BadInput, match="mm_token_type_ids"):
+            look(model, processor, CHATS[:1], LAYERS, 3)
 
 
 def test_a_prompt_that_ends_with_its_image_is_refused() -> None:

@@ -272,8 +272,12 @@ def _run_start(
     model(**arguments, use_cache=True, return_dict=True, **last_logits(model, 1))
     shift = torch.zeros(len(ids), 1, dtype=torch.long, device=ids.device)
     for module in makers:
-        if module.rope_deltas is not None:
-            shift = module.rope_deltas.to(shift)
+        if module.rope_deltas is None:
+            raise BadInput(
+                "the inputs do not tell where text behind an image stands: they lack the image "
+                "grids or mm_token_type_ids, which this model's own processor writes."
+            )
+        shift = module.rope_deltas.to(shift)
     return kept["input_ids"], mask, shift
 
 
