@@ -186,7 +186,7 @@ _known: dict[Any, Any] = {}
 def _wanted(name: str, contrast: str, edit: str, mode: str) -> Any:
     """What the model generates under the edit alone, without a cache, with the contrast by hand."""
     choice, forwards = MODES[mode]
-    rows = (2,) if forwards is LOOKUP else (0, 1, 2)
+    rows = (0,) if forwards is LOOKUP else (0, 1, 2)
     key = (name, contrast, edit, str(choice), rows)
     if key not in _known:
         processor = _by_hand(name, contrast, edit, rows)
@@ -201,7 +201,7 @@ def _wanted(name: str, contrast: str, edit: str, mode: str) -> Any:
 def _prompts(name: str, mode: str) -> dict[str, Any]:
     """Prompt lookup takes one prompt."""
     inputs = _inputs(name)
-    return family(name).single(inputs, 2) if MODES[mode][1] is LOOKUP else inputs
+    return family(name).single(inputs, 0) if MODES[mode][1] is LOOKUP else inputs
 
 
 CELLS = [
@@ -229,6 +229,23 @@ def test_edits_act_on_the_prompt_as_it_is_and_branches_are_of_the_plain_model(
         _close(one, other)
     assert report.streams == 1 + STRONG[contrast].streams()
     assert report.edited_rows > 0 and report.contrasted_rows > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "contrast", "edit"),
+    [("llava", "avc", "imba"), ("qwen2_5_vl", "vcd", "var"), ("gemma3", "m3id", "var")],
+)
+def test_lookup_takes_drafts(name: str, contrast: str, edit: str) -> None:
+    """Or its cells above would be greedy ones."""
+    queries: list[int] = []
+    with vlmfix.wrapped(family(name).model, [STRONG[edit], STRONG[contrast]]) as model:
+        handle = model.register_forward_pre_hook(
+            lambda module, args, kwargs: queries.append(kwargs["input_ids"].shape[1]),
+            with_kwargs=True,
+        )
+        _generate(model, _prompts(name, "lookup"), **LOOKUP)
+        handle.remove()
+    assert max(queries[2:]) > 1  # behind the prompt and its branch
 
 
 @pytest.mark.parametrize(("contrast", "edit"), PAIRS)
@@ -281,11 +298,13 @@ def test_the_attention_shown_to_a_contrast_is_the_edited_one(name: str, edit: st
     method, modes = Onlooker(), [{}, {"num_beams": 3}, STATIC, {"use_cache": False}]
     if edit not in ("vhr", "gift") and name != "gemma3":
         modes.append({"prefill_chunk_size": 7})
+    plain = vlmfix.attention_map(model, inputs)
     with vlmfix.wrapped(model, STRONG[edit]):
         maps = vlmfix.attention_map(model, inputs)
     with vlmfix.wrapped(model, [STRONG[edit], method]):
         for kwargs in modes:
             _generate(model, inputs, max_new_tokens=2, **kwargs)
+        first = min(vlmfix.last_call(model).rows_by_layer)
     assert len(method.shown) == len(modes)  # once a prompt, also where each step is one
     for prompts in method.shown:
         assert torch.equal(prompts.visual, inputs["input_ids"] == IMAGE)
@@ -294,6 +313,9 @@ def test_the_attention_shown_to_a_contrast_is_the_edited_one(name: str, edit: st
             for layer, weights in zip(found.layers, found.weights, strict=True):
                 seen = prompts.seen[layer][row, prompts.visual[row]]
                 assert torch.allclose(seen, weights[0, 0], rtol=0, atol=1e-5)
+    if STRONG[edit].edits_rows():  # and not only scales heads
+        one, other = ([found.weights[first] for (found,) in each] for each in (maps, plain))
+        assert max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True)) > 1e-2
 
 
 @pytest.mark.parametrize("stack", [("avc", "pai"), ("m3id", "vhr"), ("rbd", "var")], ids="+".join)
