@@ -339,20 +339,7 @@ def test_a_prompt_without_an_image_in_the_batch(name: str, method: ContrastMetho
 
 
 @pytest.mark.parametrize("method", STRONG, ids=lambda m: m.name)
-@pytest.mark.parametrize(
-    "name",
-    [
-        name
-        if name != "paligemma"
-        else pytest.param(
-            name,
-            marks=pytest.mark.xfail(
-                strict=True, reason="PaliGemma counts positions from 1, the engine's steps from 0"
-            ),
-        )
-        for name in FAMILIES
-    ],
-)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_forwards_behind_each_other_outside_of_generate(name: str, method: ContrastMethod) -> None:
     tiny, oracle, inputs = family(name), _oracle(name, method), _inputs(name)
     cache = DynamicCache(config=tiny.model.config.get_text_config())

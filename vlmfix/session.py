@@ -336,7 +336,7 @@ class Session:
                 past = torch.as_tensor(cache.get_seq_length(), device=self._device(0))
                 token = (past - contrast.ledger.prompt_length + 2).reshape(1)
                 if contrast.ledger.streams is not None:
-                    kwargs = contrast.ledger.streams.widen(self.model, kwargs, contrast)
+                    kwargs = contrast.ledger.streams.widen(kwargs, contrast)
             self.local.steps = self._steps(frame, cache)
             try:
                 output = compiled(*args, **kwargs)

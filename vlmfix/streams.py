@@ -54,6 +54,7 @@ class Streams:
     Attributes:
         branches: their number, G.
         visible: ((1 + G) R, P) bool, which of the P keys of the prompt a row sees.
+        following: (R, 1) int64, the position of the first token behind the prompt, in the base.
         shift: (G R, 1) int64, what to add to a position of the base for the same token in a branch.
         as_base: whether every branch sees the keys that its base row sees.
         first: per branch, the first key that any of its rows sees.
@@ -61,6 +62,7 @@ class Streams:
 
     branches: int
     visible: torch.Tensor
+    following: torch.Tensor
     shift: torch.Tensor
     as_base: bool
     first: tuple[int, ...]
@@ -70,13 +72,10 @@ class Streams:
         """R, the base rows."""
         return len(self.visible) // (1 + self.branches)
 
-    def widen(
-        self, model: torch.nn.Module, kwargs: Mapping[str, Any], frame: Frame
-    ) -> dict[str, Any]:
+    def widen(self, kwargs: Mapping[str, Any], frame: Frame) -> dict[str, Any]:
         """The arguments of a forward on R rows, for all (1 + G) R of them.
 
         Args:
-            model: whose forward it is.
             kwargs: of a forward on tokens behind the prompt; input_ids is (R, Q).
             frame: of that forward.
         """
@@ -90,13 +89,9 @@ class Streams:
                 wide[name] = kwargs[name].repeat(1 + self.branches, 1)
         mask = kwargs.get("attention_mask")
         positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = (past + torch.arange(queries, device=ids.device))[None]
-            deltas = _rope_deltas(model)
-            if deltas is not None:
-                if isinstance(mask, torch.Tensor) and mask.ndim == 2:  # padding has no position
-                    positions = mask.long().cumsum(1)[:, -queries:] - 1
-                positions = positions + deltas
+        if positions is None:  # outside of generate() the model would make them
+            steps = past - self.visible.shape[1] + torch.arange(queries, device=ids.device)
+            positions = self.following.to(ids.device) + steps
         positions = positions.expand(*positions.shape[:-2], rows, queries)
         repeats = [1] * positions.ndim
         repeats[-2] = self.branches
@@ -168,7 +163,7 @@ def before_forward(
     if behind_prompt:
         if ledger.streams is None:
             return frame, kwargs
-        return frame, ledger.streams.widen(session.model, kwargs, frame)
+        return frame, ledger.streams.widen(kwargs, frame)
     _check_prompt(method, frame, cache)
     if cache is not None:
         _keep_pieces(ledger, kwargs, frame.past, frame.queries)
@@ -366,6 +361,7 @@ def _run_branches(
     encoded = given
     if copies == 1 and kwargs.get("mm_encoder_outputs") and not frame.past:
         encoded = {"mm_encoder_outputs": kwargs["mm_encoder_outputs"]}
+    following = _following(tokens["position_ids"], length)
     logits, caches, visible, shifts = [], [], [_left(prompt.real, length)], []
     # Without a cache every row has a tail of its own: a copy of each prompt runs at a time.
     turns = [slice(first, None, copies) for first in range(copies if cache is None else 1)]
@@ -393,6 +389,7 @@ def _run_branches(
         ledger.streams = Streams(
             branches=len(caches),
             visible=torch.cat([seen.repeat_interleave(copies, 0) for seen in visible]),
+            following=following.expand(rows, 1),
             shift=torch.cat([shift.repeat_interleave(copies, 0) for shift in shifts]),
             as_base=as_base,
             first=tuple(int(seen.any(0).to(torch.uint8).argmax()) for seen in visible[1:]),
@@ -434,9 +431,7 @@ def _forward(
     inputs["attention_mask"] = visible.long()
     shift = torch.zeros(len(prompt.ids), 1, dtype=torch.long, device=prompt.ids.device)
     if not branch.image:
-        # Behind text the axes of M-RoPE agree, so the last one speaks for all.
-        axes = mine["position_ids"].reshape(-1, *mine["position_ids"].shape[-2:])
-        following = axes[-1][:, length - 1 : length] + 1
+        following = _following(mine["position_ids"], length)
         inputs = prompt_without_images(model, session.info, inputs)
         visible = inputs["attention_mask"].bool()
         shift = inputs["position_ids"][:, -1:] + 1 - following
@@ -477,10 +472,13 @@ def _append(inputs: dict[str, Any], tokens: Mapping[str, torch.Tensor], length: 
             inputs[name] = torch.nn.functional.pad(inputs[name], (0, extra))
 
 
-def _rope_deltas(model: Any) -> torch.Tensor | None:
-    """What M-RoPE families add to positions behind the prompt: (B, 1); None elsewhere."""
-    found = (getattr(module, "rope_deltas", None) for module in model.modules())
-    return next((deltas for deltas in found if deltas is not None), None)
+def _following(positions: torch.Tensor, length: int) -> torch.Tensor:
+    """Position of the first token behind prompts of `length` columns: (B or 1, 1).
+
+    Behind text the axes of M-RoPE agree, so the last one speaks for all.
+    """
+    axes = positions.reshape(-1, *positions.shape[-2:])
+    return axes[-1][:, length - 1 : length] + 1
 
 
 def _left(mask: torch.Tensor, length: int) -> torch.Tensor:
@@ -519,6 +517,8 @@ def _join(cache: Cache, branches: Sequence[DynamicCache], rows: int) -> None:
                 pad = torch.nn.functional.pad
                 left = [pad(x, (0, 0, base.shape[2] - x.shape[2], 0)) for x in own]
                 setattr(layer, name, torch.cat([base, *left]))
+        for other in others:  # or all branches would be held twice
+            del other.keys, other.values
     kind: Any = type(cache)
     joined_cache: Any = cache
     joined_cache.__class__ = _with_streams(kind)
