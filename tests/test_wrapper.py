@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 import vlmfix
 import vlmfix.ledger
+from vlmfix.contrast import ContrastMethod
 from vlmfix.errors import (
     BadInput,
     CompositionError,
@@ -29,6 +30,9 @@ from vlmfix.families import REFUSED
 from vlmfix.methods.pai import PayAttentionToImage
 
 STRONG = {row.name: row.strong for row in ROWS}
+#: All that edit attention, and one that contrasts logits: a stack takes no more of these.
+STACK = [method for method in STRONG.values() if not isinstance(method, ContrastMethod)]
+STACK.append(STRONG["avc"])
 
 
 def _fingerprint(model: Any) -> dict[str, Any]:
@@ -73,11 +77,11 @@ def tiny() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("stack", ["var", "pai", "both"])
+@pytest.mark.parametrize("stack", ["var", "pai", "vcd", "all"])
 def test_unwrap_restores_everything(name: str, stack: str) -> None:
     model = build(name).model
     inputs = prompt(family(name))
-    methods = list(STRONG.values()) if stack == "both" else STRONG[stack]
+    methods = STACK if stack == "all" else STRONG[stack]
     # transformers hooks some modules for itself on the first run, so that run comes first.
     plain, tokens = logits(model, inputs), model.generate(**inputs, **generate_kwargs())
     before = _fingerprint(model)
@@ -215,7 +219,8 @@ def test_manual_decoding_loop_equals_generate(tiny: Any) -> None:
                 }
             report = vlmfix.last_call(tiny.model)
         assert torch.equal(tokens, expected)
-        assert report.passes == 6 and report.edited_rows > 0 and report.seconds is None
+        assert report.passes == 6 and report.seconds is None
+        assert report.edited_rows + report.contrasted_rows > 0
 
 
 def test_second_turn_on_the_same_cache_equals_one_without(tiny: Any) -> None:
@@ -231,7 +236,8 @@ def test_second_turn_on_the_same_cache_equals_one_without(tiny: Any) -> None:
             )
             report = vlmfix.last_call(tiny.model)
         assert again.shape[1] == turn.shape[1] + 6
-        assert report.edited_rows > 0 and report.prompt_length == turn.shape[1]
+        assert report.edited_rows + report.contrasted_rows > 0
+        assert report.prompt_length == turn.shape[1]
 
 
 def test_reset_cache_starts_a_new_prompt(tiny: Any) -> None:
@@ -461,7 +467,10 @@ def test_bfloat16_runs_and_stays_close() -> None:
             exact = logits(tiny.model, inputs)
         with vlmfix.wrapped(half, row.strong):
             got = logits(half, inputs16)
-            assert vlmfix.last_call(half).edited_rows > 0
-        assert got.dtype == torch.bfloat16 and got.isfinite().all()
+            report = vlmfix.last_call(half)
+            assert report.edited_rows + report.contrasted_rows > 0
+        contrasted = isinstance(row.strong, ContrastMethod)
+        assert got.dtype == (torch.float32 if contrasted else torch.bfloat16)
+        assert got.isfinite().all()
         if row.name in smooth:
             assert (got.float() - exact).abs().max() <= 3 * plain_error + 0.05
