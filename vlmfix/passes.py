@@ -22,7 +22,7 @@ from vlmfix.chat import chat_inputs, end_tokens, split_chat
 from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo, last_logits
 from vlmfix.frame import Stack, prompt_kinds
-from vlmfix.ledger import Ledger
+from vlmfix.ledger import IMAGE, Ledger
 from vlmfix.maps import AttentionMap, _images, _maps, _RowKeeper, _tower, attention_map
 from vlmfix.session import SESSION, Session
 from vlmfix.surgeon import TOKEN_TYPES, compact, module_state, real_tokens
@@ -160,10 +160,10 @@ def look_from_start(
     with session.use(Stack((), info)), module_state(model), torch.no_grad():
         cache = _new_cache(model)
         ids, mask, shift = _run_start(model, info, inputs, cache)
+        kinds = prompt_kinds(info, ids, 0, {**inputs, "attention_mask": mask})
         ledger = Ledger(len(owner), ids.shape[1], ids.device)
-        kinds = prompt_kinds(info, ids, 0, {**inputs, "attention_mask": mask})[owner]
-        ledger.write(0, kinds, ids.shape[1])
-        visual = ledger.visual()[:, : ids.shape[1]]
+        ledger.write(0, kinds[owner], ids.shape[1])
+        visual = kinds[owner] == IMAGE
         cache.batch_select_indices(torch.tensor(owner, device=ids.device))
         mask, shift = mask[owner], shift[owner]
         # Two columns at least: a watcher sees the rows of a forward behind its first one.
@@ -180,12 +180,12 @@ def look_from_start(
             wanted=tuple(tuple(range(last, last + len(answer))) for answer in answers),
             visual=pad(visual, (0, mask.shape[1] - visual.shape[1])).cpu(),
         )
+        # The prompts ran plain, so no ledger was kept; what follows a cache needs one.
         session._ledgers[cache] = ledger
         call = Call(methods=(), prompt_length=ids.shape[1], rows=len(owner))
         with session.apart(Stack((watcher,), info), call):
             model(**_behind(model, cache, rows, mask, shift))
-    counts = [int(visual[owner.index(at)].sum()) for at in range(len(ids))]
-    images = _images(_tower(model, info), inputs, counts)
+    images = _images(_tower(model, info), inputs, (kinds == IMAGE).sum(1).tolist())
     return [
         Look(answer, list(_maps(watcher, at, images[owner[at]], tuple(layers), None)), shared=True)
         for at, answer in enumerate(answers)
