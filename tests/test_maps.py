@@ -27,7 +27,7 @@ from vlmfix.tap import describe_tower
 Inputs = dict[str, Any]
 
 TRACED = (*FAMILIES, "qwen2_vl", "glm4v", "idefics3", "aya_vision")
-METHODS = {row.name: row.strong for row in ROWS}
+METHODS = {row.name: row.strong for row in ROWS if isinstance(row.strong, AttentionMethod)}
 
 
 def eager_attentions(name: str, inputs: Inputs) -> tuple[Tensor, ...]:

@@ -28,7 +28,14 @@ from vlmfix.surgeon import module_state, real_tokens
 from vlmfix.tap import Tower, describe_tower, grid_shapes, packed_index, tile_shape
 from vlmfix.wrapper import wrapped
 
-__all__ = ["AttentionMap", "attention_map"]
+__all__ = [
+    "AttentionMap",
+    "RowKeeper",
+    "attention_map",
+    "image_layouts",
+    "maps_of",
+    "traceable_tower",
+]
 
 #: (tokens, views) of one image, see `AttentionMap.views`.
 _Image = tuple[int, tuple[torch.Tensor, ...]]
@@ -121,8 +128,8 @@ def attention_map(
         full, lengths = _with_answers(model, info, inputs, generated)
         chosen_rows = _rows(ledger, rows, lengths, full["input_ids"].shape[1])
         visual = ledger.visual()[:, : full["input_ids"].shape[1]]
-        images = _images(_tower(model, info), inputs, visual.sum(1).tolist())
-        watcher = _RowKeeper(
+        images = image_layouts(traceable_tower(model, info), inputs, visual.sum(1).tolist())
+        watcher = RowKeeper(
             chosen_layers, wanted=tuple(chosen_rows), visual=visual.cpu(), heads=chosen_heads
         )
         call = Call(methods=(), prompt_length=ids.shape[1], rows=len(ids), question=question)
@@ -131,7 +138,7 @@ def attention_map(
         with session.apart(stack, call), module_state(model), torch.no_grad():
             model(**{**full, **more})
     return [
-        list(_maps(watcher, sample, own, chosen_layers, chosen_heads))
+        list(maps_of(watcher, sample, own, chosen_layers, chosen_heads))
         for sample, own in enumerate(images)
     ]
 
@@ -147,7 +154,7 @@ def _session(model: Any) -> Iterator[Session]:
 
 
 @dataclass(frozen=True, eq=False)
-class _RowKeeper(Watcher):
+class RowKeeper(Watcher):
     """Keeps the weights of wanted rows on visual keys.
 
     Attributes:
@@ -179,8 +186,8 @@ class _RowKeeper(Watcher):
                 self.kept.setdefault((layer, sample), []).append(part.float().cpu())
 
 
-def _maps(
-    watcher: _RowKeeper,
+def maps_of(
+    watcher: RowKeeper,
     sample: int,
     images: Sequence[_Image],
     layers: tuple[int, ...],
@@ -333,14 +340,14 @@ def _no_row(ledger: Ledger, rows: Any, sample: int, wrong: list[int], width: int
 # -- where the tokens are --------------------------------------------------------------------------
 
 
-def _tower(model: Any, info: ModelInfo) -> Tower:
+def traceable_tower(model: Any, info: ModelInfo) -> Tower:
     try:
         return describe_tower(model, info)
     except UnsupportedModel as error:
         raise UnsupportedModel(f"no map can be drawn over its images: {error}") from error
 
 
-def _images(tower: Tower, inputs: Mapping[str, Any], counts: list[int]) -> list[list[_Image]]:
+def image_layouts(tower: Tower, inputs: Mapping[str, Any], counts: list[int]) -> list[list[_Image]]:
     """Per prompt, its images: `counts` are the placeholders of the prompts."""
     names = {"tiles": "pixel_values", "packed": "image_sizes", "patches": "image_grid_thw"}
     missing = [n for n in ("pixel_values", names[tower.layout]) if inputs.get(n) is None]

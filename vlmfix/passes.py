@@ -23,7 +23,14 @@ from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo, last_logits
 from vlmfix.frame import Stack, prompt_kinds
 from vlmfix.ledger import IMAGE, Ledger
-from vlmfix.maps import AttentionMap, _images, _maps, _RowKeeper, _tower, attention_map
+from vlmfix.maps import (
+    AttentionMap,
+    RowKeeper,
+    attention_map,
+    image_layouts,
+    maps_of,
+    traceable_tower,
+)
 from vlmfix.session import SESSION, Session
 from vlmfix.surgeon import TOKEN_TYPES, compact, module_state, real_tokens
 
@@ -175,19 +182,21 @@ def look_from_start(
         cache.crop(last - 1 - cache.get_seq_length())
         added, real = _padded([answer[:-1] for answer in answers], ids.device, left=False)
         rows, mask = torch.cat([rows[:, -2:], added], dim=1), torch.cat([mask, real], dim=1)
-        watcher = _RowKeeper(
+        watcher = RowKeeper(
             tuple(layers),
             wanted=tuple(tuple(range(last, last + len(answer))) for answer in answers),
             visual=pad(visual, (0, mask.shape[1] - visual.shape[1])).cpu(),
         )
         # The prompts ran plain, so no ledger was kept; what follows a cache needs one.
-        session._ledgers[cache] = ledger
+        session.remember(cache, ledger)
         call = Call(methods=(), prompt_length=ids.shape[1], rows=len(owner))
         with session.apart(Stack((watcher,), info), call):
             model(**_behind(model, cache, rows, mask, shift))
-    images = _images(_tower(model, info), inputs, (kinds == IMAGE).sum(1).tolist())
+    images = image_layouts(traceable_tower(model, info), inputs, (kinds == IMAGE).sum(1).tolist())
     return [
-        Look(answer, list(_maps(watcher, at, images[owner[at]], tuple(layers), None)), shared=True)
+        Look(
+            answer, list(maps_of(watcher, at, images[owner[at]], tuple(layers), None)), shared=True
+        )
         for at, answer in enumerate(answers)
     ]
 

@@ -260,6 +260,10 @@ class Session:
         finally:
             self.local.stacks.pop()
 
+    def remember(self, cache: Cache, ledger: Ledger) -> None:
+        """Say what the keys of a cache are that was filled without methods."""
+        self._ledgers[cache] = ledger
+
     def last_call(self) -> Call | None:
         """The last call of this thread, or of any thread if this one made none."""
         own: Call | None = getattr(self.local, "last", None)
