@@ -20,7 +20,7 @@ from vlmfix.evals import to_markdown
 from vlmfix.registry import describe, list_methods
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "docs" / "results" / "emoji"
+RESULTS = ROOT / "docs" / "results"
 _PART = re.compile(r"(<!-- generated: ([^>]*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -112,14 +112,66 @@ def _figure(score: dict[str, Any], form: str) -> str:
     return f"{form.format(100 * score['value'])} ± {50 * (high - low):.1f}"
 
 
-def full_results() -> str:
-    """The same evaluation with every split, metric and test."""
-    return to_markdown(_results())
+def full_results(file: str = "emoji/results.json") -> str:
+    """An evaluation with every split, metric and test."""
+    return to_markdown(_results(file))
 
 
-def _results() -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((RESULTS / "results.json").read_text())
+def _results(file: str = "emoji/results.json") -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / file).read_text())
     return content
+
+
+#: Columns of the table of contrastive and pixel methods: files, task, place, metric, heading.
+_CONTRAST = (
+    ("greedy", "pope", "adversarial", "accuracy", "POPE adversarial"),
+    ("sampled", "pope", "adversarial", "accuracy", "the same, T = 1"),
+    ("greedy", "pope", "small", "accuracy", "small objects"),
+    ("greedy", "chair", "caption", "chair_s", "CHAIRs"),
+    ("greedy", "chair", "caption", "chair_i", "CHAIRi"),
+    ("greedy", "chair", "caption", "recall", "recall"),
+)
+
+
+def contrast(method: str = "") -> str:
+    """The committed evaluation of methods that contrast logits or change images; or of one."""
+    runs = {kind: _arms(sorted((RESULTS / "contrast").glob(f"{kind}*.json"))) for kind in _KINDS}
+    lines = [
+        "| | " + " | ".join(heading for *_, heading in _CONTRAST) + " | rows per token |",
+        "|---|" + "---|" * (len(_CONTRAST) + 1),
+    ]
+    for arm in runs["greedy"]:
+        if not arm.startswith(("base", method)):
+            continue
+        cells = []
+        for kind, task, place, metric, _ in _CONTRAST:
+            scored = runs[kind].get(arm, {}).get(task)
+            if scored is None:
+                cells.append("")
+                continue
+            cells.append(_figure(scored["scores"][place][metric], "{:.1f}"))
+            if "delta" in scored:
+                cells[-1] += f" ({_figure(scored['delta'][place][metric], '{:+.1f}')})"
+        cost = runs["greedy"][arm]["chair"]["cost"]
+        rows = cost["passes_per_answer"] * cost["answers"] / cost["new_tokens"]
+        cells.append(f"{rows:.2f}")
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+_KINDS = ("greedy", "sampled")
+
+
+def _arms(files: list[Path]) -> dict[str, dict[str, Any]]:
+    """Arm -> task -> scores, of several runs whose base must have answered alike."""
+    found: dict[str, dict[str, Any]] = {}
+    for file in files:
+        for task, entry in json.loads(file.read_text())["tasks"].items():
+            for arm, scored in entry["arms"].items():
+                known = found.setdefault(arm, {}).setdefault(task, scored)
+                if known["scores"] != scored["scores"]:
+                    raise SystemExit(f"{file.name}: {arm} scores otherwise than in another run")
+    return found
 
 
 def benchmarks(name: str) -> str:
@@ -127,16 +179,22 @@ def benchmarks(name: str) -> str:
     with (ROOT / "docs" / "benchmarks" / name).open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["arm"] != "plain"]
     lines = [
-        "| model | dtype | B | K | method | tokens/s | time to first token | memory |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | dtype | B | K | method | rows | tokens/s | over two products "
+        "| time to first token | peak | KV cache |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        where = " | ".join(row[key] for key in ("model", "dtype", "batch", "prompt", "arm"))
-        speed, first = (
-            "{1:.2f} ({0:.2f}-{2:.2f})".format(*(float(row[f"{name}_p{p}"]) for p in (20, 50, 80)))
-            for name in ("tokens_per_second_over_plain", "first_token_over_plain")
-        )
-        lines.append(f"| {where} | {speed} | {first} | {float(row['memory_over_plain']):.2f} |")
+        cells = [row[key] for key in ("model", "dtype", "batch", "prompt", "arm", "streams")]
+        for quantity in (
+            "tokens_per_second_over_plain",
+            "tokens_per_second_over_two_products",
+            "first_token_over_plain",
+        ):
+            spread = [row[f"{quantity}_p{p}"] for p in (20, 50, 80)]
+            known = "{1:.2f} ({0:.2f}-{2:.2f})".format(*map(float, spread)) if all(spread) else ""
+            cells.append(known)
+        cells += [f"{float(row[key]):.2f}" for key in ("peak_over_plain", "kv_cache_over_plain")]
+        lines.append(f"| {' | '.join(cells)} |")
     keys = ("device", "threads", "torch", "transformers", "git")
     runs = {", ".join(f"{key} {row[key]}" for key in keys) for row in rows}
     return "\n".join([*lines, "", *(f"{run}." for run in sorted(runs))]) + "\n"
@@ -175,6 +233,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "method": method,
     "results": results,
     "full_results": full_results,
+    "contrast": contrast,
     "benchmarks": benchmarks,
     "measured": measured,
     "kernels": kernels,

@@ -3,33 +3,42 @@
     python docs/make_pictures.py [METHOD ...]
     python docs/make_pictures.py --maps
     python docs/make_pictures.py --tokens
+    python docs/make_pictures.py --carve
 
 Needs the extra `eval` (matplotlib). The images are the first three of the evaluation split on which
 the plain model names an object that is not there; the methods' answers play no part in the choice.
 With --maps it draws the picture of docs/maps.md instead: where the plain model looks in the first
-bundled image as it predicts its first token and the objects that it names. With --tokens it draws
-that of docs/pruning.md: what pruning methods keep of the first bundled image.
+bundled image as it predicts its first token and the objects that it names. With --carve it draws
+that of docs/methods/carve.md: what CARVE makes of the first five bundled images of the evaluation
+split, each asked about its smallest object. With --tokens it draws that of docs/pruning.md: what
+pruning methods keep of the first bundled image.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib.patches import Rectangle
+from PIL import Image
 
 import vlmfix
 from vlmfix import emoji
 from vlmfix.chat import chat_inputs
+from vlmfix.emoji.language import question
 from vlmfix.evals.chair_objects import category_of, ground_truth, mentions
 from vlmfix.evals.coco import CocoData
-from vlmfix.viz import draw_maps, draw_tokens
+from vlmfix.viz import draw_maps, draw_tokens, overlay
 
 TARGET = Path(__file__).resolve().parent / "pictures" / "compare.png"
 MAPS = TARGET.with_name("attention_map.png")
+CARVED = TARGET.with_name("carve.png")
 TOKENS = TARGET.with_name("kept_tokens.png")
 PRUNING = ("hiprune", "visionzip", "divprune", "cluster", "ptp", "fastv", "uniform", "random")
 PROMPT = "Please describe this image in detail."
@@ -114,6 +123,46 @@ def tokens_picture() -> None:
     print(f"wrote {TOKENS.relative_to(TOKENS.parents[2])}")
 
 
+def carve_picture() -> None:
+    """Draw what CARVE finds when five images are asked about their smallest object."""
+    matplotlib.use("Agg")
+    data = CocoData(emoji.evaluation_split())
+    with zipfile.ZipFile(emoji.evaluation_split()) as split:
+        objects = json.loads(split.read("annotations/instances.json"))["annotations"]
+    model, processor = vlmfix.load("emoji")
+    asked, chats = [], []
+    for image_id, name in sorted(data.files.items())[:5]:
+        own = [item for item in objects if item["image_id"] == image_id]
+        smallest = min(own, key=lambda item: item["area"])
+        text = question(data.categories[smallest["category_id"]])
+        image = data.image(name)
+        content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
+        asked.append((image, text, smallest["bbox"]))
+        chats.append([{"role": "user", "content": content}])
+    with vlmfix.wrapped(model, "carve"):
+        answers = vlmfix.generate(model, processor, chats, max_new_tokens=8, do_sample=False)
+        found = vlmfix.last_call(model).pixels["carve"]
+    figure, axes = plt.subplots(4, 5, figsize=(11, 9), dpi=80, layout="constrained")
+    for axis in axes.ravel():
+        axis.axis("off")
+    for column, ((image, text, box), one, answer) in enumerate(
+        zip(asked, found, answers, strict=True)
+    ):
+        dimmed = Image.composite(image, image.point(lambda v: v // 4), Image.fromarray(one.mask))
+        rows = (image, overlay(image, one.scores), dimmed, one.refined)
+        for axis, picture in zip(axes[:, column], rows, strict=True):
+            axis.imshow(picture)
+        left, top, right, bottom = one.box
+        for axis, place, line in (
+            (axes[0][column], (box[:2], *box[2:]), "dotted"),
+            (axes[2][column], ((left, top), right - left - 1, bottom - top - 1), "solid"),
+        ):
+            axis.add_patch(Rectangle(*place, fill=False, edgecolor=ABSENT, linestyle=line, lw=1.5))
+        axes[0][column].set_title(f"{text}\nat first {one.answer}, then {answer}", fontsize=8)
+    figure.savefig(CARVED)
+    print(f"wrote {CARVED.relative_to(CARVED.parents[2])}")
+
+
 def _caption(axis: Any, text: str, truth: frozenset[str], title: str) -> None:
     """Write a caption word by word, objects in colour."""
     axis.axis("off")
@@ -163,5 +212,7 @@ if __name__ == "__main__":
         attention_picture()
     elif sys.argv[1:] == ["--tokens"]:
         tokens_picture()
+    elif sys.argv[1:] == ["--carve"]:
+        carve_picture()
     else:
         main(sys.argv[1:] or ["vhr", "pai"])

@@ -22,6 +22,7 @@ import vlmfix
 from vlmfix.contrast import Branch, ContrastMethod, Prompt
 from vlmfix.families import describe_model
 from vlmfix.method import AttentionMethod
+from vlmfix.session import SESSION
 from vlmfix.surgeon import module_state
 
 Inputs = dict[str, Any]
@@ -57,6 +58,7 @@ class Oracle:
 
     def logits(self, index: int, answer: torch.Tensor) -> torch.Tensor:
         """(V,) of a prompt behind an answer so far, combined."""
+        assert SESSION not in self.tiny.model.__dict__, "the oracle runs the plain model"
         key = (index, *answer.tolist())
         if key not in self.known:
             row, behind = self.rows[index], torch.cat([self.earlier, answer])

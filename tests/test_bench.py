@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,13 +15,16 @@ import torch
 from rich.console import Console
 
 import vlmfix
-from vlmfix import attention, bench, bench_arm, bench_models
-from vlmfix.bench_arm import Arm, Decoding, Memory, Turn
+from vlmfix import attention, bench, bench_arm, bench_models, streams
+from vlmfix.attention import Slot
+from vlmfix.bench_arm import Arm, Decoding, Memory, Turn, TwoProducts
 from vlmfix.bench_models import Llava, Tower, subject
 from vlmfix.bench_plot import draw
+from vlmfix.contrast import ContrastMethod
 from vlmfix.edits import Inputs
 from vlmfix.errors import BadInput
-from vlmfix.registry import build_stack
+from vlmfix.registry import build, build_stack, list_methods
+from vlmfix.streams import Streams
 
 TINY: dict[str, Any] = {
     "models": ("llava-tiny",),
@@ -29,43 +33,59 @@ TINY: dict[str, Any] = {
     "rounds": 1,
     "new_tokens": 5,
 }
+ARMS = ("var", "vhr", "pai", "vcd")
+CONTRASTS = sorted(
+    row.name for row in list_methods() if isinstance(build(row.name), ContrastMethod)
+)
 
 
 @pytest.fixture(scope="module")
 def report() -> bench.Report:
-    return bench.run(**{**TINY, "rounds": 2}, batch=2)
+    methods = [[name] for name in ARMS]
+    return bench.run(**{**TINY, "rounds": 2}, methods=methods, batch=2)
 
 
 def test_one_row_per_arm(report: bench.Report) -> None:
     assert not report.refused
-    assert [row["arm"] for row in report.rows] == ["plain", "var", "vhr", "pai"]
-    plain, *arms = report.rows
-    assert plain["edited_rows_per_step"] == 0
+    assert [row["arm"] for row in report.rows] == ["plain", "two products", *ARMS]
+    plain, control, *arms = report.rows
+    assert plain["edited_rows_per_step"] == control["edited_rows_per_step"] == 0
     assert plain["tokens_per_second_over_plain_p50"] == plain["first_token_over_plain_p50"] == 1
-    assert plain["memory_over_plain"] == 1
-    # PAI edits all 4 heads of 4 layers in 2 samples.
-    assert arms[2]["edited_rows_per_step"] == 32
+    assert control["tokens_per_second_over_two_products_p50"] == 1
+    assert plain["peak_over_plain"] == 1
+    # PAI edits all 4 heads of 4 layers in 2 samples, VCD the logits of 2 samples.
+    assert [row["edited_rows_per_step"] for row in arms[2:]] == [32, 2]
     assert all(row["edited_rows_per_step"] > 0 for row in arms)
+    assert [row["streams"] for row in report.rows] == [1, 1, 1, 1, 1, 2]
     for row in report.rows:
         assert (row["batch"], row["prompt"], row["visual_tokens"]) == (2, 68, 36)
         speeds = [row[f"tokens_per_second_p{p}"] for p in bench.PERCENTILES]
         assert 0 < speeds[0] <= speeds[1] <= speeds[2]
         # 5 layers, keys and values, 2 samples, 68 + 5 - 1 positions, width 64, 4 bytes.
-        assert row["kv_cache_bytes"] == 5 * 2 * 2 * 72 * 64 * 4
+        assert row["kv_cache_bytes"] == row["streams"] * 5 * 2 * 2 * 72 * 64 * 4
+        assert row["kv_cache_over_plain"] == row["streams"]
         assert row["peak_above_weights_bytes"] > row["kv_cache_bytes"]
+        ratio = row["peak_above_weights_bytes"] / plain["peak_above_weights_bytes"]
+        assert row["peak_over_plain"] == ratio
         assert row["weight_bytes"] == 4 * row["parameters"]
 
 
 def test_ratios_are_taken_within_a_round() -> None:
     plain = [Turn(first_token=1.0, step=0.5), Turn(first_token=2.0, step=1.0)]
     slow = [Turn(first_token=2.0, step=1.0), Turn(first_token=4.0, step=2.0)]
-    found = bench._times(slow, plain, batch=2)
+    between = [Turn(first_token=9.0, step=0.75), Turn(first_token=9.0, step=1.5)]
+    found = bench._times(slow, plain, between, batch=2)
     assert (found["first_token_seconds_p50"], found["tokens_per_second_p50"]) == (3, 1.5)
     for p in bench.PERCENTILES:
         assert found[f"first_token_over_plain_p{p}"] == 2
         assert found[f"tokens_per_second_over_plain_p{p}"] == 0.5
-    memory = bench._memory(Memory(peak=30, cache=10), Memory(peak=20, cache=10))
-    assert memory["memory_over_plain"] == 2
+        assert found[f"tokens_per_second_over_two_products_p{p}"] == 0.75
+    alone = bench._times(slow, plain, None, batch=2)
+    assert {key: value for key, value in alone.items() if value is not None} == {
+        key: value for key, value in found.items() if "two_products" not in key
+    }
+    memory = bench._memory(Memory(peak=30, cache=20), Memory(peak=20, cache=10))
+    assert (memory["peak_over_plain"], memory["kv_cache_over_plain"]) == (1.5, 2)
 
 
 def test_prompt_and_decode_steps_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +122,7 @@ def test_an_arm_shares_the_weights_and_leaves_the_model_alone() -> None:
 def test_a_method_that_edits_nothing_is_refused() -> None:
     # At keep=1 VAR moves nothing, so its speed would be that of the plain model.
     found = bench.run(**TINY, methods=(("var:sink_channels=0;tau=1;keep=1",),))
-    assert [row["arm"] for row in found.rows] == ["plain"]
+    assert [row["arm"] for row in found.rows] == ["plain", "two products"]
     assert len(found.refused) == 1
     assert "edited no row" in found.refused[0]
 
@@ -117,18 +137,124 @@ def test_a_wrong_decode_step_is_refused(factor: float, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(attention, "_decode", wrong)
     found = bench.run(**TINY, methods=(("pai",),))
-    assert [row["arm"] for row in found.rows] == ["plain"]
+    assert [row["arm"] for row in found.rows] == ["plain", "two products"]
     assert "its logits differ from those without a cache" in found.refused[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", ["llava-tiny", "emoji"])
+def test_contrastive_methods_run_without_their_cut(model: str, dtype: str) -> None:
+    settings = {**TINY, "models": (model,), "dtypes": (dtype,)}
+    found = bench.run(**settings, methods=[[name] for name in CONTRASTS])
+    assert not found.refused
+    arms = found.rows[2:]
+    assert [row["arm"] for row in arms] == CONTRASTS
+    for row in arms:
+        assert row["spec"] == build(bench.FORCED[row["arm"]]).spec()
+        assert "beta=0" in row["spec"]
+        assert row["streams"] == row["kv_cache_over_plain"] == (3 if row["arm"] == "rbd" else 2)
+        assert row["edited_rows_per_step"] == 1
+
+
+def test_sinks_are_forced_only_where_the_model_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = bench.FORCED | bench.FORCED_SINKS
+    for channels, forced in ((None, both), ((), both), ((7,), bench.FORCED)):
+        found = None if channels is None else SimpleNamespace(sink_channels=channels)
+        monkeypatch.setattr(bench, "load_calibration", lambda model, found=found: found)
+        assert bench._forced(None) == forced
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mutant", ["forgotten", "base for branch", "positions of the base"])
+def test_a_wrong_contrastive_step_is_refused(
+    mutant: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    combine, widen = streams.combine_decoded, Streams.widen
+
+    def wrong_combine(frame: Any, output: Any, token: torch.Tensor) -> Any:
+        base = output.logits[: frame.ledger.streams.rows]
+        if mutant == "forgotten":
+            output.logits = base.float()
+            return output
+        output.logits = torch.cat([base, base])
+        return combine(frame, output, token)
+
+    def wrong_widen(self: Streams, *args: Any) -> dict[str, Any]:
+        return widen(replace(self, shift=torch.zeros_like(self.shift)), *args)
+
+    if mutant == "positions of the base":
+        monkeypatch.setattr(Streams, "widen", wrong_widen)
+    else:
+        monkeypatch.setattr(streams, "combine_decoded", wrong_combine)
+    found = bench.run(**{**TINY, "dtypes": (dtype,)}, methods=(("m3id",),))
+    assert [row["arm"] for row in found.rows] == ["plain", "two products"]
+    why = "edited no row" if mutant == "forgotten" else "its logits differ from those without"
+    assert why in found.refused[0]
+
+
+def test_a_constant_on_all_logits_is_no_change() -> None:
+    # Nearly no weight: log-probabilities of the plain model, far off its logits, and as good.
+    settings = {**TINY, "dtypes": ("bfloat16",)}
+    found = bench.run(**settings, methods=(("m3id:decay=1e-6;beta=0",),))
+    assert "half of what the method changes" in found.refused[0]
+
+
+@pytest.mark.parametrize("spec", ["two products", "vcd", "rbd"])
+def test_every_row_of_a_step_is_two_products(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # So that a contrastive method over the control compares rows, and no kinds of attention.
+    calls = {"products": 0, "own": 0}
+    products, own = attention.edited_rows, Slot.run
+
+    def count_products(*args: Any) -> torch.Tensor:
+        calls["products"] += 1
+        return products(*args)
+
+    def count_own(slot: Slot, inputs: Inputs) -> Any:
+        calls["own"] += 1
+        return own(slot, inputs)
+
+    control = spec == "two products"
+    arm = Arm(spec, _subject(), [TwoProducts()] if control else build_stack(spec), Decoding(5))
+    monkeypatch.setattr(attention, "edited_rows", count_products)
+    monkeypatch.setattr(Slot, "run", count_own)
+    arm.decoding = Decoding(1)
+    arm._generate(1, {})
+    prompt = dict(calls)
+    arm._generate(4, {})
+    rows = 1 if control else vlmfix.last_call(arm.model).streams
+    assert calls["products"] - 2 * prompt["products"] == 3 * 5 * rows
+    assert calls["own"] == 2 * prompt["own"]
+
+
+def test_without_the_plain_model_there_are_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench_arm._TOLERANCES, "float32", -1.0)
+    found = bench.run(**TINY, methods=(("pai",),))
+    assert not found.rows
+    assert [line.partition(":")[0] for line in found.refused] == [
+        "plain on llava-tiny (float32, cpu)"
+    ]
+
+
+def test_memory_is_that_of_a_short_turn_and_holds_no_branch_twice() -> None:
+    arm = Arm("rbd", _subject(), build_stack("rbd"), Decoding(40))
+    memory = arm.check(None).memory
+    # 5 layers, keys and values, 3 streams, 68 + 8 - 1 positions, width 64, 4 bytes.
+    assert memory.cache == 5 * 2 * 3 * 75 * 64 * 4
+    assert memory.peak < 1.5 * memory.cache
 
 
 @pytest.mark.parametrize("name", ["llava-tiny", "qwen2.5-vl-tiny"])
 @pytest.mark.parametrize("compile", [None, "eager"])
 def test_static_cache_and_compiled_steps(name: str, compile: str | None) -> None:
-    found = bench.run(**{**TINY, "models": (name,)}, cache="static", compile=compile, text_tokens=9)
+    settings = {**TINY, "models": (name,), "methods": [[name] for name in ARMS]}
+    found = bench.run(**settings, cache="static", compile=compile, text_tokens=9)
     assert not found.refused
-    assert [row["arm"] for row in found.rows] == ["plain", "var", "vhr", "pai"]
+    control = [] if compile else ["two products"]  # a graph has torch's attention in it
+    assert [row["arm"] for row in found.rows] == ["plain", *control, *ARMS]
     assert {(row["cache"], row["compile"]) for row in found.rows} == {("static", compile or "")}
     assert all(row["visual_tokens"] == 36 for row in found.rows)
+    known = {row["tokens_per_second_over_two_products_p50"] is None for row in found.rows}
+    assert known == {compile is not None}
 
 
 def test_compiled_steps_are_really_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +266,7 @@ def test_compiled_steps_are_really_compiled(monkeypatch: pytest.MonkeyPatch) -> 
 
     torch._dynamo.reset()
     arm = Arm("pai", _subject(), build_stack("pai"), Decoding(5, "static", backend))  # type: ignore[arg-type]  # a function for a name
-    arm.memory()
+    arm._memory()
     assert not graphs
     arm.turn()
     made = len(graphs)
@@ -154,7 +280,7 @@ def test_the_csv_grows_and_keeps_its_columns(report: bench.Report, tmp_path: Pat
     bench.write_csv(report, path)
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["arm"] for row in rows] == ["plain", "var", "vhr", "pai"] * 2
+    assert [row["arm"] for row in rows] == ["plain", "two products", *ARMS] * 2
     assert rows[0]["torch"] == torch.__version__
     draw(rows, tmp_path / "plots" / "bench.png")
     assert (tmp_path / "plots" / "bench.png").stat().st_size > 5000
@@ -170,6 +296,19 @@ def test_the_table_says_what_was_not_measured(report: bench.Report) -> None:
     console.print(bench.render(report))
     text = console.export_text()
     assert "llava-tiny" in text
+    assert max(map(len, text.splitlines())) <= 80
+    head, cells = (next(x for x in text.splitlines() if x.startswith(n)) for n in ("arm", "vcd"))
+    assert head.split() == [
+        "arm",
+        "rows",
+        "first",
+        "token",
+        "tokens/s",
+        "products",
+        "peak",
+        "cache",
+    ]
+    assert cells.split()[1] == "2" and cells.split()[-1] == "2.00"
     assert bench.NO_GPU in text
     assert bench.SLOW_PLAIN not in report.notes
     half = {**TINY, "dtypes": ("bfloat16",)}
@@ -214,7 +353,7 @@ def test_a_large_shape_runs_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatc
     small = Llava(64, 3, 4, 96, 128, Tower(16, 4, 1, 64, 4), 6)
     monkeypatch.setitem(bench_models.SHAPES, "llava-1.5-7b", small)
     found = bench.run(**{**TINY, "models": ("llava-1.5-7b",)}, methods=(("pai",),))
-    assert [row["arm"] for row in found.rows] == ["plain", "pai"]
+    assert [row["arm"] for row in found.rows] == ["plain", "two products", "pai"]
 
 
 def test_threads_and_random_state_are_put_back() -> None:

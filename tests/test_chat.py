@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from transformers import TextStreamer
 
 import vlmfix
 from vlmfix import emoji
-from vlmfix.chat import Answer
+from vlmfix.chat import Answer, split_chat
+from vlmfix.method import PixelMethod
 
 PROMPT = "Describe the image."
 
@@ -115,3 +119,89 @@ def test_no_second_start_token(bundled: Any, pictures: list[Image.Image]) -> Non
 def test_bad_messages(bundled: Any, messages: Any, message: str) -> None:
     with pytest.raises(vlmfix.BadInput, match=message):
         _ask(bundled, messages)
+
+
+# -- methods that change images --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Paint(PixelMethod):
+    """Mirrors every image, and asks the model whether it runs plain."""
+
+    name: ClassVar[str] = "paint"
+
+    def rewrite(
+        self, model: Any, processor: Any, chats: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        vlmfix.generate(model, processor, chats[0], max_new_tokens=1)
+        assert not model.__dict__["_vlmfix_session"].stack.methods
+        return [_mirrored(chat) for chat in chats], [f"chat {i}" for i in range(len(chats))]
+
+
+@dataclass(frozen=True)
+class Repaint(Paint):
+    """The same once more."""
+
+    name: ClassVar[str] = "repaint"
+
+
+def _mirrored(chat: Any) -> Any:
+    images, _ = split_chat(chat)
+    return _chat(*map(ImageOps.mirror, images), text=chat[0]["content"][-1]["text"])
+
+
+def test_methods_that_change_images_go_first(bundled: Any, pictures: list[Image.Image]) -> None:
+    model, processor = bundled
+    chats = [_chat(pictures[0]), _chat(pictures[1], text="Is there a dog in the image?")]
+    mirrored = [_mirrored(chat) for chat in chats]
+    plain, expected = (_ask(bundled, asked, return_details=True) for asked in (chats, mirrored))
+    assert plain != expected
+    with vlmfix.wrapped(model, Paint()):
+        assert _ask(bundled, chats, return_details=True) == expected
+        assert vlmfix.last_call(model).pixels == {"paint": ["chat 0", "chat 1"]}
+        assert vlmfix.last_call(model).new_tokens == max(answer.new_tokens for answer in expected)
+        assert _ask(bundled, chats[0]) == expected[0].text
+        assert vlmfix.last_call(model).pixels == {"paint": ["chat 0"]}
+        assert (
+            "pixels" not in vlmfix.last_call(model).to_dict()
+            or not vlmfix.last_call(model).to_dict()["pixels"]
+        )
+        several = {"num_beams": 2, "num_return_sequences": 2}
+        found = _ask(bundled, chats, **several)
+        with vlmfix.using(model, [Paint(), Repaint()]):  # mirrored twice
+            assert _ask(bundled, chats, return_details=True) == plain
+            assert list(vlmfix.last_call(model).pixels) == ["paint", "repaint"]
+        with vlmfix.using(model, None):
+            assert _ask(bundled, chats, return_details=True) == plain
+        with vlmfix.using(model, [Paint(), "pai:alpha=2"]):
+            edited = _ask(bundled, chats)
+            assert vlmfix.last_call(model).edited_rows > 0
+        with pytest.raises(vlmfix.BadInput, match="no messages"):
+            _ask(bundled, [])
+        with pytest.raises(vlmfix.BadInput, match=r"vlmfix\.generate"):
+            model.generate(**vlmfix.chat.chat_inputs(model, processor, chats))
+    assert found == _ask(bundled, mirrored, **several)
+    with vlmfix.wrapped(model, "pai:alpha=2"):
+        assert edited == _ask(bundled, mirrored) != [answer.text for answer in expected]
+
+
+def test_a_streamer_sees_the_final_answer_alone(
+    bundled: Any, pictures: list[Image.Image], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with vlmfix.wrapped(bundled[0], Paint()):
+        streamer = TextStreamer(bundled[1].tokenizer, skip_prompt=True, skip_special_tokens=True)
+        answer = _ask(bundled, _chat(pictures[0]), streamer=streamer)
+    assert capsys.readouterr().out.strip() == answer
+
+
+def test_an_error_in_a_method_leaves_the_next_call_alone(
+    bundled: Any, pictures: list[Image.Image]
+) -> None:
+    with vlmfix.wrapped(bundled[0], Paint()):
+        with pytest.raises(vlmfix.BadInput, match="no image file"):
+            _ask(bundled, _chat("nowhere.png"))
+        with pytest.raises(ValueError):
+            _ask(bundled, _chat(pictures[0]), max_new_tokens=-1)
+        with pytest.raises(vlmfix.BadInput, match=r"vlmfix\.generate"):
+            bundled[0].generate(torch.ones(1, 3, dtype=torch.long))
+        assert _ask(bundled, _chat(pictures[0]))

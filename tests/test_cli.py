@@ -184,6 +184,28 @@ def test_the_bundled_model_is_the_default() -> None:
     assert base["answer"].split()[0] in shown
 
 
+def test_refined_images_are_saved_on_request(tmp_path: Path) -> None:
+    question = "Is there a sports ball in the image?"
+    folder = tmp_path / "refined"
+    command = ("generate", "emoji:5", question, "--method", "carve,carve:p=0.1+pai")
+    arms = document(*command, "--save-refined", folder, run=inside)["answers"]
+    facts = [arm["last_call"]["pixels"]["carve"] for arm in arms]
+    assert facts[0]["changed"] and facts[0]["answer"] and len(facts[0]["box"]) == 4
+    stems = ("carve", "carve-p=0.1-pai")
+    names = [[f"{stem}-{what}.png" for what in ("map", "mask", "refined")] for stem in stems]
+    assert [[Path(file).name for file in one["files"]] for one in facts] == names
+    assert sorted(path.name for path in folder.iterdir()) == sorted(sum(names, []))
+    shown = inside(*command).stdout
+    assert f"carve: box ({', '.join(map(str, facts[0]['box']))}) enlarged" in " ".join(
+        shown.split()
+    )
+    assert "files" not in document(*command, run=inside)["answers"][0]["last_call"]["pixels"]
+    refused(
+        "generate", "emoji:5", question, "--method", "pai", "--save-refined", folder,
+        says="no method that refines images", run=inside,
+    )  # fmt: skip
+
+
 def test_changed_words_stand_out() -> None:
     text = show.changed_words("a dog and a cat", "a dog and a red car")
     marked = {text.plain[span.start : span.end] for span in text.spans}

@@ -17,7 +17,7 @@ from contrast_oracle import Oracle
 from matrix import family, logits, prompt
 from tiny import FAMILIES, PER_POSITION, build
 from tiny_configs import IMAGE
-from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers import DynamicCache, LogitsProcessorList, SuppressTokensLogitsProcessor
 
 import vlmfix
 import vlmfix.streams
@@ -176,6 +176,8 @@ _NOTHING = torch.empty(0, dtype=torch.long)
 def _inputs(name: str) -> dict[str, Any]:
     """Three prompts of different lengths, padded on the left."""
     inputs = prompt(family(name), seed=3)
+    # The last row ends with a token that came before, so that prompt lookup starts with drafts.
+    inputs["input_ids"][2, -1] = inputs["input_ids"][2, -3]
     assert (inputs["attention_mask"] == 0).any()
     return inputs
 
@@ -191,7 +193,7 @@ def _oracle(name: str, method: ContrastMethod, edit: AttentionMethod | None = No
 def _generate(model: Any, inputs: dict[str, Any], **kwargs: Any) -> Any:
     torch.manual_seed(5)  # sampling draws from the global generator
     arguments = {
-        "max_new_tokens": 6,
+        "max_new_tokens": 5,
         "do_sample": False,
         "pad_token_id": 0,
         "eos_token_id": 2,
@@ -214,7 +216,7 @@ _known: dict[Any, Any] = {}
 
 
 def _wanted(name: str, oracle: Oracle, inputs: dict[str, Any], mode: Mode) -> Any:
-    """What the oracle generates; it must not be what the plain model generates."""
+    """What the oracle generates; its scores must not be those of the plain model."""
     key = (oracle, str(mode.choice), mode.rows)
     if key not in _known:
         # The contrast comes first, as a forward's, and what forbids tokens after it.
@@ -225,8 +227,10 @@ def _wanted(name: str, oracle: Oracle, inputs: dict[str, Any], mode: Mode) -> An
         _known[key] = wanted = _generate(
             model, inputs, **mode.choice, use_cache=False, logits_processor=processors
         )
-        both = (one.sequences[:, inputs["input_ids"].shape[1] :] for one in (plain, wanted))
-        assert len({str(answers.tolist()) for answers in both}) == 2, "the cell is empty"
+        for one, other in zip(plain.scores, wanted.scores, strict=False):
+            one, other = one.log_softmax(-1), other.log_softmax(-1)
+            likely = other > -1e3
+            assert (one[likely] - other[likely]).abs().max() > 0.1, "the cell is empty"
     return _known[key]
 
 
@@ -240,6 +244,10 @@ def _check(name: str, oracle: Oracle, mode: Mode, stack: Any, model: Any = None)
         got = _generate(
             wrapped, inputs, **mode.choice, **mode.forwards, suppress_tokens=_never(mode)
         )
+    _compare(got, wanted)
+
+
+def _compare(got: Any, wanted: Any) -> None:
     assert got.sequences.tolist() == wanted.sequences.tolist()
     assert len(got.scores) == len(wanted.scores)
     for one, other in zip(got.scores, wanted.scores, strict=True):
@@ -258,7 +266,11 @@ def _check(name: str, oracle: Oracle, mode: Mode, stack: Any, model: Any = None)
 def test_equals_the_oracle(name: str, method: ContrastMethod, mode: str) -> None:
     if "prefill_chunk_size" in MODES[mode].forwards and name in ("gemma3", "paligemma"):
         pytest.skip("plain transformers gives other logits: chunks cut its bidirectional image")
-    _check(name, _oracle(name, method), MODES[mode], method)
+    chosen = MODES[mode]
+    if mode == "lookup" and name == "paligemma":
+        # Plain transformers lets its prompt see the drafts of the first forward: a row without.
+        chosen = replace(chosen, rows=(1,))
+    _check(name, _oracle(name, method), chosen, method)
 
 
 @pytest.mark.parametrize("mode", ["greedy", "beams", "static", "static beams", "no cache"])
@@ -298,7 +310,7 @@ def test_one_forward_outside_of_generate(name: str, method: ContrastMethod) -> N
     assert torch.allclose(got, wanted, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("method", STRONG, ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [*STRONG, PUBLISHED[0]], ids=lambda m: m.name)
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"])
 def test_a_prompt_without_an_image_in_the_batch(name: str, method: ContrastMethod) -> None:
     tiny, inputs = family(name), _inputs(name)
@@ -314,12 +326,37 @@ def test_a_prompt_without_an_image_in_the_batch(name: str, method: ContrastMetho
             del rows[1][part]
     rows[1].pop("mm_token_type_ids", None)  # refused without an image
     oracle = Oracle(tiny, rows, method)
-    for forwards in ({}, _STATIC, {"use_cache": False}):
-        wanted = _wanted(name, oracle, inputs, Mode())
+    for mode in (Mode(), Mode({}, _STATIC), Mode({}, {"use_cache": False}), Mode(_BEAMS)):
+        wanted = _wanted(name, oracle, inputs, mode)
         with vlmfix.wrapped(tiny.model, method):
-            got = _generate(tiny.model, inputs, **forwards, suppress_tokens=_never(Mode()))
-            assert vlmfix.last_call(tiny.model).contrasted_rows == 2 * 6
-        assert torch.equal(got.sequences, wanted.sequences)
+            never = _never(mode)
+            got = _generate(
+                tiny.model, inputs, **mode.choice, **mode.forwards, suppress_tokens=never
+            )
+            beams = mode.choice.get("num_beams", 1)
+            assert vlmfix.last_call(tiny.model).contrasted_rows == 2 * beams * 5
+        _compare(got, wanted)
+
+
+@pytest.mark.parametrize("method", STRONG, ids=lambda m: m.name)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_forwards_behind_each_other_outside_of_generate(name: str, method: ContrastMethod) -> None:
+    tiny, oracle, inputs = family(name), _oracle(name, method), _inputs(name)
+    cache = DynamicCache(config=tiny.model.config.get_text_config())
+    answer, mask = torch.tensor([11, 12, 13]), inputs["attention_mask"]
+    wanted = [
+        torch.stack([oracle.logits(row, answer[:length]) for row in range(3)])
+        for length in range(4)
+    ]
+    with vlmfix.wrapped(tiny.model, method):
+        got = [logits(tiny.model, inputs, past_key_values=cache)]
+        for token in answer:
+            ids = token.expand(3, 1)
+            mask = torch.cat([mask, torch.ones_like(ids)], 1)
+            step = {"input_ids": ids, "attention_mask": mask}
+            got.append(logits(tiny.model, step, past_key_values=cache))
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("method", STRONG, ids=lambda m: m.name)
@@ -338,7 +375,7 @@ def test_a_later_turn_on_the_same_cache(name: str, method: ContrastMethod) -> No
     earlier = ids[0, first["input_ids"].shape[1] :]
     oracle = Oracle(tiny, [first], method, earlier=earlier)
     answer = _NOTHING
-    for step in range(6):
+    for step in range(5):
         wanted = oracle.logits(0, answer)
         wanted[_never(Mode())] = -torch.inf
         assert torch.allclose(got.scores[step][0], wanted, rtol=0, atol=2e-4)
@@ -346,7 +383,7 @@ def test_a_later_turn_on_the_same_cache(name: str, method: ContrastMethod) -> No
     assert got.sequences[0, ids.shape[1] :].tolist() == answer.tolist()
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 def test_lookup_takes_drafts(name: str) -> None:
     """Or its cells would be greedy ones."""
     tiny, method, mode = family(name), NoImage(), MODES["lookup"]
@@ -359,7 +396,7 @@ def test_lookup_takes_drafts(name: str) -> None:
         inputs = tiny.single(_inputs(name), *mode.rows)
         _generate(tiny.model, inputs, **mode.choice, **mode.forwards)
         handle.remove()
-    assert max(queries[1:]) > 1
+    assert queries[0] > inputs["input_ids"].shape[1] and max(queries[1:]) > 1
 
 
 # -- the oracle sees what could go wrong -----------------------------------------------------------

@@ -32,6 +32,9 @@ from vlmfix.methods.pai import PayAttentionToImage
 from vlmfix.pruning import PruningMethod
 
 STRONG = {row.name: row.strong for row in ROWS}
+#: All that edit attention, one that contrasts logits, one that prunes: a stack takes no more.
+STACK = [method for method in STRONG.values() if isinstance(method, AttentionMethod)]
+STACK += [STRONG["avc"], STRONG["random"]]
 
 
 def _fingerprint(model: Any) -> dict[str, Any]:
@@ -76,14 +79,11 @@ def tiny() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("stack", ["var", "pai", "all"])
+@pytest.mark.parametrize("stack", ["var", "pai", "vcd", "all"])
 def test_unwrap_restores_everything(name: str, stack: str) -> None:
     model = build(name).model
     inputs = prompt(family(name))
-    methods: Any = STRONG.get(stack)
-    if stack == "all":
-        edits = [method for method in STRONG.values() if isinstance(method, AttentionMethod)]
-        methods = [*edits, STRONG["avc"], STRONG["random"]]
+    methods = STACK if stack == "all" else STRONG[stack]
     # transformers hooks some modules for itself on the first run, so that run comes first.
     plain, tokens = logits(model, inputs), model.generate(**inputs, **generate_kwargs())
     before = _fingerprint(model)

@@ -4,6 +4,9 @@ Arms take turns within each round, so a machine that slows down slows all of the
 a round compares neighbours in time. The prompt and the decode steps are timed apart. Before an arm
 is timed it must have edited rows while decoding, and its logits must agree with a forward that has
 no cache, no kernel and no graph; otherwise there is no row for it, but the reason.
+
+On a CPU one more arm edits nothing, but has its attention computed as methods have theirs: what a
+method does to the plain model's speed is what that arm does, times what the method adds to it.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlmfix import machine
-from vlmfix.bench_arm import CHECKED, MINIMUM_TOKENS, Arm, Decoding, Memory, Turn
+from vlmfix.bench_arm import MINIMUM_TOKENS, Arm, Check, Decoding, Memory, Turn, TwoProducts
 from vlmfix.bench_models import LARGE, MODELS, Subject, subject
 from vlmfix.calibrate import load_calibration
 from vlmfix.errors import BadInput
@@ -34,25 +37,33 @@ __all__ = ["NO_GPU", "PERCENTILES", "SLOW_PLAIN", "Report", "render", "run", "wr
 
 PERCENTILES = (20, 50, 80)
 LEGEND = (
-    "Median [20 %, 80 %] of the rounds. Memory: peak above the weights, less the KV cache, over "
-    "plain's."
+    "Median (20-80 %) of the rounds, over plain. rows: of a pass, per sample. two products: "
+    "tokens/s over the arm that edits nothing. peak: above the weights, KV cache included."
 )
 NO_GPU = "not measured on a GPU"
 # Seen with torch 2.13: 0.85 ms for 16 heads and 608 keys, 0.10 ms as two matrix products.
 SLOW_PLAIN = (
-    "torch's own attention is slow on a CPU for one query row in half precision, and a layer with "
-    "a method avoids it: ratios above 1 come from there; --dtype float32 shows a method's cost"
+    "torch's own attention is slow on a CPU for one query row in half precision. A layer with an "
+    "edited row, and every layer of a contrastive step, runs two matrix products instead; the arm "
+    "'two products' does that and nothing else, and is where ratios above 1 come from. Over it, or "
+    "with --dtype float32, a method shows its own cost: of a contrastive one, the added rows"
 )
-# A random model has no massive activations, nor has every trained one. One channel and a threshold
-# of one standard deviation call about a third of the tokens sinks, and without a least mass on the
-# image VAR edits nearly every head, however long the text: more work than usual. The csv says
-# which options ran.
+# A contrastive method runs without its cut at beta: a token that rounding takes across the cut
+# jumps by 1e4, which no comparison of logits survives (the cut costs a few passes over one row of
+# logits). The weight of m3id and pai_guidance is raised, as at their defaults the first tokens
+# differ from the plain model's by little more than half-precision rounding; a weight costs
+# nothing. The csv says which options ran.
 FORCED = {
-    "var": "var:sink_channels=0;tau=1;minimum_visual_mass=0",
-    "vcd": "vcd:beta=0",
     "avc": "avc:beta=0",
     "m3id": "m3id:decay=1;beta=0",
+    "pai_guidance": "pai_guidance:gamma=2;beta=0",
+    "rbd": "rbd:beta=0",
+    "vcd": "vcd:beta=0",
 }
+# A random model has no massive activations, nor has every trained one. One channel and a threshold
+# of one standard deviation call about a third of the tokens sinks, and without a least mass on the
+# image VAR edits nearly every head, however long the text: more work than usual.
+FORCED_SINKS = {"var": "var:sink_channels=0;tau=1;minimum_visual_mass=0"}
 
 
 @dataclass
@@ -83,7 +94,8 @@ def run(
 
     Args:
         models: Names of `MODELS`.
-        methods: One stack of specs per arm.
+        methods: One stack of specs per arm. A bare name of `FORCED`, or of `FORCED_SINKS` where
+            the model has no calibrated sinks, runs with the options there.
         dtypes: bfloat16, float16 or float32.
         devices: cpu, cuda, cuda:1; if absent, the CPU, and a GPU where there is one. Without it,
             the models of `LARGE` run on a GPU only.
@@ -98,7 +110,7 @@ def run(
         progress: Told what runs next.
 
     Returns:
-        One row per model, device, dtype and arm; tokens/s counts all rows of the batch.
+        One row per model, device, dtype and arm; tokens/s counts all samples of the batch.
 
     Raises:
         BadInput: A name or a number that cannot be used, or too little memory for a model.
@@ -128,10 +140,15 @@ def run(
         facts = {device: machine.facts(device) for _, device in places}
         for name, device in places:
             for dtype in dtypes:
-                progress(f"{name}, {dtype}, {device}")
+                where = f"{name}, {dtype}, {device}"
+                progress(where)
                 made = subject(name, dtype, device, batch, text_tokens)
                 with _room_for_graphs(decoding, 1 + len(methods)):
-                    _measure(made, methods, decoding, rounds, facts[device], report)
+                    arms, checks = _checked(made, methods, decoding, report)
+                    progress(f"{where}: {rounds} rounds of {', '.join(arm.name for arm in arms)}")
+                    turns = _turns(arms, rounds)
+                for row in _rows(made, decoding, arms, checks, turns):
+                    report.rows.append({**facts[device], **row})
     finally:
         torch.set_num_threads(before)
     return report
@@ -165,69 +182,92 @@ def _room_for_graphs(decoding: Decoding, arms: int) -> Iterator[None]:
         yield
 
 
-def _measure(
-    subject: Subject,
-    methods: Sequence[Sequence[str]],
-    decoding: Decoding,
-    rounds: int,
-    facts: dict[str, Any],
-    report: Report,
-) -> None:
-    plain = Arm("plain", subject, (), decoding)
-    arms, memory, edited = [plain], {"plain": plain.memory()}, {"plain": 0.0}
-    logits = plain.reference_logits()
-    found = load_calibration(subject.model)
-    forced = FORCED if found is None or not found.sink_channels else {}
-    for specs in methods:
-        name = "+".join(specs)
-        stack = build_stack([forced.get(spec, spec) for spec in specs])
-        arm = Arm(name, subject, stack, decoding)
-        used, rows = arm.memory(), arm.edited_rows()
-        why = arm.disagreement(logits)
-        decode_rows = (rows - arm.edited_rows()) / (decoding.new_tokens - CHECKED)
-        if decode_rows <= 0:
-            why = "it edited no row while decoding"
-        if why is not None:
-            where = f"{name} on {subject.name} ({subject.dtype}, {subject.device})"
-            report.refused.append(f"{where}: {why}")
+def _checked(
+    subject: Subject, methods: Sequence[Sequence[str]], decoding: Decoding, report: Report
+) -> tuple[list[Arm], list[Check]]:
+    """The arms that do what they should, the plain one first; the others go to the report."""
+    arms: list[Arm] = []
+    checks: list[Check] = []
+    for arm in _arms(subject, methods, decoding):
+        check = arm.check(checks[0].reference if arm.edits else None)
+        if check.refusal is None:
+            arms.append(arm)
+            checks.append(check)
             continue
-        arms.append(arm)
-        memory[name], edited[name] = used, decode_rows
+        where = f"{arm.name} on {subject.name} ({subject.dtype}, {subject.device})"
+        report.refused.append(f"{where}: {check.refusal}")
+        if not arms:  # without the plain model there is nothing to compare with
+            break
+    return arms, checks
+
+
+def _arms(subject: Subject, methods: Sequence[Sequence[str]], decoding: Decoding) -> Iterator[Arm]:
+    yield Arm("plain", subject, (), decoding)
+    if methods and subject.device == "cpu" and decoding.compile is None:
+        yield Arm(TwoProducts.name, subject, [TwoProducts()], decoding)
+    forced = _forced(subject.model)
+    for specs in methods:
+        stack = build_stack([forced.get(spec, spec) for spec in specs])
+        yield Arm("+".join(specs), subject, stack, decoding)
+
+
+def _forced(model: Any) -> dict[str, str]:
+    """What runs on a model in place of bare names."""
+    calibration = load_calibration(model)
+    has_sinks = calibration is not None and calibration.sink_channels
+    return FORCED if has_sinks else FORCED | FORCED_SINKS
+
+
+def _turns(arms: Sequence[Arm], rounds: int) -> list[list[Turn]]:
+    """Timed turns by arm, one per round, in an order drawn anew for each round."""
     for arm in arms:
-        arm.turn()
-    turns: dict[str, list[Turn]] = {arm.name: [] for arm in arms}
-    order, shuffle = list(arms), random.Random(0).shuffle
+        if not arm.warm:
+            arm.turn()
+    turns: list[list[Turn]] = [[] for _ in arms]
+    order, shuffle = list(zip(arms, turns, strict=True)), random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)  # so that no arm always follows the same other one
-        for arm in order:
-            turns[arm.name].append(arm.turn())
+        for arm, done in order:
+            done.append(arm.turn())
+    return turns
+
+
+def _rows(
+    subject: Subject,
+    decoding: Decoding,
+    arms: Sequence[Arm],
+    checks: Sequence[Check],
+    turns: Sequence[Sequence[Turn]],
+) -> Iterator[dict[str, Any]]:
+    """One row per arm; the first arm is the plain model."""
     batch, prompt = subject.inputs["input_ids"].shape
     weights = list(subject.model.parameters())
-    for arm in arms:
-        report.rows.append(
-            {
-                **facts,
-                "model": subject.name,
-                "parameters": sum(p.numel() for p in weights),
-                "dtype": subject.dtype,
-                "batch": batch,
-                "prompt": prompt,
-                "visual_tokens": subject.visual_tokens,
-                "new_tokens": decoding.new_tokens,
-                "rounds": rounds,
-                "cache": decoding.cache,
-                "compile": decoding.compile or "",
-                "arm": arm.name,
-                "spec": arm.spec,
-                "edited_rows_per_step": edited[arm.name],
-                **_times(turns[arm.name], turns["plain"], batch),
-                "weight_bytes": sum(p.numel() * p.element_size() for p in weights),
-                **_memory(memory[arm.name], memory["plain"]),
-            }
-        )
+    control = next((t for arm, t in zip(arms, turns, strict=True) if arm.is_control), None)
+    for arm, check, own in zip(arms, checks, turns, strict=True):
+        yield {
+            "model": subject.name,
+            "parameters": sum(p.numel() for p in weights),
+            "dtype": subject.dtype,
+            "batch": batch,
+            "prompt": prompt,
+            "visual_tokens": subject.visual_tokens,
+            "new_tokens": decoding.new_tokens,
+            "rounds": len(own),
+            "cache": decoding.cache,
+            "compile": decoding.compile or "",
+            "arm": arm.name,
+            "spec": arm.spec,
+            "streams": check.streams,
+            "edited_rows_per_step": check.edited_rows,
+            **_times(own, turns[0], control, batch),
+            "weight_bytes": sum(p.numel() * p.element_size() for p in weights),
+            **_memory(check.memory, checks[0].memory),
+        }
 
 
-def _times(turns: Sequence[Turn], plain: Sequence[Turn], batch: int) -> dict[str, float]:
+def _times(
+    turns: Sequence[Turn], plain: Sequence[Turn], control: Sequence[Turn] | None, batch: int
+) -> dict[str, float | None]:
     """Percentiles over the rounds; a ratio is taken within its round."""
     pairs = list(zip(turns, plain, strict=True))
     return {
@@ -235,20 +275,27 @@ def _times(turns: Sequence[Turn], plain: Sequence[Turn], batch: int) -> dict[str
         **_spread("first_token_over_plain", [a.first_token / p.first_token for a, p in pairs]),
         **_spread("tokens_per_second", [batch / turn.step for turn in turns]),
         **_spread("tokens_per_second_over_plain", [p.step / a.step for a, p in pairs]),
+        **_spread(
+            "tokens_per_second_over_two_products",
+            [c.step / a.step for a, c in zip(turns, control, strict=True)] if control else None,
+        ),
     }
 
 
-def _spread(name: str, values: list[float]) -> dict[str, float]:
+def _spread(name: str, values: list[float] | None) -> dict[str, float | None]:
+    if values is None:
+        return {f"{name}_p{p}": None for p in PERCENTILES}
     found = np.percentile(values, PERCENTILES)
     return {f"{name}_p{p}": float(v) for p, v in zip(PERCENTILES, found, strict=True)}
 
 
 def _memory(memory: Memory, plain: Memory) -> dict[str, float]:
-    """What a turn needs on top of the weights, and on top of weights and KV cache over plain."""
+    """What a turn needs on top of the weights, and how much of it is the KV cache."""
     return {
         "peak_above_weights_bytes": memory.peak,
+        "peak_over_plain": memory.peak / plain.peak,
         "kv_cache_bytes": memory.cache,
-        "memory_over_plain": (memory.peak - memory.cache) / (plain.peak - plain.cache),
+        "kv_cache_over_plain": memory.cache / plain.cache,
     }
 
 
@@ -277,21 +324,25 @@ def write_csv(report: Report, path: Path) -> None:
 def render(report: Report) -> RenderableType:
     """One table per model, dtype and prompt, then what was not measured."""
     lines: list[RenderableType] = []
-    for (model, dtype, batch, prompt, cache, compiled), rows in groupby(report.rows, _setting):
+    for (model, dtype, batch, prompt, cache, compiled), group in groupby(report.rows, _setting):
+        rows = list(group)
         title = f"{model}, {dtype}, B={batch}, K={prompt}, {cache} cache"
         title += f", compiled ({compiled})" if compiled else ""
+        plain = (rows[0][f"{name}_p50"] for name in ("first_token_seconds", "tokens_per_second"))
+        title += "\nplain: {:.3g} s to the first token, then {:.3g} tokens/s".format(*plain)
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, expand=False)
         table.add_column("arm")
-        for column in ("first token", "over plain", "tokens/s", "over plain", "memory"):
+        for column in ("rows", "first token", "tokens/s", "two\nproducts", "peak", "KV\ncache"):
             table.add_column(column, justify="right", no_wrap=True)
         for row in rows:
             table.add_row(
                 row["arm"],
-                f"{row['first_token_seconds_p50']:.3g} s",
+                str(row["streams"]),
                 _interval(row, "first_token_over_plain"),
-                f"{row['tokens_per_second_p50']:.3g}",
                 _interval(row, "tokens_per_second_over_plain"),
-                f"{row['memory_over_plain']:.3f}",
+                _median(row, "tokens_per_second_over_two_products"),
+                f"{row['peak_over_plain']:.2f}",
+                f"{row['kv_cache_over_plain']:.2f}",
             )
         lines += [table, Text()]
     if report.rows:
@@ -309,4 +360,9 @@ def _setting(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def _interval(row: dict[str, Any], quantity: str) -> str:
     low, middle, high = (row[f"{quantity}_p{p}"] for p in PERCENTILES)
-    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+
+
+def _median(row: dict[str, Any], quantity: str) -> str:
+    middle = row[f"{quantity}_p50"]
+    return "" if middle is None else f"{middle:.2f}"

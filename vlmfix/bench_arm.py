@@ -7,29 +7,33 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 from transformers import CompileConfig, LogitsProcessor
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
 import vlmfix
 from vlmfix.bench_models import Subject
-from vlmfix.method import Method
+from vlmfix.families import ModelInfo, last_logits
+from vlmfix.method import AttentionMethod, Keys, Method, Plan
 
-__all__ = ["CHECKED", "MINIMUM_TOKENS", "Arm", "Decoding", "Memory", "Turn"]
+__all__ = ["MINIMUM_TOKENS", "Arm", "Check", "Decoding", "Memory", "Turn", "TwoProducts"]
 
-CHECKED = 3  # tokens of the check: one from the prompt, two from decode steps
-MINIMUM_TOKENS = CHECKED + 1
+_CHECKED = 3  # tokens of the check: one from the prompt, two from decode steps
+MINIMUM_TOKENS = _CHECKED + 1
+_WATCHED = 8  # tokens of the turn that is measured and not timed: a profiler makes them dear
 _TOKEN = 5  # what every turn writes; no placeholder and no end in any of the models
 
 #: Largest relative error of the logits of an arm against the reference. Seen on a CPU, for a
-#: random 330 M LLaVA: 1e-6 in float32 and 0.014 in bfloat16, where the plain model with and
-#: without a cache differs as much.
+#: random 330 M LLaVA: 1e-6 in float32; in bfloat16 0.013 of the plain model, whose logits with and
+#: without a cache differ as well, and up to 0.03 where a contrast weighs the rounding of streams.
 _TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
@@ -70,26 +74,74 @@ class Turn(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes of a turn without compiling: the peak above what was there, and its KV cache."""
+    """Bytes of a short turn without compiling: its peak above what was there, its KV cache."""
 
     peak: int
     cache: int
+
+
+@dataclass(frozen=True)
+class Check:
+    """What the turns before those that are timed have shown of an arm.
+
+    Attributes:
+        memory: of a short turn.
+        streams: rows that a pass runs per row of the batch.
+        edited_rows: rows of attention or of logits that the methods changed, per decode step.
+        reference: (B, _CHECKED, V) float32, its logits without a cache, each row less its mean.
+        refusal: why the speed of this arm means nothing; None if it computes what it should.
+    """
+
+    memory: Memory
+    streams: int
+    edited_rows: float
+    reference: torch.Tensor
+    refusal: str | None
+
+
+@dataclass(frozen=True)
+class TwoProducts(AttentionMethod):
+    """A control: edits nothing, and so gets each decoded row from two matrix products.
+
+    That is how edited rows and the streams of a contrastive method are computed, where the plain
+    model runs torch's own attention. What is left of a method's cost over this arm is its own.
+    """
+
+    name: ClassVar[str] = "two products"
+
+    def layers(self, info: ModelInfo) -> Sequence[int]:
+        return tuple(info.attention)
+
+    def plan(self, keys: Keys) -> Plan:
+        return Plan((), [True] * len(keys.kinds))
+
+    def edit_weights(
+        self, weights: torch.Tensor, *plan: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return weights, torch.zeros_like(weights[..., 0], dtype=torch.bool)
 
 
 class Arm:
     """A model that is ready to be timed.
 
     Attributes:
-        name: "plain", or the specs as they were given.
+        name: "plain", "two products", or the specs as they were given.
         model: the subject's own model if there are no methods, else a wrapped copy.
         spec: the specs as they ran.
+        is_control: whether it is the arm of `TwoProducts`.
+        edits: whether it has methods beside that.
+        warm: whether timed turns can start after the check.
     """
 
     def __init__(
         self, name: str, subject: Subject, methods: Sequence[Method], decoding: Decoding
     ) -> None:
         self.name, self.inputs, self.dtype = name, subject.inputs, subject.dtype
-        self.device, self.decoding = subject.device, decoding
+        self.device, self.decoding, self.methods = subject.device, decoding, tuple(methods)
+        self.is_control = self.methods == (TwoProducts(),)
+        self.edits = bool(methods) and not self.is_control
+        # A static cache of another length compiles anew, and a GPU's allocator has to grow.
+        self.warm = decoding.compile is None and self.device == "cpu"
         self.spec = "+".join(method.spec() for method in methods)
         self.model = subject.model
         if methods:
@@ -106,13 +158,73 @@ class Arm:
         first, last, steps = clock.times[1], clock.times[-1], len(clock.times) - 2
         return Turn(first - start, (last - first) / steps)
 
-    def memory(self) -> Memory:
-        """Measure one generate(), decode steps not compiled.
+    def check(self, plain: torch.Tensor | None) -> Check:
+        """Run the turns that are not timed: what an arm does, and whether it is right.
+
+        The logits of its decode steps must lie within a tolerance by dtype of those that it has
+        without a cache, and at least twice as near to them as the plain model's, which the same
+        error would otherwise let pass. Each row is taken less its mean: what is added to all
+        logits changes nothing, and methods that combine log-probabilities add much.
+
+        Args:
+            plain: `Check.reference` of the plain model; None for an arm that edits nothing.
+        """
+        memory, rows = self._memory(), self._rows()
+        reference = self._reference()
+        output = self._generate(_CHECKED, self.decoding.arguments(), output_logits=True)
+        edited = (rows - self._rows()) / (self._watched - _CHECKED)
+        logits, expected = _centred(torch.stack(output.logits, dim=1))[:, 1:], reference[:, 1:]
+        norm, tolerance = expected.norm(), _TOLERANCES[self.dtype]
+        error = float((logits - expected).norm() / norm)
+        change = math.inf if plain is None else float((plain[:, 1:] - expected).norm() / norm)
+        refusal = None
+        if plain is not None and edited <= 0:
+            refusal = "it edited no row while decoding"
+        elif not (error <= tolerance and error <= change / 2):
+            refusal = (
+                f"its logits differ from those without a cache by {error:.2g} of their norm; "
+                f"allowed are {tolerance:g} and half of what the method changes, which is "
+                f"{change:.2g}"
+            )
+        streams = vlmfix.last_call(self.model).streams if self.methods else 1
+        return Check(memory, streams, edited, reference, refusal)
+
+    def _reference(self) -> torch.Tensor:
+        """The logits (B, _CHECKED, V) that choose the first tokens, without a cache.
+
+        One forward over the prompt and what every turn writes behind it: no decode step, no
+        kernel and no graph takes part, and edited rows come after the model's own attention.
+        """
+        inputs = dict(self.inputs)
+        length, more = inputs["input_ids"].shape[1], (0, _CHECKED - 1)
+        inputs["input_ids"] = pad(inputs["input_ids"], more, value=_TOKEN)
+        inputs["attention_mask"] = pad(inputs["attention_mask"], more, value=1)
+        if "mm_token_type_ids" in inputs:
+            inputs["mm_token_type_ids"] = pad(inputs["mm_token_type_ids"], more, value=0)
+        if self.methods:
+            inputs["prompt_length"] = length
+        with torch.no_grad():
+            output = self.model(**inputs, use_cache=False, **last_logits(self.model, _CHECKED))
+        return _centred(output.logits[:, -_CHECKED:])
+
+    def _rows(self) -> int:
+        """Rows of attention or of logits that the last turn changed, its prompt included."""
+        if not self.methods:
+            return 0
+        report = vlmfix.last_call(self.model)
+        return report.edited_rows + report.contrasted_rows
+
+    @property
+    def _watched(self) -> int:
+        return min(_WATCHED, self.decoding.new_tokens)
+
+    def _memory(self) -> Memory:
+        """Measure one short generate(), decode steps not compiled.
 
         On CUDA it is what the caching allocator handed out. On a CPU it is what the profiler saw
         of torch's tensors; scratch memory inside a library call is not in it.
         """
-        tokens, arguments = self.decoding.new_tokens, self.decoding.arguments(compiled=False)
+        tokens, arguments = self._watched, self.decoding.arguments(compiled=False)
         gc.collect()  # what others left behind must not go away meanwhile
         if self.device.startswith("cuda"):
             before = torch.cuda.memory_allocated(self.device)
@@ -126,43 +238,6 @@ class Arm:
                 output = self._generate(tokens, arguments)
             peak = _peak(profile)
         return Memory(peak, _cache_bytes(output.past_key_values))
-
-    def edited_rows(self) -> int:
-        """Rows of attention or of logits that the last turn changed, its prompt included."""
-        report = vlmfix.last_call(self.model)
-        return report.edited_rows + report.contrasted_rows
-
-    def logits(self) -> torch.Tensor:
-        """Float32 logits (B, CHECKED, V) of generate(), as it is timed."""
-        output = self._generate(CHECKED, self.decoding.arguments(), output_logits=True)
-        return torch.stack(output.logits, dim=1).float()
-
-    def reference_logits(self) -> torch.Tensor:
-        """The same logits without a cache: no decode step, no kernel, no graph.
-
-        Then every forward is a prefill, whose edited rows come after the model's own attention.
-        """
-        output = self._generate(CHECKED, {"use_cache": False}, output_logits=True)
-        return torch.stack(output.logits, dim=1).float()
-
-    def disagreement(self, plain: torch.Tensor) -> str | None:
-        """Why the speed of this arm means nothing; None if it computes what it should.
-
-        The logits of its decode steps must lie within a tolerance by dtype of the reference, and
-        at least twice as near to it as those of the plain model (`plain`, from
-        `reference_logits`), which the same error would otherwise let pass.
-        """
-        reference = self.reference_logits()[:, 1:]
-        norm = reference.norm()
-        error = float((self.logits()[:, 1:] - reference).norm() / norm)
-        change = float((plain[:, 1:] - reference).norm() / norm)
-        tolerance = _TOLERANCES[self.dtype]
-        if error <= tolerance and error <= change / 2:
-            return None
-        return (
-            f"its logits differ from those without a cache by {error:.2g} of their norm; allowed "
-            f"are {tolerance:g} and half of what the method changes, which is {change:.2g}"
-        )
 
     def _generate(self, tokens: int, arguments: dict[str, Any], **more: Any) -> Any:
         output = self.model.generate(
@@ -205,10 +280,19 @@ class Clock(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
         """Nothing is left to do."""
 
 
+def _centred(logits: torch.Tensor) -> torch.Tensor:
+    """Logits (..., V) less their mean over V, in float32."""
+    logits = logits.float()
+    return logits - logits.mean(-1, keepdim=True)
+
+
 def _twin(model: Any) -> Any:
     """A copy of a model that shares its weights."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
+    twin = copy.deepcopy(model, shared)
+    # What transformers compiled for the original would go on running the original.
+    twin.__dict__.pop("_compiled_call", None)
+    return twin
 
 
 def _peak(profile: torch.profiler.profile) -> int:

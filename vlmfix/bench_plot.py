@@ -16,11 +16,14 @@ _PANELS = (
     ("tokens_per_second_over_plain", "decode tokens/s over plain (more is better)", (0.9, 1.0)),
     ("first_token_over_plain", "time to first token over plain (less is better)", (1.0,)),
 )
+_EQUAL = "tokens_per_second_over_two_products_p50"
 _ROW = 0.28  # height of a row in inches
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw median, 20th and 80th percentile of the ratios, one line per arm, to an image file.
+
+    A hollow mark is the median of tokens/s over the arm that edits nothing (`TwoProducts`).
 
     Args:
         rows: Rows of `bench.run` or of its csv file.
@@ -49,6 +52,9 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             color = f"C{methods.index(row['arm'])}"
             axes.plot([low, high], [place, place], color=color, linewidth=2)
             axes.plot([middle], [place], "o", color=color, markersize=5)
+            equal = row[_EQUAL] if quantity == _PANELS[0][0] else None
+            if equal not in (None, ""):  # "" where a csv file has none
+                axes.plot([float(equal)], [place], "o", color=color, markersize=5, mfc="none")
         axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=8)
         axes.grid(axis="x", linewidth=0.3)
@@ -56,7 +62,10 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     panels[0].invert_yaxis()
     devices = dict.fromkeys(f"{row['device']}, torch {row['torch']}" for row in arms)
     figure.supxlabel(
-        f"median and 20-80 % of the rounds; {'; '.join(devices)}", fontsize=8, color="0.3"
+        "median and 20-80 % of the rounds; hollow: median over the arm 'two products'; "
+        + "; ".join(devices),
+        fontsize=8,
+        color="0.3",
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from vlmfix.errors import BadInput
+from vlmfix.frame import Stack
 from vlmfix.loading import load_image
-from vlmfix.session import SESSION
+from vlmfix.session import SESSION, Session
 
-__all__ = ["Answer", "chat_inputs", "end_tokens", "generate"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Answer", "chat_inputs", "encode_chats", "end_tokens", "generate", "split_chat"]
 
 Message = Mapping[str, Any]
 Chat = Sequence[Message]
@@ -38,6 +43,9 @@ def generate(
 ) -> Any:
     """Answer one chat, or a batch of chats (left-padded), about images.
 
+    Methods of a wrapped model that change images (CARVE) see the chats first, in the order of the
+    stack; what they make of them is answered.
+
     Args:
         model: any supported VLM, wrapped or plain.
         processor: its processor.
@@ -56,15 +64,30 @@ def generate(
     """
     single = bool(messages) and isinstance(messages[0], Mapping)
     chats: Any = [messages] if single else messages
+    session: Session | None = model.__dict__.get(SESSION)
+    found: dict[str, list[Any]] = {}
+    if session is not None:
+        chats, found = _rewritten(session, processor, chats)
+        generate_kwargs["processor"] = processor  # only a wrapped model knows this argument
     inputs = chat_inputs(model, processor, chats)
-    if SESSION in model.__dict__:  # only a wrapped model knows this argument
-        generate_kwargs["processor"] = processor
-    output = model.generate(**inputs, **generate_kwargs)
+    with session.rewritten(found) if session is not None and found else nullcontext():
+        output = model.generate(**inputs, **generate_kwargs)
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
     answers = _answers(model, processor, inputs, sequences, generate_kwargs)
     if return_details:
         return answers
     return answers[0].text if single and len(answers) == 1 else [a.text for a in answers]
+
+
+def _rewritten(
+    session: Session, processor: Any, chats: Sequence[Chat]
+) -> tuple[Sequence[Chat], dict[str, list[Any]]]:
+    """The chats as the methods of the stack that change images leave them, and their findings."""
+    found: dict[str, list[Any]] = {}
+    for method in session.stack.pixels if chats else ():
+        with session.use(Stack((), session.info)):
+            chats, found[method.name] = method.rewrite(session.model, processor, chats)
+    return chats, found
 
 
 def chat_inputs(model: Any, processor: Any, chats: Sequence[Chat]) -> Any:
@@ -73,9 +96,18 @@ def chat_inputs(model: Any, processor: Any, chats: Sequence[Chat]) -> Any:
     Raises:
         BadInput: no chats, or messages or an image that cannot be used.
     """
+    inputs = encode_chats(processor, chats).to(model.device)
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            inputs[name] = value.to(model.dtype)
+    return inputs
+
+
+def encode_chats(processor: Any, chats: Sequence[Chat]) -> Any:
+    """`chat_inputs` as the processor returns them: on the CPU, pixels in float32."""
     if not chats:
         raise BadInput("no messages were given; pass one chat or a list of chats.")
-    images, plain = zip(*(_split(chat) for chat in chats), strict=True)
+    images, plain = zip(*(split_chat(chat) for chat in chats), strict=True)
     prompts = [
         processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         for chat in plain
@@ -84,7 +116,7 @@ def chat_inputs(model: Any, processor: Any, chats: Sequence[Chat]) -> Any:
     start = getattr(tokenizer, "bos_token", None)
     # A template that writes the first token itself must not get a second one.
     special = not (start and prompts[0].startswith(start))
-    inputs = processor(
+    return processor(
         text=prompts,
         images=[list(row) for row in images] if any(images) else None,
         padding=True,
@@ -92,11 +124,6 @@ def chat_inputs(model: Any, processor: Any, chats: Sequence[Chat]) -> Any:
         add_special_tokens=special,
         return_tensors="pt",
     )
-    inputs = inputs.to(model.device)
-    for name, value in inputs.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            inputs[name] = value.to(model.dtype)
-    return inputs
 
 
 def end_tokens(model: Any, generate_kwargs: Mapping[str, Any]) -> set[int]:
@@ -105,8 +132,12 @@ def end_tokens(model: Any, generate_kwargs: Mapping[str, Any]) -> set[int]:
     return {ends} if isinstance(ends, int) else set(ends or ())
 
 
-def _split(chat: Chat) -> tuple[list[Any], list[dict[str, Any]]]:
-    """The images of a chat, read, and the chat with bare image markers in their places."""
+def split_chat(chat: Chat) -> tuple[list[Image], list[dict[str, Any]]]:
+    """The images of a chat, read, and the chat with bare image markers in their places.
+
+    Raises:
+        BadInput: messages or an image that cannot be used.
+    """
     images, plain = [], []
     for message in chat:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():

@@ -6,6 +6,7 @@ Exit codes: 0 all went well; 1 the command ran but reports a failure; 2 the inpu
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -100,6 +101,7 @@ def generate_command(
     model: opt.Model = "emoji",
     method: opt.Methods = None,
     compare: opt.Compare = False,
+    save_refined: opt.SaveRefined = None,
     max_new_tokens: opt.AnswerTokens = 64,
     dtype: opt.Dtype = None,
     device: opt.Device = None,
@@ -115,7 +117,9 @@ def generate_command(
     if compare or not stacks:
         stacks = [[], *stacks]
     with show.only_stderr(json):
-        arms = _answers(image, prompt, model, stacks, max_new_tokens, dtype, device, every)
+        arms = _answers(
+            image, prompt, model, stacks, max_new_tokens, dtype, device, every, save_refined
+        )
     result = {"model": model, "image": image, "prompt": prompt, "answers": arms}
     shown = arms[0]["answer"] if len(arms) == 1 else show.answers(arms)
     show.report(json, result, shown)
@@ -130,6 +134,7 @@ def _answers(
     dtype: str | None,
     device: str | None,
     skip_unfit: bool,
+    save_refined: Path | None,
 ) -> list[dict[str, Any]]:
     """One greedy answer per stack of methods, and what each stack did.
 
@@ -141,6 +146,12 @@ def _answers(
 
     # All that can be wrong is found before the model is loaded.
     built = [build_stack(stack) for stack in stacks]
+    if save_refined is not None:
+        from vlmfix.evals.head_plots import require_matplotlib
+
+        require_matplotlib()
+        if not any(method.stage == "pixels" for stack in built for method in stack):
+            raise BadInput("--save-refined: no method that refines images; add --method carve")
     content = [{"type": "image", "image": load_image(image)}, {"type": "text", "text": prompt}]
     messages = [{"role": "user", "content": content}]
     _quiet_transformers()
@@ -158,11 +169,26 @@ def _answers(
                 print(f"{arm['method']} is left out: {error}", file=sys.stderr)
                 continue
         arm["answer"] = vlmfix.generate(model, processor, messages, **settings)
-        arm["last_call"] = vlmfix.last_call(model).to_dict() if stack else None
+        arm["last_call"] = None
         if stack:
+            report = vlmfix.last_call(model)
+            arm["last_call"] = report.to_dict() | {"pixels": _refined(report, save_refined, names)}
             vlmfix.unwrap(model)
         arms.append(arm)
     return arms
+
+
+def _refined(report: Any, folder: Path | None, names: list[str]) -> dict[str, Any]:
+    """What methods made of the image, as plain data; pictures of it in a folder if asked."""
+    facts: dict[str, Any] = {}
+    for method, (finding,) in report.pixels.items():
+        if finding is None:
+            continue
+        facts[method] = finding.facts()
+        if folder is not None:
+            stem = re.sub(r"[^\w.=]+", "-", "+".join(names))
+            facts[method]["files"] = [str(path) for path in finding.save(folder, stem)]
+    return facts
 
 
 @app.command("eval")

@@ -43,6 +43,11 @@ Compare = Annotated[
     bool, Option("--compare", help="Base and methods side by side; all that fit if none is named.")
 ]
 
+SaveRefined = Annotated[
+    Path | None,
+    Option(metavar="DIR", help="Write map, mask and refined image of carve into this folder."),
+]
+
 Task = Annotated[str | None, Argument(metavar="TASK[,TASK]", help="What to evaluate.")]
 Tasks = Annotated[str | None, Option("--tasks", help="Same as TASK; 'list' lists them.")]
 ListTasks = Annotated[bool, Option("--list", help="List the tasks and stop.")]

@@ -6,7 +6,7 @@ the ledger of the KV cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ __all__ = [
     "Frame",
     "Stack",
     "Window",
+    "carries_vision",
     "key_capacity",
     "prompt_kinds",
     "require_image",
@@ -312,7 +313,7 @@ def prompt_kinds(
 ) -> torch.Tensor:
     """Kinds (B, Q) of the prompt tokens in this forward."""
     kinds = torch.full(ids.shape, TEXT, dtype=torch.uint8, device=ids.device)
-    if _carries_vision(kwargs):
+    if carries_vision(kwargs):
         for kind, tokens in (
             (IMAGE, info.image_token_ids),
             (VIDEO, info.video_token_ids),
@@ -334,7 +335,7 @@ def prompt_kinds(
 
 def require_image(info: ModelInfo, kinds: torch.Tensor, kwargs: dict[str, Any]) -> None:
     """Refuse a whole prompt that carries images and shows no place for them."""
-    if _carries_vision(kwargs) and not bool(((kinds == IMAGE) | (kinds == VIDEO)).any()):
+    if carries_vision(kwargs) and not bool(((kinds == IMAGE) | (kinds == VIDEO)).any()):
         raise BadInput(
             "images were passed, but the prompt holds no image token (id "
             f"{', '.join(map(str, info.image_token_ids))}). Build the prompt with the "
@@ -342,7 +343,8 @@ def require_image(info: ModelInfo, kinds: torch.Tensor, kwargs: dict[str, Any]) 
         )
 
 
-def _carries_vision(kwargs: dict[str, Any]) -> bool:
+def carries_vision(kwargs: Mapping[str, Any]) -> bool:
+    """Whether the arguments of a forward bring images or video, as pixels or as features."""
     values = [kwargs.get(name) for name in _VISION]
     return any(bool(v) if isinstance(v, dict) else v is not None for v in values)
 

@@ -32,6 +32,7 @@ class Ledger:
         image_values: {method: (B, capacity) float32}, what a method gave to each visual token.
         derived: {layer: anything}, what was derived from kinds and flags; emptied when they change.
         streams: the branch rows of the cache (streams.Streams), once they have been joined to it.
+        contrast: the contrastive method that has run its branches of the prompt.
         dropped: what later layers no longer hold of the prompt (dropping.Dropped).
         pieces: {name: tensor}, per-token inputs of a prompt whose branches are still to run.
     """
@@ -49,6 +50,7 @@ class Ledger:
         self._question: tuple[torch.Tensor, torch.Tensor] | None = None
         self.derived: dict[int, Any] = {}
         self.streams: Any = None
+        self.contrast: Any = None
         self.dropped: Any = None
         self.pieces: dict[str, torch.Tensor] | None = None
 

@@ -28,7 +28,15 @@ from vlmfix.surgeon import module_state, real_tokens
 from vlmfix.tap import Tower, describe_tower, grid_shapes, packed_index, tile_shape
 from vlmfix.wrapper import wrapped
 
-__all__ = ["AttentionMap", "Placed", "attention_map", "placed_images"]
+__all__ = [
+    "AttentionMap",
+    "Placed",
+    "RowKeeper",
+    "attention_map",
+    "maps_of",
+    "placed_images",
+    "traceable_tower",
+]
 
 #: (tokens, views) of one image, see `AttentionMap.views`.
 Placed = tuple[int, tuple[torch.Tensor, ...]]
@@ -121,8 +129,8 @@ def attention_map(
         full, lengths = _with_answers(model, info, inputs, generated)
         chosen_rows = _rows(ledger, rows, lengths, full["input_ids"].shape[1])
         visual = ledger.visual()[:, : full["input_ids"].shape[1]]
-        images = placed_images(_tower(model, info), inputs, visual.sum(1).tolist())
-        watcher = _RowKeeper(
+        images = placed_images(traceable_tower(model, info), inputs, visual.sum(1).tolist())
+        watcher = RowKeeper(
             chosen_layers, wanted=tuple(chosen_rows), visual=visual.cpu(), heads=chosen_heads
         )
         call = Call(methods=(), prompt_length=ids.shape[1], rows=len(ids), question=question)
@@ -131,7 +139,7 @@ def attention_map(
         with session.apart(stack, call), module_state(model), torch.no_grad():
             model(**{**full, **more})
     return [
-        list(_maps(watcher, sample, own, chosen_layers, chosen_heads))
+        list(maps_of(watcher, sample, own, chosen_layers, chosen_heads))
         for sample, own in enumerate(images)
     ]
 
@@ -147,7 +155,7 @@ def _session(model: Any) -> Iterator[Session]:
 
 
 @dataclass(frozen=True, eq=False)
-class _RowKeeper(Watcher):
+class RowKeeper(Watcher):
     """Keeps the weights of wanted rows on visual keys.
 
     Attributes:
@@ -179,8 +187,8 @@ class _RowKeeper(Watcher):
                 self.kept.setdefault((layer, sample), []).append(part.float().cpu())
 
 
-def _maps(
-    watcher: _RowKeeper,
+def maps_of(
+    watcher: RowKeeper,
     sample: int,
     images: Sequence[Placed],
     layers: tuple[int, ...],
@@ -333,7 +341,7 @@ def _no_row(ledger: Ledger, rows: Any, sample: int, wrong: list[int], width: int
 # -- where the tokens are --------------------------------------------------------------------------
 
 
-def _tower(model: Any, info: ModelInfo) -> Tower:
+def traceable_tower(model: Any, info: ModelInfo) -> Tower:
     try:
         return describe_tower(model, info)
     except UnsupportedModel as error:

@@ -62,6 +62,18 @@ METHODS: tuple[MethodInfo, ...] = (
         aliases=("avisc",),
     ),
     MethodInfo(
+        name="carve",
+        target="vlmfix.methods.carve:ContrastiveAttentionRefinement",
+        title="CARVE, contrastive attention refinement for visual enhancement",
+        stage="pixels",
+        summary="Black out, crop and enlarge what the question draws attention to; ask again.",
+        paper="Ge et al., ECCV 2026, arXiv 2509.06461",
+        needs=(
+            "vlmfix.generate, which knows image and question",
+            "one more prefill of the image and two short answers",
+        ),
+    ),
+    MethodInfo(
         name="cluster",
         target="vlmfix.methods.cluster:ClusterAggregation",
         title="Cluster and aggregate",

@@ -290,6 +290,10 @@ class Session:
         finally:
             self.local.stacks.pop()
 
+    def remember(self, cache: Cache, ledger: Ledger) -> None:
+        """Say what the keys of a cache are that was filled without methods."""
+        self._ledgers[cache] = ledger
+
     def last_call(self) -> Call | None:
         """The last call of this thread, or of any thread if this one made none."""
         own: Call | None = getattr(self.local, "last", None)
@@ -330,10 +334,10 @@ class Session:
         call = Call(methods=stack.specs(), prompt_length=ids.shape[1], rows=ids.shape[0])
         call.pixels = found or {}
         if stack.contrast is not None:  # generate() encodes images before the first forward
-            call.vision = vision = vision_arguments(self.model, kwargs)
-            if "mm_encoder_outputs" in vision:  # which it repeats in place for beams
-                given = vision["mm_encoder_outputs"]
-                vision["mm_encoder_outputs"] = {kind: copy.copy(given[kind]) for kind in given}
+            call.vision = vision_arguments(self.model, kwargs)
+            if features := call.vision.get("mm_encoder_outputs"):  # which beams repeat in place
+                copies = {modality: copy.copy(given) for modality, given in features.items()}
+                call.vision["mm_encoder_outputs"] = copies
         if self._tap is not None:
             self._tap.take()  # whatever was encoded before belongs to another prompt
         asked = stack.reads_question or (stack.tokens is not None and stack.tokens.reads_question)
@@ -415,7 +419,7 @@ class Session:
                 past = torch.as_tensor(cache.get_seq_length(), device=self._device(0))
                 token = (past - contrast.ledger.prompt_length + 2).reshape(1)
                 if contrast.ledger.streams is not None:
-                    kwargs = contrast.ledger.streams.widen(self.model, kwargs, contrast)
+                    kwargs = contrast.ledger.streams.widen(kwargs, contrast)
             self.local.steps = self._steps(frame, cache)
             try:
                 output = compiled(*args, **kwargs)

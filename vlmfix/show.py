@@ -210,6 +210,10 @@ def _done(call: Mapping[str, Any] | None) -> str:
             else:
                 found = ", ".join(f"{at}: {n}" for at, n in zip(by_layer, counts, strict=True))
             lines.append(f"{what.replace('_', ' ')} {found}")
+    for name, finding in call["pixels"].items():
+        box = f"({', '.join(map(str, finding['box']))})"
+        left = f"image left as it was, {finding['reason']}"
+        lines.append(f"{name}: {f'box {box} enlarged' if finding['changed'] else left}")
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers.cache_utils import (
@@ -32,8 +32,8 @@ from vlmfix.call import Call
 from vlmfix.contrast import Branch, ContrastMethod, Prompt
 from vlmfix.errors import BadInput, CompositionError, StateError
 from vlmfix.families import last_logits, vision_arguments
-from vlmfix.frame import Frame, Stack
-from vlmfix.ledger import IMAGE, PAD, VIDEO, Ledger
+from vlmfix.frame import Frame, Stack, carries_vision
+from vlmfix.ledger import PAD, Ledger
 from vlmfix.shortening import encode_reduced
 from vlmfix.surgeon import PER_TOKEN, TOKEN_TYPES, module_state, prompt_without_images
 from vlmfix.watchers import LastRow
@@ -55,6 +55,7 @@ class Streams:
     Attributes:
         branches: their number, G.
         visible: ((1 + G) R, P) bool, which of the P keys of the prompt a row sees.
+        following: (R, 1) int64, the position of the first token behind the prompt, in the base.
         shift: (G R, 1) int64, what to add to a position of the base for the same token in a branch.
         as_base: whether every branch sees the keys that its base row sees.
         first: per branch, the first key that any of its rows sees.
@@ -62,6 +63,7 @@ class Streams:
 
     branches: int
     visible: torch.Tensor
+    following: torch.Tensor
     shift: torch.Tensor
     as_base: bool
     first: tuple[int, ...]
@@ -71,13 +73,10 @@ class Streams:
         """R, the base rows."""
         return len(self.visible) // (1 + self.branches)
 
-    def widen(
-        self, model: torch.nn.Module, kwargs: Mapping[str, Any], frame: Frame
-    ) -> dict[str, Any]:
+    def widen(self, kwargs: Mapping[str, Any], frame: Frame) -> dict[str, Any]:
         """The arguments of a forward on R rows, for all (1 + G) R of them.
 
         Args:
-            model: whose forward it is.
             kwargs: of a forward on tokens behind the prompt; input_ids is (R, Q).
             frame: of that forward.
         """
@@ -89,18 +88,17 @@ class Streams:
         for name in ("input_ids", *TOKEN_TYPES):
             if kwargs.get(name) is not None:
                 wide[name] = kwargs[name].repeat(1 + self.branches, 1)
+        mask = kwargs.get("attention_mask")
         positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = (past + torch.arange(queries, device=ids.device))[None]
-            deltas = _rope_deltas(model)
-            positions = positions if deltas is None else positions + deltas
+        if positions is None:  # outside of generate() the model would make them
+            steps = past - self.visible.shape[1] + torch.arange(queries, device=ids.device)
+            positions = self.following.to(ids.device) + steps
         positions = positions.expand(*positions.shape[:-2], rows, queries)
         repeats = [1] * positions.ndim
         repeats[-2] = self.branches
         wide["position_ids"] = torch.cat(
             [positions, positions.repeat(repeats) + self.shift.to(positions.device)], dim=-2
         )
-        mask = kwargs.get("attention_mask")
         if isinstance(mask, Mapping):
             wide["attention_mask"] = {
                 kind: self._wide_mask(m, past, queries, offset if kind != "full_attention" else 0)
@@ -155,20 +153,18 @@ def before_forward(
     """
     method, ledger, cache = frame.stack.contrast, frame.ledger, _cache(kwargs)
     assert method is not None
-    if kwargs.get("return_dict") is False:
+    by_name, config = kwargs.get("return_dict"), cast("Any", session.model.config)
+    if not (config.return_dict if by_name is None else by_name):
         raise BadInput(f"{method.name} combines logits by name: leave return_dict=False out.")
+    behind_prompt = bool(frame.past) and ledger.pieces is None
+    if behind_prompt:
+        _check_cache(method, frame, kwargs)
     if not method.streams():
         return frame, kwargs
-    if frame.past and ledger.pieces is None:
-        kinds = ledger.kinds[:, frame.past : min(frame.past + frame.queries, ledger.prompt_length)]
-        if kinds.shape[1] and bool(((kinds == IMAGE) | (kinds == VIDEO)).any()):
-            raise StateError(
-                f"{method.name} cannot take images in a later turn: its branches have gone their "
-                "own way. Generate from the whole conversation, without past_key_values."
-            )
+    if behind_prompt:
         if ledger.streams is None:
             return frame, kwargs
-        return frame, ledger.streams.widen(session.model, kwargs, frame)
+        return frame, ledger.streams.widen(kwargs, frame)
     _check_prompt(method, frame, cache)
     if cache is not None:
         _keep_pieces(ledger, kwargs, frame.past, frame.queries)
@@ -186,9 +182,36 @@ def before_forward(
     return frame, kwargs
 
 
+def _check_cache(method: ContrastMethod, frame: Frame, kwargs: Mapping[str, Any]) -> None:
+    """Refuse tokens behind a prompt whose branches are not there, are others, or cannot follow."""
+    ledger = frame.ledger
+    if method.streams() and ledger.contrast is None:
+        raise StateError(
+            f"this KV cache was filled while {method.name} was off, so its branches are missing. "
+            "Start from the prompt, without this cache."
+        )
+    if ledger.streams is not None and ledger.contrast != method:
+        raise StateError(
+            f"this KV cache holds the branches of {ledger.contrast.spec()!r}, not those of "
+            f"{method.spec()!r}. Go on with the same method and options, or start from the prompt "
+            "without this cache."
+        )
+    if method.streams() and carries_vision(kwargs):
+        raise StateError(
+            f"{method.name} cannot take images in a later turn: its branches have gone their "
+            "own way. Generate from the whole conversation, without past_key_values."
+        )
+
+
 def _check_prompt(method: ContrastMethod, frame: Frame, cache: Cache | None) -> None:
     length = frame.ledger.prompt_length
     end = frame.past + frame.queries
+    if end < length and frame.call.rows is None:
+        raise CompositionError(
+            f"{method.name} must see a whole prompt in one forward, but this one holds "
+            f"{frame.queries} of its {length} tokens. Give it whole, or let "
+            "generate(prefill_chunk_size=...) cut it."
+        )
     if end >= length and bool((frame.ledger.kinds[:, length - 1] == PAD).any()):
         raise BadInput(
             f"{method.name} reads the logits of the last column, where a prompt is padded. Pad on "
@@ -248,7 +271,7 @@ def combine(session: Session, frame: Frame, kwargs: Mapping[str, Any], output: A
     if bool(ledger.visual()[:, :length].any()):
         branches = _run_branches(session, frame, method, kwargs, kept)
         output = _fold(frame, output, [output.logits, *branches], token)
-    ledger.pieces = None
+    ledger.pieces, ledger.contrast = None, method
     return output
 
 
@@ -314,6 +337,7 @@ def _run_branches(
     encoded = given
     if copies == 1 and kwargs.get("mm_encoder_outputs") and not frame.past:
         encoded = {"mm_encoder_outputs": kwargs["mm_encoder_outputs"]}
+    following = _following(tokens["position_ids"], length)
     logits, caches, visible, shifts = [], [], [_left(prompt.real, length)], []
     # Without a cache every row has a tail of its own: a copy of each prompt runs at a time.
     turns = [slice(first, None, copies) for first in range(copies if cache is None else 1)]
@@ -342,6 +366,7 @@ def _run_branches(
         ledger.streams = Streams(
             branches=len(caches),
             visible=torch.cat([seen.repeat_interleave(copies, 0) for seen in visible]),
+            following=following.expand(rows, 1),
             shift=torch.cat([shift.repeat_interleave(copies, 0) for shift in shifts]),
             as_base=as_base,
             first=tuple(int(seen.any(0).to(torch.uint8).argmax()) for seen in visible[1:]),
@@ -384,9 +409,7 @@ def _forward(
     inputs["attention_mask"] = visible.long()
     shift = torch.zeros(len(prompt.ids), 1, dtype=torch.long, device=prompt.ids.device)
     if not branch.image:
-        # Behind text the axes of M-RoPE agree, so the last one speaks for all.
-        axes = mine["position_ids"].reshape(-1, *mine["position_ids"].shape[-2:])
-        following = axes[-1][:, length - 1 : length] + 1
+        following = _following(mine["position_ids"], length)
         inputs = prompt_without_images(model, session.info, inputs)
         visible = inputs["attention_mask"].bool()
         shift = inputs["position_ids"][:, -1:] + 1 - following
@@ -434,10 +457,13 @@ def _append(inputs: dict[str, Any], tokens: Mapping[str, torch.Tensor], length: 
             inputs[name] = torch.nn.functional.pad(inputs[name], (0, extra))
 
 
-def _rope_deltas(model: Any) -> torch.Tensor | None:
-    """What M-RoPE families add to positions behind the prompt: (B, 1); None elsewhere."""
-    found = (getattr(module, "rope_deltas", None) for module in model.modules())
-    return next((deltas for deltas in found if deltas is not None), None)
+def _following(positions: torch.Tensor, length: int) -> torch.Tensor:
+    """Position of the first token behind prompts of `length` columns: (B or 1, 1).
+
+    Behind text the axes of M-RoPE agree, so the last one speaks for all.
+    """
+    axes = positions.reshape(-1, *positions.shape[-2:])
+    return axes[-1][:, length - 1 : length] + 1
 
 
 def _left(mask: torch.Tensor, length: int) -> torch.Tensor:
@@ -476,6 +502,8 @@ def _join(cache: Cache, branches: Sequence[DynamicCache], rows: int) -> None:
                 pad = torch.nn.functional.pad
                 left = [pad(x, (0, 0, base.shape[2] - x.shape[2], 0)) for x in own]
                 setattr(layer, name, torch.cat([base, *left]))
+        for other in others:  # or all branches would be held twice
+            del other.keys, other.values
     kind: Any = type(cache)
     joined_cache: Any = cache
     joined_cache.__class__ = _with_streams(kind)
@@ -486,12 +514,28 @@ def _join(cache: Cache, branches: Sequence[DynamicCache], rows: int) -> None:
 def _with_streams(kind: Any) -> Any:
     """A class of cache that reorders the rows of every stream as it is told for the base's.
 
-    Its objects are those of `kind`, which a copy of them stays, too. Nothing else that generate()
-    does to a cache names rows.
+    Its objects are those of `kind`, which a copy of them stays, too, until they are reset. Nothing
+    else that generate() does to a cache names rows.
     """
 
     class WithStreams(kind):  # type: ignore[misc]  # a class made at run time
         streams: tuple[int, int]
+
+        def update(self, key_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            groups, rows = self.streams
+            if len(key_states) != groups * rows:
+                raise StateError(
+                    f"this KV cache holds {groups * rows} rows, {rows} of prompts and the others "
+                    "of a contrastive method's branches, and a forward without them has come. Go "
+                    "on with the same method, or start from the prompt without this cache."
+                )
+            return super().update(key_states, *args, **kwargs)
+
+        def reset(self) -> None:
+            super().reset()
+            for layer in self.layers:  # what comes next has other rows
+                layer.is_initialized = False
+            self.__class__ = kind
 
         def reorder_cache(self, beam_idx: torch.Tensor) -> None:
             groups, rows = self.streams

@@ -280,6 +280,7 @@ def test_the_attention_seen_is_the_models_and_rows_do_not_depend_on_the_batch(
         assert len(method.prompts) == 1, "asked once per prompt"
         batches.append((method.prompts[0], method.answers[0]))
     (seen, branch), *singles = batches
+    assert torch.equal(seen.ids, inputs["input_ids"])
     assert sorted(seen.seen) == list(range(seen.info.num_layers))
     for row, (one, other) in enumerate(singles):
         width = alone[row]["input_ids"].shape[1]

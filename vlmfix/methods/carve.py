@@ -1,0 +1,478 @@
+"""CARVE: black out, crop and enlarge what the question draws attention to, then ask again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+
+from vlmfix.chat import split_chat
+from vlmfix.errors import BadInput, UnsupportedModel
+from vlmfix.families import ModelInfo
+from vlmfix.method import PixelMethod, Preset, check_range, find_preset
+from vlmfix.passes import Look, look
+from vlmfix.places import Box, piece_places
+from vlmfix.session import SESSION
+from vlmfix.tap import describe_tower
+
+__all__ = [
+    "ContrastiveAttentionRefinement",
+    "Refinement",
+    "bounding_box",
+    "components_kept",
+    "contrast_attention",
+    "counted_steps",
+    "cut_out",
+    "default_layers",
+    "relevant_mask",
+    "spread",
+]
+
+Scores = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+Steps = Literal["all", "first", "last"]
+
+_ROUNDING = 1e-5  # what a resize may make of a constant, as a share of it
+
+
+def contrast_attention(question: torch.Tensor, general: torch.Tensor, lam: float) -> torch.Tensor:
+    """A_Q / (A_G + lambda), of the same shape; 0 where that would divide by 0."""
+    below = general + lam
+    return torch.where(below > 0, question / below, torch.zeros_like(below))
+
+
+def counted_steps(
+    question: torch.Tensor, general: torch.Tensor, steps: Steps
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The steps of two answers that count, and their weights.
+
+    Args:
+        question: (L, T, n), attention of the rows that predicted the answer to the question.
+        general: (L, T', n), of those that predicted a general description.
+        steps: "all": the first min(T, T') steps, step t with weight t; "first"; "last": each
+            answer's own.
+
+    Returns:
+        (L, C, n), (L, C, n) and (C,), float64.
+    """
+    if steps == "last":
+        question, general = question[:, -1:], general[:, -1:]
+    count = 1 if steps == "first" else min(question.shape[1], general.shape[1])
+    weights = torch.arange(1, count + 1, dtype=torch.float64)
+    return question[:, :count].double(), general[:, :count].double(), weights
+
+
+def spread(tokens: torch.Tensor, views: Sequence[torch.Tensor], width: int, height: int) -> Scores:
+    """Values of tokens (n,) over (height, width) pixels, bilinear; `AttentionMap.views` add up.
+
+    Resizing is linear: what is added on the tokens need not be resized one by one.
+    """
+    total = np.zeros((height, width), dtype=np.float32)
+    for view in views:
+        grid = Image.fromarray(tokens[view].float().numpy())
+        total += np.asarray(grid.resize((width, height), Image.Resampling.BILINEAR))
+    return total
+
+
+def components_kept(total: int, at_most: int | None) -> int:
+    """How many components of the mask are kept; None: by the rule of the authors' code."""
+    return max(3, int(0.2 * total)) if at_most is None else at_most
+
+
+def relevant_mask(scores: Scores, p: float, at_most: int | None) -> Mask:
+    """The 4-connected regions at or above the quantile 1 - p that have the largest sums.
+
+    The whole image where the scores are flat but for rounding.
+    """
+    if scores.max() - scores.min() <= _ROUNDING * scores.max():
+        return np.ones(scores.shape, dtype=bool)
+    labels, count = ndimage.label(scores >= np.quantile(scores, 1 - p))
+    sums = ndimage.sum_labels(scores, labels, range(1, count + 1))
+    best = 1 + np.argsort(-sums, kind="stable")[: components_kept(count, at_most)]
+    kept: Mask = np.isin(labels, best)
+    return kept
+
+
+def bounding_box(mask: Mask) -> Box:
+    """The tight box of a mask that is not empty."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def cut_out(image: Image.Image, mask: Mask, box: Box, black: bool) -> Image.Image:
+    """The box of an image, black outside of the mask if asked, enlarged until it covers the image.
+
+    One factor for both sides, so that one of them may become longer than the image's.
+    """
+    pixels = np.asarray(image)
+    if black:
+        pixels = np.where(mask[..., None], pixels, np.uint8(0))
+    crop = Image.fromarray(pixels).crop(box)
+    scale = max(image.width / crop.width, image.height / crop.height)
+    size = (round(crop.width * scale), round(crop.height * scale))
+    return crop if size == crop.size else crop.resize(size, Image.Resampling.LANCZOS)
+
+
+@dataclass(frozen=True, eq=False)
+class Refinement:
+    """What CARVE found in one chat.
+
+    Attributes:
+        changed: whether the chat was rewritten; `reason` says why it was not.
+        number: which image of the chat it is about, from 0.
+        image: that image.
+        scores: (h, w) float32, S.
+        mask: (h, w) bool, the regions kept.
+        box: of the mask, as (left, top, right, bottom), right and bottom exclusive.
+        refined: the new image, the original if `changed` is False.
+        answer: what the model said to the question at first sight; one token with steps="first".
+        general: what it said when asked for a general description, as far as it was compared.
+        shared: whether both answers shared one prefill of the images (`passes.look`).
+    """
+
+    changed: bool
+    reason: str | None
+    number: int
+    image: Image.Image
+    scores: Scores
+    mask: Mask
+    box: Box
+    refined: Image.Image
+    answer: str = ""
+    general: str = ""
+    shared: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        """Everything but pictures, as plain data for JSON."""
+        names = ("changed", "reason", "number", "box", "answer", "general", "shared")
+        return {name: getattr(self, name) for name in names}
+
+    def save(self, folder: str | Path, name: str = "carve") -> list[Path]:
+        """Write the map over the image, the mask and the refined image as PNG files.
+
+        Returns:
+            NAME-map.png, NAME-mask.png and NAME-refined.png in `folder`.
+
+        Raises:
+            MissingDependency: matplotlib, which draws the map, is not installed.
+        """
+        from vlmfix.viz import overlay
+
+        pictures = {
+            "map": overlay(self.image, self.scores),
+            "mask": Image.fromarray(self.mask),
+            "refined": self.refined,
+        }
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        paths = [Path(folder) / f"{name}-{what}.png" for what in pictures]
+        for path, picture in zip(paths, pictures.values(), strict=True):
+            picture.save(path)
+        return paths
+
+
+_GENERAL = "Write a general description of the image."
+_SUFFIX = "Answer the question using a single word or phrase."
+_SHARED = {"background": "black", "general": _GENERAL, "suffix": _SUFFIX}
+#: What the two sources do; every option can be set apart from them.
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "code": {"p": 0.2, "components": None, "steps": "all", "final": "both", **_SHARED},
+    "paper": {"p": 0.4, "components": 2, "steps": "last", "final": "refined", **_SHARED},
+}
+
+
+@dataclass(frozen=True)
+class ContrastiveAttentionRefinement(PixelMethod):
+    """Show the model what the question, unlike a general request, makes it look at.
+
+    Ge et al.: "Focusing by Contrastive Attention: Enhancing VLMs' Visual Reasoning", ECCV 2026,
+    arXiv 2509.06461. The plain model answers the question and a request for a general
+    description, greedily. The ratio of the two answers' attention to the image, added over layers
+    and steps and spread over the pixels, is cut at a quantile; its strongest regions are kept, the
+    rest is blacked out, and their box is enlarged to the size of the image. The user's own prompt
+    is then answered with this image.
+
+    Paper and code disagree: at most two regions or at least three, the refined image alone or
+    beside the original, the last step or all of them. preset="code" (default: it can be compared
+    run by run) and "paper". Here and in neither: maps lie on the model's true token grid (the code
+    takes 8 x 32 tokens for 16 x 16) and where the processor cut the image; the suffix that asks
+    for one word is put to the two looks alone, the final prompt stays the user's; of several
+    images, the one whose share of attention grows most is refined. `lam` near 1e-8 lets tokens
+    that nobody looks at dominate; 1e-5 is safer in bfloat16.
+    """
+
+    preset: Literal["code", "paper"] = field(
+        default="code", metadata={"help": "whose p, components, steps and final are the defaults"}
+    )
+    layers: tuple[int, ...] | None = field(
+        default=None,
+        metadata={
+            "help": "decoder layers to read, e.g. 20/21; default 20 to 25, 70 to 90 % of the depth "
+            "of models of up to 26"
+        },
+    )
+    lam: float = field(default=1e-8, metadata={"help": "lambda, added to the general attention"})
+    p: float | None = field(
+        default=None, metadata={"help": "share of the pixels kept; 0.2 (code), 0.4 (paper)"}
+    )
+    components: int | None = field(
+        default=None,
+        metadata={"help": "at most so many regions; max(3, a fifth of them) (code), 2 (paper)"},
+    )
+    steps: Steps | None = field(
+        default=None,
+        metadata={"help": "of the answers: all, later ones weigh more (code); first; last (paper)"},
+    )
+    background: Literal["black", "keep"] | None = field(
+        default=None,
+        metadata={"help": "what lies in the box and in no region: black it out (both), or keep it"},
+    )
+    final: Literal["both", "refined"] | None = field(
+        default=None,
+        metadata={"help": "images of the final prompt: both (code), refined alone (paper)"},
+    )
+    minimum_contrast: float = field(
+        default=0.0,
+        metadata={"help": "leave images alone whose map has max/mean below this; 1.5 is cautious"},
+    )
+    max_new_tokens: int = field(default=32, metadata={"help": "longest answer of the two looks"})
+    general: str | None = field(
+        default=None, metadata={"help": f'what is asked beside the question; "{_GENERAL}"'}
+    )
+    suffix: str | None = field(
+        default=None,
+        metadata={"help": f'put behind both, unless the question ends so; "{_SUFFIX}"'},
+    )
+
+    name: ClassVar[str] = "carve"
+    PRESETS: ClassVar[tuple[Preset, ...]] = (
+        Preset(
+            "EmojiCOCO",
+            "llava",
+            "llama",
+            256,
+            6,
+            {"background": "keep", "general": "Describe the image.", "suffix": ""},
+            "its training knows no black areas and no other wording; tuning split",
+            (697, 697),
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        check_range(self, "lam", 0.0, 1.0)
+        check_range(self, "p", 0.0, 1.0)
+        check_range(self, "components", 1, 10_000)
+        check_range(self, "minimum_contrast", 0.0, 1e6)
+        check_range(self, "max_new_tokens", 1, 1024)
+
+    def prepared(self, info: ModelInfo, model: torch.nn.Module) -> ContrastiveAttentionRefinement:
+        describe_tower(model, info)
+        known = find_preset(self.PRESETS, info)
+        values = _VARIANTS[self.preset] | (known.values if known else {})
+        chosen = {name: value for name, value in values.items() if getattr(self, name) is None}
+        layers = default_layers(info.num_layers) if self.layers is None else self.layers
+        readable = tuple(layer for layer in layers if layer in info.attention)
+        if not readable or (self.layers is not None and readable != self.layers):
+            raise BadInput(
+                f"carve: layers={layers} must be layers of this model with attention: "
+                f"{sorted(info.attention)}."
+            )
+        return replace(self, layers=readable, **chosen)
+
+    def idle(self) -> str | None:
+        return "p=1 keeps every pixel" if self.p == 1 else None
+
+    def rewrite(
+        self, model: Any, processor: Any, chats: Sequence[Any]
+    ) -> tuple[list[Any], list[Refinement | None]]:
+        """New chats, and findings; None for a chat without an image or without a question."""
+        read = [split_chat(chat) for chat in chats]
+        asks = [_last_text(plain) if images else None for images, plain in read]
+        requests = [
+            _with_images(
+                _request(plain, at, text, self.suffix or ""), [[image] for image in images]
+            )
+            for text in (None, self.general)
+            for (images, plain), at in zip(read, asks, strict=True)
+            if at is not None
+        ]
+        half = len(requests) // 2
+        limit = 1 if self.steps == "first" else self.max_new_tokens
+        # Only the last step of a description asks for the rest of it.
+        complete = None if self.steps == "last" else range(half)
+        layers = self.layers or ()
+        looks = look(model, processor, requests, layers, limit, complete) if requests else []
+        pairs = iter(zip(looks[:half], looks[half:], strict=True))
+        tokenizer = getattr(processor, "tokenizer", processor)
+        places = _Places(model, processor)
+        new: list[Any] = []
+        findings: list[Refinement | None] = []
+        for chat, (images, plain), at in zip(chats, read, asks, strict=True):
+            new.append(chat)
+            findings.append(None)
+            if at is None:
+                continue
+            question, general = next(pairs)
+            found = self.refine(images, [places.of(image) for image in images], question, general)
+            if found.changed:
+                shown = [[image] for image in images]
+                shown[found.number].append(found.refined)
+                if self.final == "refined":
+                    shown[found.number].remove(found.image)
+                new[-1] = _with_images(plain, shown)
+            read_on = None if self.steps == "last" else len(question.tokens)
+            said = tokenizer.batch_decode(
+                [question.tokens, general.tokens[:read_on]], skip_special_tokens=True
+            )
+            findings[-1] = replace(
+                found, answer=said[0].strip(), general=said[1].strip(), shared=question.shared
+            )
+        return new, findings
+
+    def refine(
+        self,
+        images: Sequence[Image.Image],
+        places: Sequence[Sequence[Box]],
+        question: Look,
+        general: Look,
+    ) -> Refinement:
+        """Refine one image of a chat.
+
+        Args:
+            images: of the chat.
+            places: of each image, where the pieces lie that the processor makes of it.
+            question: how the model looked at the pieces as it answered the question.
+            general: how it did as it described the image.
+
+        Raises:
+            UnsupportedModel: not one map per piece.
+        """
+        number, pieces = self._most_drawn(places, question, general)
+        image = images[number]
+        scores = np.zeros((image.height, image.width), dtype=np.float32)
+        cells = []  # sides of a visual token in pixels
+        for (left, top, right, bottom), tokens, views in pieces:
+            width, height = right - left, bottom - top
+            scores[top:bottom, left:right] += spread(tokens, views, width, height)
+            cells += [(width / view.shape[1], height / view.shape[0]) for view in views]
+        mask = relevant_mask(scores, self.p or 0.0, self.components)
+        box = bounding_box(mask)
+        sides = box[2] - box[0], box[3] - box[1]
+        smallest = [max(2.0, min(side)) for side in zip(*cells, strict=True)]
+        black = self.background == "black"
+        reason = None
+        if scores.max() < self.minimum_contrast * scores.mean():
+            reason = f"max/mean of the map is below {self.minimum_contrast:g}"
+        elif mask.all() or (not black and sides == image.size):
+            reason = "every pixel is kept"
+        elif sides[0] < smallest[0] or sides[1] < smallest[1]:
+            reason = "the box is smaller than a visual token"
+        return Refinement(
+            changed=reason is None,
+            reason=reason,
+            number=number,
+            image=image,
+            scores=scores,
+            mask=mask,
+            box=box,
+            refined=cut_out(image, mask, box, black) if reason is None else image,
+        )
+
+    def _most_drawn(
+        self, places: Sequence[Sequence[Box]], question: Look, general: Look
+    ) -> tuple[int, list[tuple[Box, torch.Tensor, tuple[torch.Tensor, ...]]]]:
+        """The image whose share of attention grows most with the question, and its pieces.
+
+        A piece is its place, S on its visual tokens, and where they lie in it.
+        """
+        if sum(map(len, places)) != len(question.maps):
+            raise UnsupportedModel(
+                f"carve counts {sum(map(len, places))} pieces of images where the model got "
+                f"{len(question.maps)}, so its maps cannot be placed. Use a processor that cuts "
+                "every image of a size alike."
+            )
+        maps = iter(zip(question.maps, general.maps, strict=True))
+        found = []
+        for boxes in places:
+            drawn = usual = 0.0
+            pieces = []
+            for box, (one, other) in zip(boxes, maps, strict=False):
+                seen = counted_steps(one.weights[:, 0], other.weights[:, 0], self.steps or "all")
+                drawn += float(torch.einsum("ltn,t->", seen[0], seen[2]))
+                usual += float(torch.einsum("ltn,t->", seen[1], seen[2]))
+                ratio = contrast_attention(*seen[:2], self.lam)
+                pieces.append((box, torch.einsum("ltn,t->n", ratio, seen[2]), one.views))
+            found.append((drawn / max(usual, 1e-30), pieces))
+        number = max(range(len(found)), key=lambda at: found[at][0])
+        return number, found[number][1]
+
+
+def default_layers(count: int) -> tuple[int, ...]:
+    """Layers 20 to 25, as published; 70 to 90 % of the depth where a model has no more than 26."""
+    return tuple(range(20, 26) if count > 26 else range(int(0.7 * count), int(0.9 * count) + 1))
+
+
+# -- chats -----------------------------------------------------------------------------------------
+
+
+class _Places:
+    """Where the pieces of an image lie, asked of the processor once per size."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.processor = processor
+        self.cuts = describe_tower(model, model.__dict__[SESSION].info).layout == "tiles"
+        self.known: dict[tuple[int, int], list[Box]] = {}
+
+    def of(self, image: Image.Image) -> list[Box]:
+        if image.size not in self.known:
+            whole = [(0, 0, *image.size)]
+            self.known[image.size] = (
+                piece_places(self.processor, *image.size) if self.cuts else whole
+            )
+        return self.known[image.size]
+
+
+def _last_text(plain: Sequence[Any]) -> int | None:
+    """The last message of the user that holds text."""
+    said = [
+        at
+        for at, message in enumerate(plain)
+        if message["role"] == "user" and any(part["type"] == "text" for part in message["content"])
+    ]
+    return said[-1] if said else None
+
+
+def _request(plain: Sequence[Any], at: int, text: str | None, suffix: str) -> list[Any]:
+    """A conversation in which message `at` asks for a short answer, to `text` if there is one."""
+    parts = plain[at]["content"]
+    last = max(i for i, part in enumerate(parts) if part["type"] == "text")
+    said = parts[last]["text"] if text is None else text
+    if not said.rstrip().endswith(suffix):
+        said = f"{said} {suffix}"
+    kept = [
+        {"type": "text", "text": said} if i == last else part
+        for i, part in enumerate(parts)
+        if i == last or text is None or part["type"] == "image"
+    ]
+    return [*plain[:at], {**plain[at], "content": kept}, *plain[at + 1 :]]
+
+
+def _with_images(plain: Sequence[Any], shown: Sequence[Sequence[Image.Image]]) -> list[Any]:
+    """A conversation with images, one or several, in the place of each of its markers."""
+    left = iter(shown)
+    chat = []
+    for message in plain:
+        content: list[Any] = []
+        for part in message["content"]:
+            if part["type"] == "image":
+                content += [{"type": "image", "image": image} for image in next(left)]
+            else:
+                content.append(part)
+        chat.append({**message, "content": content})
+    return chat
