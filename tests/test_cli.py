@@ -389,8 +389,9 @@ def test_bench(tmp_path: Path) -> None:
     command = ("bench", "--model", "llava-300m", "--quick", "--dtype", "float32", "--output", path)
     more = ("--plot", plot, "--text-tokens", "9", "--cache", "static", "--device", "cpu")
     report = document(*command, *more, run=inside)
-    assert [row["arm"] for row in report["rows"]] == ["plain", "var", "vhr", "pai"]
+    arms = ["plain", "two products", "var", "vhr", "pai"]
+    assert [row["arm"] for row in report["rows"]] == arms
     assert {(row["prompt"], row["cache"]) for row in report["rows"]} == {(49, "static")}
-    assert len(path.read_text().splitlines()) == 5
+    assert len(path.read_text().splitlines()) == 1 + len(arms)
     assert plot.is_file()
     refused("bench", "--model", "gpt", says="llava-300m", run=inside)

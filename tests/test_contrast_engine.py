@@ -682,11 +682,13 @@ def decoder_runs() -> Iterator[list[int]]:
 def test_caches_that_rows_cannot_be_joined_to(decoder_runs: list[int]) -> None:
     model, inputs = family("llava").model, family("llava").inputs(1)
     quantised = Cache(layers=[Fp8QuantizedLayer() for _ in range(3)])
+    offloaded = DynamicCache(config=model.config.get_text_config())
+    offloaded.offloading = True  # made as one, it would ask for an accelerator
     with vlmfix.wrapped(model, STRONG["avc"]):
         with pytest.raises(CompositionError, match="Fp8QuantizedLayer.*dynamic or a static cache"):
             _generate(model, inputs, past_key_values=quantised)
         with pytest.raises(CompositionError, match="offloaded layers.*dynamic or a static cache"):
-            _generate(model, inputs, cache_implementation="offloaded")
+            _generate(model, inputs, past_key_values=offloaded)
     assert not decoder_runs
 
 

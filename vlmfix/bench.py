@@ -44,9 +44,9 @@ NO_GPU = "not measured on a GPU"
 # Seen with torch 2.13: 0.85 ms for 16 heads and 608 keys, 0.10 ms as two matrix products.
 SLOW_PLAIN = (
     "torch's own attention is slow on a CPU for one query row in half precision. A layer with an "
-    "edited row, and every layer of a contrastive step, runs two matrix products instead; the arm "
-    "'two products' does that and nothing else, and is where ratios above 1 come from. Over it, or "
-    "with --dtype float32, a method shows its own cost: of a contrastive one, the added rows"
+    "edited row, and every layer of a contrastive step, runs two matrix products instead, and "
+    "ratios above 1 come from there. The arm 'two products' (not with --compile) does that and "
+    "nothing else: over it a method shows its own cost, of a contrastive one that of its rows"
 )
 # A contrastive method runs without its cut at beta: a token that rounding takes across the cut
 # jumps by 1e4, which no comparison of logits survives (the cut costs a few passes over one row of
