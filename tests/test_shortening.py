@@ -183,7 +183,7 @@ def test_generate_equals_the_plain_model_on_prompts_cut_by_hand(name: str, mode:
     """Bit for bit: nothing but the prompt is touched."""
     tiny = family(name)
     inputs = tiny.inputs(batch=3)
-    if mode == "lookup":
+    if mode in ("lookup", "no cache"):  # positions with gaps would read as several prompts
         inputs = tiny.single(inputs, 1)
     batch, length = inputs["input_ids"].shape
     by_hand = cut_by_hand(tiny, inputs, [kept_of(name)] * batch)
