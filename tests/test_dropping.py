@@ -175,6 +175,28 @@ def test_rows_with_different_numbers_of_images(name: str, layer: int) -> None:
                     assert torch.allclose(batch[row], single[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("name", ["llava", "internvl"])
+def test_rows_of_equal_length_that_keep_different_numbers(
+    name: str, layer: int, cached: bool
+) -> None:
+    """Without padding transformers leaves the mask out, and the shorter row still needs one."""
+    tiny = family(name)
+    inputs = tiny.inputs(batch=2, lengths=[6, 6])
+    text = inputs["input_ids"][1]
+    text[text == IMAGE] = 33
+    inputs["pixel_values"] = inputs["pixel_values"][:1]
+    length = len(text)
+    with vlmfix.wrapped(tiny.model, FastV(layer=layer, tokens=1)):
+        together = generate(tiny.model, inputs, use_cache=cached)
+        for row in range(2):
+            alone = generate(tiny.model, one_prompt(inputs, (1, 0), row), use_cache=cached)
+            assert torch.equal(together.sequences[row, length:], alone.sequences[0, length:])
+            for batch, single in zip(together.logits, alone.logits, strict=True):
+                assert torch.allclose(batch[row], single[0], rtol=0, atol=1e-5)
+
+
 _BEAMS = {"num_beams": 3}
 _LOOKUP = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
 MODES: dict[str, tuple[Inputs, Inputs]] = {

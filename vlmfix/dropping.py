@@ -31,7 +31,8 @@ class Dropped:
 
     Attributes:
         first: the first of these layers.
-        index: (B, P) int64, ascending: the places in the prompt of the P columns that stay.
+        index: (B, P) int64: the places in the prompt of the P columns that stay, ascending behind
+            those that only fill up.
         filler: (B, P) bool: columns that only fill up a row with fewer tokens; nobody sees them.
         length: L, columns of the prompt.
     """
