@@ -301,13 +301,17 @@ def test_prompts_without_an_image_are_untouched(name: str, static: bool) -> None
     ("kwargs", "message"),
     [
         ({"cache_implementation": "static", "disable_compile": True}, "StaticLayer cannot hold"),
-        ({"cache_implementation": "offloaded"}, "an offloaded cache cannot hold"),
+        ({"past_key_values": "offloaded"}, "an offloaded cache cannot hold"),
         ({"prefill_chunk_size": 5}, "holds 5 of its 28 tokens"),
     ],
     ids=["static", "offloaded", "chunks"],
 )
 def test_caches_and_prefills_that_are_refused(kwargs: Inputs, message: str) -> None:
     tiny = family("llava")
+    if "past_key_values" in kwargs:
+        cache = DynamicCache(config=tiny.model.config.get_text_config())
+        cache.offloading = True  # made as one, it would ask for an accelerator
+        kwargs = {"past_key_values": cache}
     with (
         vlmfix.wrapped(tiny.model, FastV()),
         pytest.raises(CompositionError, match=message),
