@@ -488,6 +488,31 @@ def test_decoding_by_hand_on_its_cache_equals_generate(name: str, batch: int) ->
         assert vlmfix.last_call(tiny.model).passes == 6
 
 
+@pytest.mark.parametrize("name", FOUR)
+def test_an_answer_behind_the_prompt_is_no_part_of_the_question(name: str) -> None:
+    tiny = family(name)
+    inputs = prompts(tiny, (1, 1))
+    length = inputs["input_ids"].shape[1]
+    pad = torch.nn.functional.pad
+    answers = {"input_ids": 7, "attention_mask": 1, "mm_token_type_ids": 0}
+    longer = {
+        key: pad(value, (0, 4), value=answers[key]) if key in answers else value
+        for key, value in inputs.items()
+    }
+    shown = {}
+    for prompt_length in (length, None):
+        method = Recording(index=((0,),))
+        with vlmfix.wrapped(tiny.model, method), torch.no_grad():
+            output = tiny.model(**longer, prompt_length=prompt_length)
+            call = vlmfix.last_call(tiny.model)
+            generate(tiny.model, inputs)
+            assert vlmfix.last_call(tiny.model).prompt_length == output.logits.shape[1] - 4
+        assert call.prompt_length == output.logits.shape[1] - (4 if prompt_length else 0)
+        shown[prompt_length] = [len(visual.question) for visual in method.seen]
+    asked = [5 + len(tiny.layout.after) + 1, 6 + len(tiny.layout.after) + 1]
+    assert shown == {length: asked * 2, None: [n + 4 for n in asked] + asked}
+
+
 @pytest.mark.parametrize("name", M_ROPE)
 def test_what_a_model_remembers_of_positions(name: str) -> None:
     tiny = family(name)
