@@ -16,20 +16,26 @@ import vlmfix
 from vlmfix.method import Method
 from vlmfix.methods.ad_hh import AdaptiveHeadDeactivation
 from vlmfix.methods.avc import AttentionalVisionCalibration
+from vlmfix.methods.cluster import ClusterAggregation
+from vlmfix.methods.divprune import DivPrune
 from vlmfix.methods.fastv import FastV
 from vlmfix.methods.gift import GazeShiftFusion
 from vlmfix.methods.head_pursuit import HeadPursuit
+from vlmfix.methods.hiprune import HiPrune
 from vlmfix.methods.imba import PayAttentionToInformedTokens
 from vlmfix.methods.m3id import MutualInformationDecoding
 from vlmfix.methods.pai import PayAttentionToImage
 from vlmfix.methods.pai_guidance import ImageGuidance
+from vlmfix.methods.ptp import PyramidTokenPruning
 from vlmfix.methods.random_tokens import RandomTokens
 from vlmfix.methods.rbd import ReBalancingContrastiveDecoding
 from vlmfix.methods.spin import ImageGuidedHeadSuppression
+from vlmfix.methods.uniform import UniformGrid
 from vlmfix.methods.vaf import VisualAmplificationFusion
 from vlmfix.methods.var import VisualAttentionRedistribution
 from vlmfix.methods.vcd import VisualContrastiveDecoding
 from vlmfix.methods.vhr import VisionAwareHeadReinforcement
+from vlmfix.methods.visionzip import VisionZip
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,16 @@ ROWS = (
         AttentionalVisionCalibration(alpha=0.0, beta=0.0),
     ),
     Row(
+        "cluster",
+        ClusterAggregation(ratio=0.5),
+        ClusterAggregation(ratio=1.0),
+    ),
+    Row(
+        "divprune",
+        DivPrune(ratio=0.5),
+        DivPrune(ratio=1.0),
+    ),
+    Row(
         "fastv",
         FastV(ratio=0.5),
         FastV(ratio=1.0),
@@ -88,6 +104,11 @@ ROWS = (
         "head_pursuit",
         HeadPursuit(heads=("1.0", "2.3"), alpha=-1.0),
         HeadPursuit(heads=("1.0", "2.3"), alpha=1.0),
+    ),
+    Row(
+        "hiprune",
+        HiPrune(ratio=0.5, alpha=1.0),
+        HiPrune(ratio=1.0),
     ),
     Row(
         "imba",
@@ -110,6 +131,11 @@ ROWS = (
         ImageGuidance(gamma=1.0),
     ),
     Row(
+        "ptp",
+        PyramidTokenPruning(ratio=0.5, temperature=0.25, instruction_layer=1),
+        PyramidTokenPruning(ratio=1.0),
+    ),
+    Row(
         "random",
         RandomTokens(ratio=0.5),
         RandomTokens(ratio=1.0),
@@ -123,6 +149,11 @@ ROWS = (
         "spin",
         ImageGuidedHeadSuppression(rho=0.5, epsilon=0.1),
         ImageGuidedHeadSuppression(rho=1.0),
+    ),
+    Row(
+        "uniform",
+        UniformGrid(ratio=0.5),
+        UniformGrid(ratio=1.0),
     ),
     Row(
         "vaf",
@@ -144,6 +175,11 @@ ROWS = (
         VisionAwareHeadReinforcement(alpha=3.0),
         VisionAwareHeadReinforcement(alpha=1.0),
         chunks=False,
+    ),
+    Row(
+        "visionzip",
+        VisionZip(ratio=0.5, contextual_share=0.5),
+        VisionZip(ratio=1.0),
     ),
 )
 
