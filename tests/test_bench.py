@@ -23,6 +23,8 @@ from vlmfix.bench_plot import draw
 from vlmfix.contrast import ContrastMethod
 from vlmfix.edits import Inputs
 from vlmfix.errors import BadInput
+from vlmfix.methods.random_tokens import RandomTokens
+from vlmfix.pruning import Kept
 from vlmfix.registry import build, build_stack, list_methods
 from vlmfix.streams import Streams
 
@@ -71,13 +73,15 @@ def test_one_row_per_arm(report: bench.Report) -> None:
 
 
 def test_ratios_are_taken_within_a_round() -> None:
-    plain = [Turn(first_token=1.0, step=0.5), Turn(first_token=2.0, step=1.0)]
-    slow = [Turn(first_token=2.0, step=1.0), Turn(first_token=4.0, step=2.0)]
-    between = [Turn(first_token=9.0, step=0.75), Turn(first_token=9.0, step=1.5)]
+    plain = [Turn(1.0, 0.5, prefill=0.5, tower=0.25), Turn(2.0, 1.0, prefill=1.0, tower=0.25)]
+    slow = [Turn(2.0, 1.0, prefill=0.75, tower=0.25), Turn(4.0, 2.0, prefill=1.5, tower=0.75)]
+    between = [Turn(9.0, 0.75, prefill=9.0, tower=9.0), Turn(9.0, 1.5, prefill=9.0, tower=9.0)]
     found = bench._times(slow, plain, between, batch=2)
     assert (found["first_token_seconds_p50"], found["tokens_per_second_p50"]) == (3, 1.5)
+    assert (found["prefill_seconds_p50"], found["tower_seconds_p50"]) == (1.125, 0.5)
     for p in bench.PERCENTILES:
         assert found[f"first_token_over_plain_p{p}"] == 2
+        assert found[f"prefill_over_plain_p{p}"] == 1.5
         assert found[f"tokens_per_second_over_plain_p{p}"] == 0.5
         assert found[f"tokens_per_second_over_two_products_p{p}"] == 0.75
     alone = bench._times(slow, plain, None, batch=2)
@@ -89,11 +93,77 @@ def test_ratios_are_taken_within_a_round() -> None:
 
 
 def test_prompt_and_decode_steps_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The call at 0, the prompt handed over at 1, the first token at 10, then one per 2 seconds.
-    clock = iter([0.0, 1.0, 10.0, 12.0, 14.0, 16.0])
+    # The call at 0, the vision tower from 1 to 3, the prompt handed over at 4, the decoder from 5
+    # to 9, the first token at 10, then one per 2 seconds, no longer timed within.
+    clock = iter([0.0, 1.0, 3.0, 4.0, 5.0, 9.0, 10.0, 12.0, 14.0, 16.0])
     arm = _arm(())
     monkeypatch.setattr(bench_arm, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert arm.turn() == Turn(first_token=10, step=2)
+    assert arm.turn() == Turn(first_token=10, step=2, prefill=4, tower=2)
+    assert next(clock, None) is None
+
+
+def test_a_stopwatch_adds_up_and_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fails(torch.nn.Module):
+        def forward(self, fail: bool) -> None:
+            if fail:
+                raise RuntimeError("on purpose")
+
+    clock = iter([0.0, 1.0, 5.0, 7.0, 20.0, 30.0])
+    monkeypatch.setattr(bench_arm, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    module = Fails()
+    watch = bench_arm.Stopwatch(module, "cpu")
+    module(False)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        module(True)  # a look at a prompt that has seen enough ends so
+    watch.stop()
+    module(False)
+    assert watch.seconds == 3
+    assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_arms_that_drop_visual_tokens() -> None:
+    methods = [["hiprune:tokens=9"], ["ptp:tokens=9"], ["fastv:tokens=9"]]
+    found = bench.run(**TINY, methods=methods, batch=2)
+    assert not found.refused
+    # No method here edits or contrasts, so the control has nothing to be compared with.
+    assert [row["arm"] for row in found.rows] == ["plain", *(spec for [spec] in methods)]
+    plain, *arms = found.rows
+    assert plain["visual_tokens_kept"] == plain["visual_tokens"] == 36
+    assert [row["visual_tokens_kept"] for row in arms] == [9, 9, 9]
+    # Keys and values, 2 samples, width 64, 4 bytes: 27 of 68 + 5 - 1 columns are gone, of FastV's
+    # cache in 3 of 5 layers.
+    column = 2 * 2 * 64 * 4
+    lengths = [5 * 45, 5 * 45, 2 * 72 + 3 * 45]
+    assert plain["kv_cache_bytes"] == 5 * 72 * column
+    assert [row["kv_cache_bytes"] for row in arms] == [length * column for length in lengths]
+    for row in found.rows:
+        assert 0 < row["prefill_seconds_p50"] < row["first_token_seconds_p50"]
+        assert 0 < row["tower_seconds_p50"] < row["first_token_seconds_p50"]
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(bench.render(found))
+    lines = console.export_text().splitlines()
+    head = next(line for line in lines if line.startswith("arm"))
+    assert head.split() == ["arm", "kept", "prefill", "first", "token", "tokens/s", "peak", "cache"]
+    assert next(line for line in lines if line.startswith("hiprune:tokens=9")).split()[1] == "9"
+
+
+def test_a_pruned_prompt_that_differs_from_its_reference_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never_twice(self: Any, visual: Any, budget: int) -> Kept:
+        calls.append(budget)
+        return Kept(torch.arange(budget) + len(calls))
+
+    calls: list[int] = []
+    monkeypatch.setattr(RandomTokens, "keep", never_twice)
+    found = bench.run(**TINY, methods=(("random:tokens=9",),))
+    assert [row["arm"] for row in found.rows] == ["plain"]
+    assert "its logits differ from those without a cache" in found.refused[0]
+
+
+def test_keeping_every_token_is_refused() -> None:
+    found = bench.run(**TINY, methods=(("random:ratio=1.0",),))
+    assert "dropped no visual token" in found.refused[0]
 
 
 def test_peak_memory_counts_what_is_alive_at_once() -> None:

@@ -2,11 +2,13 @@
 
 Arms take turns within each round, so a machine that slows down slows all of them, and the ratio of
 a round compares neighbours in time. The prompt and the decode steps are timed apart. Before an arm
-is timed it must have edited rows while decoding, and its logits must agree with a forward that has
-no cache, no kernel and no graph; otherwise there is no row for it, but the reason.
+is timed it must have edited rows while decoding, or dropped visual tokens, and its logits must
+agree with a forward that has no cache, no kernel and no graph; otherwise there is no row for it,
+but the reason.
 
-On a CPU one more arm edits nothing, but has its attention computed as methods have theirs: what a
-method does to the plain model's speed is what that arm does, times what the method adds to it.
+On a CPU one more arm edits nothing, but has its attention computed as methods that edit or contrast
+have theirs: what such a method does to the plain model's speed is what that arm does, times what
+the method adds to it.
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ __all__ = ["NO_GPU", "PERCENTILES", "SLOW_PLAIN", "Report", "render", "run", "wr
 
 PERCENTILES = (20, 50, 80)
 LEGEND = (
-    "Median (20-80 %) of the rounds, over plain. rows: of a pass, per sample. two products: "
-    "tokens/s over the arm that edits nothing. peak: above the weights, KV cache included."
+    "Median (20-80 %) of the rounds, over plain. rows: of a pass, per sample. kept: visual tokens. "
+    "prefill: the language model on the prompt. two products: tokens/s over the arm that edits "
+    "nothing. peak: above the weights, KV cache included."
 )
 NO_GPU = "not measured on a GPU"
 # Seen with torch 2.13: 0.85 ms for 16 heads and 608 keys, 0.10 ms as two matrix products.
@@ -203,11 +206,12 @@ def _checked(
 
 def _arms(subject: Subject, methods: Sequence[Sequence[str]], decoding: Decoding) -> Iterator[Arm]:
     yield Arm("plain", subject, (), decoding)
-    if methods and subject.device == "cpu" and decoding.compile is None:
-        yield Arm(TwoProducts.name, subject, [TwoProducts()], decoding)
     forced = _forced(subject.model)
-    for specs in methods:
-        stack = build_stack([forced.get(spec, spec) for spec in specs])
+    stacks = [build_stack([forced.get(spec, spec) for spec in specs]) for specs in methods]
+    by_products = any(part.stage in ("attention", "logits") for stack in stacks for part in stack)
+    if by_products and subject.device == "cpu" and decoding.compile is None:
+        yield Arm(TwoProducts.name, subject, [TwoProducts()], decoding)
+    for specs, stack in zip(methods, stacks, strict=True):
         yield Arm("+".join(specs), subject, stack, decoding)
 
 
@@ -259,10 +263,15 @@ def _rows(
             "spec": arm.spec,
             "streams": check.streams,
             "edited_rows_per_step": check.edited_rows,
+            "visual_tokens_kept": _per_row(check.visual_tokens, batch, subject.visual_tokens),
             **_times(own, turns[0], control, batch),
             "weight_bytes": sum(p.numel() * p.element_size() for p in weights),
             **_memory(check.memory, checks[0].memory),
         }
+
+
+def _per_row(kept: int | None, batch: int, all_of_them: int) -> float:
+    return all_of_them if kept is None else kept / batch
 
 
 def _times(
@@ -273,6 +282,9 @@ def _times(
     return {
         **_spread("first_token_seconds", [turn.first_token for turn in turns]),
         **_spread("first_token_over_plain", [a.first_token / p.first_token for a, p in pairs]),
+        **_spread("prefill_seconds", [turn.prefill for turn in turns]),
+        **_spread("prefill_over_plain", [a.prefill / p.prefill for a, p in pairs]),
+        **_spread("tower_seconds", [turn.tower for turn in turns]),
         **_spread("tokens_per_second", [batch / turn.step for turn in turns]),
         **_spread("tokens_per_second_over_plain", [p.step / a.step for a, p in pairs]),
         **_spread(
@@ -331,19 +343,24 @@ def render(report: Report) -> RenderableType:
         plain = (rows[0][f"{name}_p50"] for name in ("first_token_seconds", "tokens_per_second"))
         title += "\nplain: {:.3g} s to the first token, then {:.3g} tokens/s".format(*plain)
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, expand=False)
-        table.add_column("arm")
-        for column in ("rows", "first token", "tokens/s", "two\nproducts", "peak", "KV\ncache"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for row in rows:
-            table.add_row(
-                row["arm"],
-                str(row["streams"]),
-                _interval(row, "first_token_over_plain"),
-                _interval(row, "tokens_per_second_over_plain"),
-                _median(row, "tokens_per_second_over_two_products"),
-                f"{row['peak_over_plain']:.2f}",
-                f"{row['kv_cache_over_plain']:.2f}",
+        # What says nothing about the arms of a table takes no room in it.
+        pruned = any(row["visual_tokens_kept"] < row["visual_tokens"] for row in rows)
+        control = any(row["tokens_per_second_over_two_products_p50"] for row in rows)
+        omitted = {
+            "rows": all(row["streams"] == 1 for row in rows),
+            "kept": not pruned,
+            "prefill": not pruned,
+            "two\nproducts": not control,
+        }
+        cells = [_cells(row, _median if pruned and control else _interval) for row in rows]
+        shown = [column for column in cells[0] if not omitted.get(column)]
+        for column in shown:
+            right = column != "arm"
+            table.add_column(
+                column, justify="right" if right else "left", no_wrap=right, overflow="fold"
             )
+        for row_cells in cells:
+            table.add_row(*(row_cells[column] for column in shown))
         lines += [table, Text()]
     if report.rows:
         keys = ("device", "threads", "torch", "transformers", "vlmfix", "git")
@@ -352,6 +369,21 @@ def render(report: Report) -> RenderableType:
     lines += [Text(f"refused: {line}", "yellow") for line in report.refused]
     lines += [Text(line) for line in report.notes]
     return Group(*lines)
+
+
+def _cells(row: dict[str, Any], figure: Callable[[dict[str, Any], str], str]) -> dict[str, str]:
+    """Heading -> what a row of the table says."""
+    return {
+        "arm": row["arm"],
+        "rows": str(row["streams"]),
+        "kept": f"{row['visual_tokens_kept']:g}",
+        "prefill": _median(row, "prefill_over_plain"),
+        "first token": figure(row, "first_token_over_plain"),
+        "tokens/s": figure(row, "tokens_per_second_over_plain"),
+        "two\nproducts": _median(row, "tokens_per_second_over_two_products"),
+        "peak": f"{row['peak_over_plain']:.2f}",
+        "KV\ncache": f"{row['kv_cache_over_plain']:.2f}",
+    }
 
 
 def _setting(row: dict[str, Any]) -> tuple[Any, ...]:

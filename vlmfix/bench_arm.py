@@ -9,7 +9,7 @@ import copy
 import gc
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,8 +21,9 @@ from transformers.generation.streamers import BaseStreamer
 
 import vlmfix
 from vlmfix.bench_models import Subject
-from vlmfix.families import ModelInfo, last_logits
+from vlmfix.families import ModelInfo, describe_model, last_logits
 from vlmfix.method import AttentionMethod, Keys, Method, Plan
+from vlmfix.tap import describe_tower
 
 __all__ = ["MINIMUM_TOKENS", "Arm", "Check", "Decoding", "Memory", "Turn", "TwoProducts"]
 
@@ -67,10 +68,20 @@ class Decoding:
 
 
 class Turn(NamedTuple):
-    """Seconds from the call of generate() to the first new token, and per decode step."""
+    """Seconds of one generate().
+
+    Attributes:
+        first_token: from the call to the first new token.
+        step: of a decode step.
+        prefill: within the language model's layers before the first token: the prompt, and
+            whatever a method looks at beforehand. Choosing visual tokens is not in it.
+        tower: within the vision tower.
+    """
 
     first_token: float
     step: float
+    prefill: float
+    tower: float
 
 
 class Memory(NamedTuple):
@@ -88,6 +99,7 @@ class Check:
         memory: of a short turn.
         streams: rows that a pass runs per row of the batch.
         edited_rows: rows of attention or of logits that the methods changed, per decode step.
+        visual_tokens: that the language model got, of all rows; None: all of them.
         reference: (B, _CHECKED, V) float32, its logits without a cache, each row less its mean.
         refusal: why the speed of this arm means nothing; None if it computes what it should.
     """
@@ -95,6 +107,7 @@ class Check:
     memory: Memory
     streams: int
     edited_rows: float
+    visual_tokens: int | None
     reference: torch.Tensor
     refusal: str | None
 
@@ -148,15 +161,26 @@ class Arm:
             # Wrapping for each turn would make torch.compile start anew, and a wrapped model that
             # is plain for a while still runs the hooks.
             self.model = vlmfix.wrap(_twin(subject.model), list(methods))
+        self._tower = describe_tower(self.model, describe_model(self.model)).module
 
     def turn(self) -> Turn:
         """Time one generate()."""
-        clock = Clock()
-        start = time.perf_counter()
-        self._generate(self.decoding.new_tokens, self.decoding.arguments(), streamer=clock)
+        prefill = Stopwatch(self.model.get_decoder(), self.device)
+        tower = Stopwatch(self._tower, self.device)
+
+        def stop() -> None:  # decode steps may be compiled, and bear no hooks of ours
+            prefill.stop()
+            tower.stop()
+
+        clock = Clock(stop)
+        try:
+            start = time.perf_counter()
+            self._generate(self.decoding.new_tokens, self.decoding.arguments(), streamer=clock)
+        finally:
+            stop()
         # times[0] is the prompt, times[1] the token that prefill gave.
         first, last, steps = clock.times[1], clock.times[-1], len(clock.times) - 2
-        return Turn(first - start, (last - first) / steps)
+        return Turn(first - start, (last - first) / steps, prefill.seconds, tower.seconds)
 
     def check(self, plain: torch.Tensor | None) -> Check:
         """Run the turns that are not timed: what an arm does, and whether it is right.
@@ -178,8 +202,9 @@ class Arm:
         error = float((logits - expected).norm() / norm)
         change = math.inf if plain is None else float((plain[:, 1:] - expected).norm() / norm)
         refusal = None
-        if plain is not None and edited <= 0:
-            refusal = "it edited no row while decoding"
+        kept = self._kept()
+        if plain is not None and edited <= 0 and kept is None:
+            refusal = "it edited no row while decoding, and dropped no visual token"
         elif not (error <= tolerance and error <= change / 2):
             refusal = (
                 f"its logits differ from those without a cache by {error:.2g} of their norm; "
@@ -187,7 +212,7 @@ class Arm:
                 f"{change:.2g}"
             )
         streams = vlmfix.last_call(self.model).streams if self.methods else 1
-        return Check(memory, streams, edited, reference, refusal)
+        return Check(memory, streams, edited, kept, reference, refusal)
 
     def _reference(self) -> torch.Tensor:
         """The logits (B, _CHECKED, V) that choose the first tokens, without a cache.
@@ -213,6 +238,12 @@ class Arm:
             return 0
         report = vlmfix.last_call(self.model)
         return report.edited_rows + report.contrasted_rows
+
+    def _kept(self) -> int | None:
+        """Visual tokens of all rows that the last turn kept; None if it dropped none."""
+        sizes = vlmfix.last_call(self.model).visual_tokens if self.methods else ()
+        kept, count = (sum(column) for column in zip(*sizes, strict=True)) if sizes else (0, 0)
+        return kept if kept < count else None
 
     @property
     def _watched(self) -> int:
@@ -267,17 +298,56 @@ class SameToken(LogitsProcessor):  # type: ignore[misc]  # transformers is untyp
 
 
 class Clock(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
-    """Notes when each new token is there; handing it over waits for the device."""
+    """Notes when each new token is there; handing it over waits for the device.
 
-    def __init__(self) -> None:
+    Args:
+        at_first: Called when the first new token is there.
+    """
+
+    def __init__(self, at_first: Callable[[], None]) -> None:
         self.times: list[float] = []
+        self._at_first = at_first
 
     def put(self, value: torch.Tensor) -> None:
         """Called with the prompt, then with each step's tokens."""
         self.times.append(time.perf_counter())
+        if len(self.times) == 2:
+            self._at_first()
 
     def end(self) -> None:
         """Nothing is left to do."""
+
+
+class Stopwatch:
+    """Adds up the seconds within a module, until it is stopped.
+
+    Args:
+        module: Whose forwards are timed, those that an exception ends, too.
+        device: Waited for at both ends of a forward, if it is a GPU.
+    """
+
+    def __init__(self, module: torch.nn.Module, device: str) -> None:
+        self.seconds, self._device, self._began = 0.0, device, 0.0
+        self._hooks = (
+            module.register_forward_pre_hook(self._start),
+            module.register_forward_hook(self._end, always_call=True),
+        )
+
+    def stop(self) -> None:
+        """Take the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _start(self, *_: Any) -> None:
+        self._began = self._now()
+
+    def _end(self, *_: Any) -> None:
+        self.seconds += self._now() - self._began
+
+    def _now(self) -> float:
+        if self._device.startswith("cuda"):
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
 
 
 def _centred(logits: torch.Tensor) -> torch.Tensor:
