@@ -3,24 +3,29 @@
     python docs/generate.py           write them
     python docs/generate.py --check   exit 1 and name the files that are out of date
 
-A generated part stands between `<!-- generated: WHAT -->` and `<!-- end -->`.
+A generated part stands between `<!-- generated: WHAT -->` and `<!-- end -->`. docs/results/pruning/
+kept.csv is generated as a whole.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vlmfix import emoji
 from vlmfix.evals import to_markdown
-from vlmfix.registry import describe, list_methods
+from vlmfix.registry import build, describe, list_methods
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
+KEPT = RESULTS / "pruning" / "kept.csv"
 _PART = re.compile(r"(<!-- generated: ([^>]*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -72,12 +77,9 @@ def results() -> str:
         "|---|" + "---|" * len(_COLUMNS),
     ]
     for arm in tasks["pope"]["arms"]:
-        cells = []
-        for task, place, metric, _ in _COLUMNS:
-            scored = tasks[task]["arms"][arm]
-            cells.append(_figure(scored["scores"][place][metric], "{:.1f}"))
-            if "delta" in scored:
-                cells[-1] += f" ({_figure(scored['delta'][place][metric], '{:+.1f}')})"
+        cells = [
+            _cell(tasks[task]["arms"][arm], place, metric) for task, place, metric, _ in _COLUMNS
+        ]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -105,6 +107,14 @@ def measured(name: str) -> str:
         lines.append(f"| {heading} | {' | '.join(cells)} |")
     lines += ["", "± half a 95 % interval; default options; `make eval-full`."]
     return "\n".join(lines) + "\n"
+
+
+def _cell(scored: dict[str, Any], place: str, metric: str) -> str:
+    """What an arm scored and, in brackets, the difference to base."""
+    figure = _figure(scored["scores"][place][metric], "{:.1f}")
+    if "delta" not in scored:
+        return figure
+    return f"{figure} ({_figure(scored['delta'][place][metric], '{:+.1f}')})"
 
 
 def _figure(score: dict[str, Any], form: str) -> str:
@@ -146,12 +156,7 @@ def contrast(method: str = "") -> str:
         cells = []
         for kind, task, place, metric, _ in _CONTRAST:
             scored = runs[kind].get(arm, {}).get(task)
-            if scored is None:
-                cells.append("")
-                continue
-            cells.append(_figure(scored["scores"][place][metric], "{:.1f}"))
-            if "delta" in scored:
-                cells[-1] += f" ({_figure(scored['delta'][place][metric], '{:+.1f}')})"
+            cells.append("" if scored is None else _cell(scored, place, metric))
         cost = runs["greedy"][arm]["chair"]["cost"]
         rows = cost["passes_per_answer"] * cost["answers"] / cost["new_tokens"]
         cells.append(f"{rows:.2f}")
@@ -172,6 +177,103 @@ def _arms(files: list[Path]) -> dict[str, dict[str, Any]]:
                 if known["scores"] != scored["scores"]:
                     raise SystemExit(f"{file.name}: {arm} scores otherwise than in another run")
     return found
+
+
+#: Columns of a pruning method's table: task, place, metric, heading.
+_PRUNED = (
+    ("pope", "pooled", "accuracy", "POPE accuracy"),
+    ("pope", "pooled", "yes_ratio", "POPE, share of yes"),
+    ("chair", "caption", "chair_s", "CHAIRs"),
+    ("chair", "caption", "chair_i", "CHAIRi"),
+    ("chair", "caption", "recall", "recall"),
+)
+#: What kept.csv holds besides: task, place, metric. Words are a mean count, all else is a share.
+_IN_CSV = (
+    *(("pope", split, "accuracy") for split in ("random", "popular", "adversarial")),
+    ("chair", "caption", "words"),
+)
+#: The metrics that McNemar's test is about.
+_TESTED = ("accuracy", "chair_s")
+
+
+def _pruning_arms() -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(what an arm keeps, its scores by task) of the committed runs, most tokens first."""
+    config = json.loads((emoji.model_path() / "config.json").read_text())
+    count = config["image_seq_length"]
+    arms = []
+    for arm, tasks in _arms(sorted((RESULTS / "pruning").glob("kept_*.json"))).items():
+        name, _, text = arm.partition(":")
+        options = [option for option in text.split(";") if not option.startswith("ratio=")]
+        tokens = count if arm == "base" else build(arm).budget(count)
+        facts = {"method": name, "options": ";".join(options), "tokens": tokens}
+        arms.append((facts | {"share": tokens / count}, tasks))
+    return sorted(arms, key=lambda arm: -arm[0]["tokens"])
+
+
+def _label(facts: dict[str, Any]) -> str:
+    return ":".join(filter(None, (facts["method"], facts["options"])))
+
+
+def pruning(task: str, place: str, metric: str) -> str:
+    """One metric of the runs with pruning: arms down, tokens kept across."""
+    table: dict[str, dict[int, str]] = {}
+    drawn: dict[int, list[float]] = {}
+    for facts, tasks in _pruning_arms():
+        tokens, scored = facts["tokens"], tasks[task]
+        table.setdefault(_label(facts), {})[tokens] = _cell(scored, place, metric)
+        if facts["method"] == "random":
+            score = scored["scores"][place][metric]["value"]
+            drawn.setdefault(tokens, []).append(100 * score)
+    table["random, mean and sd of the draws"] = {
+        tokens: f"{statistics.mean(scores):.1f}, {statistics.stdev(scores):.1f}"
+        for tokens, scores in drawn.items()
+    }
+    budgets = [*table["base"], *drawn]
+    lines = [
+        f"| of {budgets[0]} tokens kept | " + " | ".join(map(str, budgets)) + " |",
+        "|---|" + "---|" * len(budgets),
+    ]
+    for label, cells in table.items():
+        lines.append(f"| {label} | {' | '.join(cells.get(tokens, '') for tokens in budgets)} |")
+    return "\n".join(lines) + "\n"
+
+
+def pruned(name: str) -> str:
+    """The runs with pruning, of one method."""
+    lines = [
+        "| | tokens | " + " | ".join(heading for *_, heading in _PRUNED) + " |",
+        "|---|---|" + "---|" * len(_PRUNED),
+    ]
+    for facts, tasks in _pruning_arms():
+        if facts["method"] in ("base", name):
+            cells = [_cell(tasks[task], place, metric) for task, place, metric, _ in _PRUNED]
+            lines.append(f"| {_label(facts)} | {facts['tokens']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def kept_csv() -> str:
+    """docs/results/pruning/kept.csv: one row per arm, place and metric of the runs with pruning.
+
+    `low` and `high` bound a 95 % interval, `delta` is the paired difference to base, `p` that of
+    exact McNemar, empty where there is none.
+    """
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    numbered = ["value", "low", "high", "delta", "delta_low", "delta_high", "p"]
+    rows.writerow(["method", "options", "tokens", "share", "task", "place", "metric", *numbered])
+    for facts, tasks in _pruning_arms():
+        for task, place, metric, *_ in (*_PRUNED, *_IN_CSV):
+            scored = tasks[task]
+            score = scored["scores"][place][metric]
+            numbers = [score["value"], *score["ci"]]
+            if "delta" in scored:
+                delta = scored["delta"][place]
+                numbers += [delta[metric]["value"], *delta[metric]["ci"]]
+                numbers += [delta["mcnemar"]["p"]] if metric in _TESTED else []
+            cells = [f"{number:.6g}" for number in numbers]
+            cells += [""] * (len(numbered) - len(cells))
+            rows.writerow([*facts.values(), task, place, metric, *cells])
+    return text.getvalue()
 
 
 def benchmarks(name: str) -> str:
@@ -234,6 +336,8 @@ PARTS: dict[str, Callable[..., str]] = {
     "results": results,
     "full_results": full_results,
     "contrast": contrast,
+    "pruning": pruning,
+    "pruned": pruned,
     "benchmarks": benchmarks,
     "measured": measured,
     "kernels": kernels,
@@ -259,9 +363,9 @@ def main(check: bool) -> int:
         *docs.glob("results/*/*.md"),
         *docs.glob("benchmarks/*.md"),
     ]
-    for path in [ROOT / "README.md", *sorted(pages)]:
-        before = path.read_text()
-        after = filled(before)
+    for path in [ROOT / "README.md", KEPT, *sorted(pages)]:
+        before = path.read_text() if path.exists() else ""
+        after = kept_csv() if path == KEPT else filled(before)
         if before != after:
             stale.append(path.relative_to(ROOT))
             if not check:

@@ -4,18 +4,22 @@
     python docs/make_pictures.py --maps
     python docs/make_pictures.py --tokens
     python docs/make_pictures.py --carve
+    python docs/make_pictures.py --pruning
 
 Needs the extra `eval` (matplotlib). The images are the first three of the evaluation split on which
 the plain model names an object that is not there; the methods' answers play no part in the choice.
 With --maps it draws the picture of docs/maps.md instead: where the plain model looks in the first
 bundled image as it predicts its first token and the objects that it names. With --carve it draws
 that of docs/methods/carve.md: what CARVE makes of the first five bundled images of the evaluation
-split, each asked about its smallest object. With --tokens it draws that of docs/pruning.md: what
-pruning methods keep of the first bundled image.
+split, each asked about its smallest object. With --tokens it draws the first of docs/pruning.md:
+what pruning methods keep of the first bundled image. With --pruning it draws the second, what that
+costs in answers, from the committed runs, and writes the table that it draws from.
 """
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import json
 import re
 import sys
@@ -25,6 +29,8 @@ from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
+from generate import KEPT, kept_csv
 from matplotlib.patches import Rectangle
 from PIL import Image
 
@@ -163,6 +169,110 @@ def carve_picture() -> None:
     print(f"wrote {CARVED.relative_to(CARVED.parents[2])}")
 
 
+#: Panels: task, place, metric, title.
+PANELS = (
+    ("pope", "pooled", "accuracy", "POPE accuracy, three splits"),
+    ("chair", "caption", "recall", "captions: recall of objects"),
+    ("chair", "caption", "chair_i", "captions: CHAIRi (less is better)"),
+)
+#: Okabe and Ito's colours, which colour-blind readers can tell apart, and marks.
+STYLES = {
+    "hiprune": ("#D55E00", "o"),
+    "visionzip": ("#0072B2", "s"),
+    "divprune": ("#009E73", "D"),
+    "cluster": ("#CC79A7", "^"),
+    "ptp": ("#E69F00", "v"),
+    "fastv": ("#56B4E9", "P"),
+    "uniform": ("#000000", "X"),
+    "random": ("#707070", "."),
+}
+
+
+def pruning_picture() -> None:
+    """Draw what pruning costs in answers, and write the table of it."""
+    matplotlib.use("Agg")
+    KEPT.write_text(kept_csv())
+    rows = list(csv.DictReader(KEPT.read_text().splitlines()))
+    figure, panels = plt.subplots(1, len(PANELS), figsize=(13.5, 5), dpi=DPI, layout="constrained")
+    for axes, (*what, title) in zip(panels, PANELS, strict=True):
+        chosen = [row for row in rows if [row["task"], row["place"], row["metric"]] == what]
+        _kept(axes, chosen)
+        axes.set_title(title, fontsize=10)
+    panels[0].set_ylabel("per cent", fontsize=9, color=OTHER)
+    figure.supxlabel(
+        "visual tokens kept, per cent of 64, log scale; bars: 95 % intervals; random: mean and "
+        "range of three draws; grey: the plain model",
+        fontsize=9, color=OTHER,
+    )  # fmt: skip
+    picture = KEPT.with_suffix(".png")
+    # A test compares this with the table: a picture of other figures does not pass.
+    digest = hashlib.sha256(KEPT.read_bytes()).hexdigest()
+    figure.savefig(picture, metadata={KEPT.name: digest})
+    print(f"wrote {KEPT.relative_to(TARGET.parents[2])} and {picture.name}")
+
+
+def _kept(axes: Any, rows: list[dict[str, str]]) -> None:
+    """Draw one metric over the share of tokens, a line per method, in per cent."""
+
+    def figures(name: str, key: str) -> np.ndarray:
+        return np.array([100 * float(row[key]) for row in rows if row["method"] == name])
+
+    ((base,), (low,), (high,)) = (figures("base", key) for key in ("value", "low", "high"))
+    axes.axhspan(low, high, color="0.9", linewidth=0)
+    axes.axhline(base, color="0.6", linewidth=0.8)
+    ends = {}
+    for place, (name, (color, mark)) in enumerate(STYLES.items()):
+        shares, values = figures(name, "share"), figures(name, "value")
+        if name == "random":
+            budgets = sorted(set(shares), reverse=True)
+            draws = np.array([values[shares == share] for share in budgets])  # (budgets, draws)
+            axes.fill_between(
+                [100, *budgets], [base, *draws.min(1)], [base, *draws.max(1)], color=color,
+                alpha=0.25, linewidth=0,
+            )  # fmt: skip
+            axes.plot([100, *budgets], [base, *draws.mean(1)], "--", color=color, linewidth=1.2)
+            ends[name] = draws.mean(1)[-1]
+            continue
+        # Side by side, or the bars of one share would hide each other.
+        x = shares * 1.02 ** (place - (len(STYLES) - 2) / 2)
+        bars = np.abs([figures(name, "low") - values, figures(name, "high") - values])
+        axes.plot([100, *x], [base, *values], color=color, linewidth=1)
+        axes.errorbar(x, values, bars, fmt=mark, color=color, markersize=5, linewidth=1.2)
+        ends[name] = values[-1]
+    ticks = sorted(set(figures("base", "share")) | set(figures("uniform", "share")))
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(106, 6.6)
+    axes.tick_params(labelsize=8)
+    axes.grid(axis="y", linewidth=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    bottom, top = axes.get_ylim()
+    heights = _apart(list(ends.values()), 0.045 * (top - bottom))
+    for (name, end), height in zip(ends.items(), heights, strict=True):
+        axes.annotate(
+            name, (ticks[0] / 1.09, end), (ticks[0] / 1.2, height), fontsize=9, va="center",
+            color=STYLES[name][0], annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": STYLES[name][0], "linewidth": 0.6},
+        )  # fmt: skip
+
+
+def _apart(places: list[float], gap: float) -> np.ndarray:
+    """The places, moved as little as it takes (least squares) to be a gap apart."""
+    order = np.argsort(places)
+    steps = gap * np.arange(len(places))
+    rest = np.array(places)[order] - steps
+    count = len(rest)
+    # Isotonic regression by its min-max formula.
+    level = [
+        max(min(rest[i:j].mean() for j in range(k + 1, count + 1)) for i in range(k + 1))
+        for k in range(count)
+    ]
+    moved = np.empty(count)
+    moved[order] = level + steps
+    return moved
+
+
 def _caption(axis: Any, text: str, truth: frozenset[str], title: str) -> None:
     """Write a caption word by word, objects in colour."""
     axis.axis("off")
@@ -214,5 +324,7 @@ if __name__ == "__main__":
         tokens_picture()
     elif sys.argv[1:] == ["--carve"]:
         carve_picture()
+    elif sys.argv[1:] == ["--pruning"]:
+        pruning_picture()
     else:
         main(sys.argv[1:] or ["vhr", "pai"])

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from vlmfix.registry import list_methods
 
 ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "docs" / "results" / "pruning" / "kept.csv"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -23,6 +29,39 @@ def test_generated_parts_are_up_to_date() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_tables_that_are_not_those_of_the_runs_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    generate = runpy.run_path(str(tmp_path / "docs" / "generate.py"))
+
+    def stale() -> set[str]:
+        assert generate["main"](check=True) == 1
+        return set(capsys.readouterr().out.splitlines())
+
+    table = tmp_path / KEPT.relative_to(ROOT)
+    committed = table.read_text()
+    table.write_text(committed.replace("hiprune,,7,", "hiprune,,8,"))
+    assert stale() == {"out of date: docs/results/pruning/kept.csv"}
+    table.write_text(committed)
+    run = table.with_name("kept_11.json")
+    results = json.loads(run.read_text())
+    scored = results["tasks"]["chair"]["arms"]["hiprune:ratio=0.11"]
+    scored["scores"]["caption"]["recall"]["value"] += 0.01
+    run.write_text(json.dumps(results))
+    assert stale() == {
+        "out of date: docs/methods/hiprune.md",
+        "out of date: docs/results/pruning/README.md",
+        "out of date: docs/results/pruning/kept.csv",
+    }
+
+
+def test_picture_of_pruning_was_drawn_from_its_table() -> None:
+    with Image.open(KEPT.with_suffix(".png")) as picture:
+        assert picture.info[KEPT.name] == hashlib.sha256(KEPT.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("name", [row.name for row in list_methods()])
