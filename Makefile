@@ -7,6 +7,9 @@
 .PHONY: help setup eval eval-full test test-full check demo bench fmt clean
 
 BASE_PYTHON ?= python3
+# Processes that run the tests, a file of them at a time; each has one thread. 0: none but pytest itself.
+WORKERS ?= 2
+PYTEST = $(PYTHON) -m pytest -q -n $(WORKERS) --dist loadfile
 TORCH := torch==2.13.0
 # Not the README: ruff would take its example apart, one argument per line.
 SOURCES := vlmfix tests docs
@@ -29,10 +32,10 @@ eval-full: $(FOR_EVAL)  ## POPE and CHAIR on all bundled images: base and every 
 	$(PYTHON) -m vlmfix eval pope,chair --method var,vhr,gift,pai,imba,ad_hh,spin,vaf --threads 1
 
 test: $(FOR_DEV)  ## the tests of every change; a few minutes on two cores
-	$(PYTHON) -m pytest -q -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-full: $(FOR_DEV)  ## every test; those for a GPU are skipped, by name, where there is none
-	$(PYTHON) -m pytest -q
+	$(PYTEST)
 
 check: $(FOR_DEV)  ## lint, format and types
 	$(PYTHON) -m ruff check $(SOURCES)

@@ -201,7 +201,14 @@ def test_chunked_prefill_equals_one_prefill(row: Row, name: str, chunk: int) -> 
     assert torch.equal(chunked, whole)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+# A method that cuts prompts is done before a step is compiled: `random` stands for these, and `ptp`
+# for those that look at the prompt in the decoder first.
+COMPILED = [
+    row for row in ROWS if not isinstance(row.strong, TokenMethod) or row.name in ("ptp", "random")
+]
+
+
+@pytest.mark.parametrize("row", COMPILED, ids=[row.name for row in COMPILED])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 def test_compiled_static_decoding_is_one_graph_and_equals_greedy(row: Row, name: str) -> None:
     """No graph break, no new graph for another prompt, and nothing is stale after unwrap."""
@@ -232,7 +239,7 @@ def test_compiled_static_decoding_is_one_graph_and_equals_greedy(row: Row, name:
     assert (plain - edited)[1:].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+@pytest.mark.parametrize("row", COMPILED, ids=[row.name for row in COMPILED])
 def test_compiled_step_of_a_prompt_without_an_image_changes_nothing(row: Row) -> None:
     """A compiled step runs every planned layer; with nothing to edit it must edit nothing."""
     from transformers import CompileConfig
