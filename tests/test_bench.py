@@ -121,7 +121,7 @@ def test_a_stopwatch_adds_up_and_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not module._forward_hooks and not module._forward_pre_hooks
 
 
-def test_arms_that_drop_visual_tokens() -> None:
+def test_arms_that_drop_visual_tokens(tmp_path: Path) -> None:
     methods = [["hiprune:tokens=9"], ["ptp:tokens=9"], ["fastv:tokens=9"]]
     found = bench.run(**TINY, methods=methods, batch=2)
     assert not found.refused
@@ -139,6 +139,10 @@ def test_arms_that_drop_visual_tokens() -> None:
     for row in found.rows:
         assert 0 < row["prefill_seconds_p50"] < row["first_token_seconds_p50"]
         assert 0 < row["tower_seconds_p50"] < row["first_token_seconds_p50"]
+    bench.write_csv(found, tmp_path / "bench.csv")
+    with (tmp_path / "bench.csv").open(newline="") as file:
+        draw(list(csv.DictReader(file)), tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").stat().st_size > 5000
     console = Console(width=80, record=True, file=StringIO())
     console.print(bench.render(found))
     lines = console.export_text().splitlines()
@@ -382,7 +386,8 @@ def test_the_table_says_what_was_not_measured(report: bench.Report) -> None:
     assert bench.NO_GPU in text
     assert bench.SLOW_PLAIN not in report.notes
     half = {**TINY, "dtypes": ("bfloat16",)}
-    assert bench.SLOW_PLAIN in bench.run(**half, methods=()).notes
+    assert bench.SLOW_PLAIN in bench.run(**half, methods=(("pai",),)).notes
+    assert bench.SLOW_PLAIN not in bench.run(**half, methods=(("random",),)).notes
 
 
 @pytest.mark.parametrize(

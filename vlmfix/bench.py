@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -33,6 +33,7 @@ from vlmfix.bench_arm import MINIMUM_TOKENS, Arm, Check, Decoding, Memory, Turn,
 from vlmfix.bench_models import LARGE, MODELS, Subject, subject
 from vlmfix.calibrate import load_calibration
 from vlmfix.errors import BadInput
+from vlmfix.method import Method
 from vlmfix.registry import build_stack
 
 __all__ = ["NO_GPU", "PERCENTILES", "SLOW_PLAIN", "Report", "render", "run", "write_csv"]
@@ -133,7 +134,8 @@ def run(
     report = Report()
     if not any(device.startswith("cuda") for _, device in places):
         report.notes.append(NO_GPU)
-    if ("cpu" in {device for _, device in places}) and set(dtypes) - {"float32", "fp32"}:
+    on_cpu = "cpu" in {device for _, device in places}
+    if on_cpu and set(dtypes) - {"float32", "fp32"} and _by_products(map(build_stack, methods)):
         report.notes.append(SLOW_PLAIN)
     decoding = Decoding(new_tokens, cache, compile)
     before = torch.get_num_threads()
@@ -208,11 +210,15 @@ def _arms(subject: Subject, methods: Sequence[Sequence[str]], decoding: Decoding
     yield Arm("plain", subject, (), decoding)
     forced = _forced(subject.model)
     stacks = [build_stack([forced.get(spec, spec) for spec in specs]) for specs in methods]
-    by_products = any(part.stage in ("attention", "logits") for stack in stacks for part in stack)
-    if by_products and subject.device == "cpu" and decoding.compile is None:
+    if _by_products(stacks) and subject.device == "cpu" and decoding.compile is None:
         yield Arm(TwoProducts.name, subject, [TwoProducts()], decoding)
     for specs, stack in zip(methods, stacks, strict=True):
         yield Arm("+".join(specs), subject, stack, decoding)
+
+
+def _by_products(stacks: Iterable[Sequence[Method]]) -> bool:
+    """Whether a stack edits attention or contrasts, and so leaves torch's attention on a CPU."""
+    return any(part.stage in ("attention", "logits") for stack in stacks for part in stack)
 
 
 def _forced(model: Any) -> dict[str, str]:
@@ -345,14 +351,15 @@ def render(report: Report) -> RenderableType:
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, expand=False)
         # What says nothing about the arms of a table takes no room in it.
         pruned = any(row["visual_tokens_kept"] < row["visual_tokens"] for row in rows)
-        control = any(row["tokens_per_second_over_two_products_p50"] for row in rows)
         omitted = {
             "rows": all(row["streams"] == 1 for row in rows),
             "kept": not pruned,
             "prefill": not pruned,
-            "two\nproducts": not control,
+            "two\nproducts": not any(
+                row["tokens_per_second_over_two_products_p50"] for row in rows
+            ),
         }
-        cells = [_cells(row, _median if pruned and control else _interval) for row in rows]
+        cells = [_cells(row, _median if pruned else _interval) for row in rows]
         shown = [column for column in cells[0] if not omitted.get(column)]
         for column in shown:
             right = column != "arm"
