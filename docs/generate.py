@@ -185,12 +185,14 @@ _PRUNED = (
     ("pope", "pooled", "yes_ratio", "POPE, share of yes"),
     ("chair", "caption", "chair_s", "CHAIRs"),
     ("chair", "caption", "chair_i", "CHAIRi"),
+    ("chair", "same_length", "chair_i", "CHAIRi, same length"),
     ("chair", "caption", "recall", "recall"),
 )
 #: What kept.csv holds besides: task, place, metric. Words are a mean count, all else is a share.
 _IN_CSV = (
     *(("pope", split, "accuracy") for split in ("random", "popular", "adversarial")),
     ("chair", "caption", "words"),
+    *(("chair", "same_length", metric) for metric in ("chair_s", "recall", "words")),
 )
 #: The metrics that McNemar's test is about.
 _TESTED = ("accuracy", "chair_s")
@@ -206,8 +208,20 @@ def _pruning_arms() -> list[tuple[dict[str, Any], dict[str, Any]]]:
         options = [option for option in text.split(";") if not option.startswith("ratio=")]
         tokens = count if arm == "base" else build(arm).budget(count)
         facts = {"method": name, "options": ";".join(options), "tokens": tokens}
-        arms.append((facts | {"share": tokens / count}, tasks))
+        scored = tasks | {"chair": _with_same_length(tasks["chair"])}
+        arms.append((facts | {"share": tokens / count}, scored))
     return sorted(arms, key=lambda arm: -arm[0]["tokens"])
+
+
+def _with_same_length(scored: dict[str, Any]) -> dict[str, Any]:
+    """Captions cut to the length of the base's, and the base's to theirs, as one more place."""
+    if "matched_length" not in scored:
+        return scored
+    matched = scored["matched_length"]
+    return {
+        "scores": scored["scores"] | {"same_length": matched["method"]["caption"]},
+        "delta": scored["delta"] | {"same_length": matched["delta"]["caption"]},
+    }
 
 
 def _label(facts: dict[str, Any]) -> str:
@@ -218,8 +232,11 @@ def pruning(task: str, place: str, metric: str) -> str:
     """One metric of the runs with pruning: arms down, tokens kept across."""
     table: dict[str, dict[int, str]] = {}
     drawn: dict[int, list[float]] = {}
-    for facts, tasks in _pruning_arms():
+    arms = _pruning_arms()
+    for facts, tasks in arms:
         tokens, scored = facts["tokens"], tasks[task]
+        if place not in scored["scores"]:
+            continue
         table.setdefault(_label(facts), {})[tokens] = _cell(scored, place, metric)
         if facts["method"] == "random":
             score = scored["scores"][place][metric]["value"]
@@ -228,7 +245,7 @@ def pruning(task: str, place: str, metric: str) -> str:
         tokens: f"{statistics.mean(scores):.1f}, {statistics.stdev(scores):.1f}"
         for tokens, scores in drawn.items()
     }
-    budgets = [*table["base"], *drawn]
+    budgets = list(dict.fromkeys(facts["tokens"] for facts, _ in arms))
     lines = [
         f"| of {budgets[0]} tokens kept | " + " | ".join(map(str, budgets)) + " |",
         "|---|" + "---|" * len(budgets),
@@ -246,7 +263,10 @@ def pruned(name: str) -> str:
     ]
     for facts, tasks in _pruning_arms():
         if facts["method"] in ("base", name):
-            cells = [_cell(tasks[task], place, metric) for task, place, metric, _ in _PRUNED]
+            cells = [
+                _cell(tasks[task], place, metric) if place in tasks[task]["scores"] else ""
+                for task, place, metric, _ in _PRUNED
+            ]
             lines.append(f"| {_label(facts)} | {facts['tokens']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -264,6 +284,8 @@ def kept_csv() -> str:
     for facts, tasks in _pruning_arms():
         for task, place, metric, *_ in (*_PRUNED, *_IN_CSV):
             scored = tasks[task]
+            if place not in scored["scores"]:
+                continue
             score = scored["scores"][place][metric]
             numbers = [score["value"], *score["ci"]]
             if "delta" in scored:

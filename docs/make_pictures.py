@@ -169,11 +169,12 @@ def carve_picture() -> None:
     print(f"wrote {CARVED.relative_to(CARVED.parents[2])}")
 
 
-#: Panels: task, place, metric, title.
+#: Panels: task, place, metric, what of it, title.
 PANELS = (
-    ("pope", "pooled", "accuracy", "POPE accuracy, three splits"),
-    ("chair", "caption", "recall", "captions: recall of objects"),
-    ("chair", "caption", "chair_i", "captions: CHAIRi (less is better)"),
+    ("pope", "pooled", "accuracy", "value", "POPE accuracy, three splits"),
+    ("chair", "caption", "recall", "value", "captions: recall of objects"),
+    ("chair", "caption", "chair_i", "value", "captions: CHAIRi, less is better"),
+    ("chair", "same_length", "chair_i", "delta", "the same over base, cut to one length"),
 )
 #: Okabe and Ito's colours, which colour-blind readers can tell apart, and marks.
 STYLES = {
@@ -193,15 +194,15 @@ def pruning_picture() -> None:
     matplotlib.use("Agg")
     KEPT.write_text(kept_csv())
     rows = list(csv.DictReader(KEPT.read_text().splitlines()))
-    figure, panels = plt.subplots(1, len(PANELS), figsize=(13.5, 5), dpi=DPI, layout="constrained")
-    for axes, (*what, title) in zip(panels, PANELS, strict=True):
+    figure, panels = plt.subplots(2, 2, figsize=(11, 9.5), dpi=90, layout="constrained")
+    for axes, (*what, key, title) in zip(panels.flat, PANELS, strict=True):
         chosen = [row for row in rows if [row["task"], row["place"], row["metric"]] == what]
-        _kept(axes, chosen)
+        _kept(axes, chosen, key)
         axes.set_title(title, fontsize=10)
-    panels[0].set_ylabel("per cent", fontsize=9, color=OTHER)
+    figure.supylabel("per cent, the last panel in points", fontsize=9, color=OTHER)
     figure.supxlabel(
-        "visual tokens kept, per cent of 64, log scale; bars: 95 % intervals; random: mean and "
-        "range of three draws; grey: the plain model",
+        "visual tokens kept, per cent of 64, log scale; bars: 95 % intervals; "
+        "random: mean and range of three draws; grey: the plain model",
         fontsize=9, color=OTHER,
     )  # fmt: skip
     picture = KEPT.with_suffix(".png")
@@ -211,18 +212,22 @@ def pruning_picture() -> None:
     print(f"wrote {KEPT.relative_to(TARGET.parents[2])} and {picture.name}")
 
 
-def _kept(axes: Any, rows: list[dict[str, str]]) -> None:
-    """Draw one metric over the share of tokens, a line per method, in per cent."""
+def _kept(axes: Any, rows: list[dict[str, str]], key: str) -> None:
+    """Draw a metric, or its difference to base, over the share of tokens, a line per method."""
+    low, high = ("low", "high") if key == "value" else (f"{key}_low", f"{key}_high")
 
     def figures(name: str, key: str) -> np.ndarray:
         return np.array([100 * float(row[key]) for row in rows if row["method"] == name])
 
-    ((base,), (low,), (high,)) = (figures("base", key) for key in ("value", "low", "high"))
-    axes.axhspan(low, high, color="0.9", linewidth=0)
+    base = 0.0
+    if key == "value":
+        base = figures("base", key).item()
+        interval = [figures("base", end).item() for end in (low, high)]
+        axes.axhspan(*interval, color="0.9", linewidth=0)
     axes.axhline(base, color="0.6", linewidth=0.8)
     ends = {}
     for place, (name, (color, mark)) in enumerate(STYLES.items()):
-        shares, values = figures(name, "share"), figures(name, "value")
+        shares, values = figures(name, "share"), figures(name, key)
         if name == "random":
             budgets = sorted(set(shares), reverse=True)
             draws = np.array([values[shares == share] for share in budgets])  # (budgets, draws)
@@ -235,11 +240,11 @@ def _kept(axes: Any, rows: list[dict[str, str]]) -> None:
             continue
         # Side by side, or the bars of one share would hide each other.
         x = shares * 1.02 ** (place - (len(STYLES) - 2) / 2)
-        bars = np.abs([figures(name, "low") - values, figures(name, "high") - values])
+        bars = np.abs([figures(name, low) - values, figures(name, high) - values])
         axes.plot([100, *x], [base, *values], color=color, linewidth=1)
         axes.errorbar(x, values, bars, fmt=mark, color=color, markersize=5, linewidth=1.2)
         ends[name] = values[-1]
-    ticks = sorted(set(figures("base", "share")) | set(figures("uniform", "share")))
+    ticks = sorted({100.0, *figures("uniform", "share")})
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
     axes.minorticks_off()
