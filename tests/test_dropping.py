@@ -263,6 +263,29 @@ def test_a_bare_forward_and_decoding_on_its_cache() -> None:
         assert lengths(cache) == lengths(expected.past_key_values)
 
 
+def test_layers_that_are_called_by_keyword() -> None:
+    tiny = build("llava")
+    inputs = tiny.inputs(batch=2)
+    with vlmfix.wrapped(tiny.model, FastV(layer=2)):
+        expected = generate(tiny.model, inputs)
+    widths: list[set[int]] = []
+
+    def by_keyword(module: Any, args: Any, kwargs: Inputs) -> tuple[Any, Inputs]:
+        return (), {"hidden_states": args[0], **kwargs}
+
+    def record(module: Any, args: Any, kwargs: Inputs) -> None:
+        cosine, sine = kwargs["position_embeddings"]
+        parts = (kwargs["hidden_states"], kwargs["position_ids"], cosine, sine)
+        widths.append({part.shape[1] for part in parts})
+
+    layer = tiny.model.get_decoder().layers[2]
+    layer.register_forward_pre_hook(by_keyword, with_kwargs=True)
+    with vlmfix.wrapped(tiny.model, FastV(layer=2)):
+        layer.register_forward_pre_hook(record, with_kwargs=True)
+        assert same(generate(tiny.model, inputs), expected)
+    assert widths == [{inputs["input_ids"].shape[1] - 8}, *[{1}] * 5]
+
+
 def test_answers_behind_a_prompt_are_read_as_they_were_written() -> None:
     """A bare forward over prompt and answer that is told where the prompt ends."""
     tiny = family("llava")

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from matrix import CELLS, IDS, MODES, ROWS, Row, changed, family, logits, prompt
+from pruning_oracle import cut_by_hand
 from tiny import FAMILIES, build, generate_kwargs
 from transformers import DynamicCache
 
 import vlmfix
 import vlmfix.attention
 from vlmfix.method import AttentionMethod
-from vlmfix.pruning import TokenMethod
+from vlmfix.pruning import PruningMethod, TokenMethod
 
 cells = pytest.mark.parametrize(("row", "name"), CELLS, ids=IDS)
 
@@ -55,6 +56,32 @@ def test_identity_is_bit_identical(row: Row, name: str) -> None:
         assert torch.equal(logits(tiny.model, inputs), plain)
         assert torch.equal(_generate(tiny.model, inputs), tokens)
         assert changed(tiny.model) == 0
+
+
+PRUNING = [row for row in ROWS if isinstance(row.strong, TokenMethod)]
+SHORTER = [(row, name) for row, name in CELLS if row in PRUNING]
+
+
+@pytest.mark.parametrize(("row", "name"), SHORTER, ids=[f"{row.name}-{of}" for row, of in SHORTER])
+def test_every_layer_caches_the_shorter_prompt(row: Row, name: str) -> None:
+    tiny = family(name)
+    inputs = prompt(tiny)
+    with vlmfix.wrapped(tiny.model, row.strong):
+        kwargs = generate_kwargs(return_dict_in_generate=True)
+        cache = tiny.model.generate(**inputs, **kwargs).past_key_values
+        report = vlmfix.last_call(tiny.model)
+    count = {"llava_next": 80}.get(name, tiny.image_tokens)
+    assert report.visual_tokens == ((count // 2, count),) * 3
+    # Newlines of LLaVA-NeXT stay too, so that there a bound is what can be said.
+    length, gone = inputs["input_ids"].shape[1], count - count // 2
+    shorter = length - gone
+    assert (
+        shorter - 8 <= report.prompt_length <= shorter
+        if count == 80
+        else (report.prompt_length == shorter)
+    )
+    # The last token that was written is not in the cache.
+    assert {layer.get_seq_length() for layer in cache.layers} == {report.prompt_length + 5}
 
 
 @cells
@@ -115,6 +142,32 @@ def test_an_edit_of_predicting_rows_leaves_earlier_cache_entries_alone(row: Row)
     for plain, edited in zip(*caches, strict=True):
         assert torch.equal(plain[:, :, :-1], edited[:, :, :-1])
     assert not torch.equal(caches[0][-1][:, :, -1], caches[1][-1][:, :, -1])
+
+
+# Without the pixels, which a prompt that is cut by hand has not, these can do nothing.
+_SEE_PIXELS = ("imba", "rbd", "vcd")
+BESIDE = [
+    row for row in ROWS if not isinstance(row.strong, PruningMethod) and row.name not in _SEE_PIXELS
+]
+
+
+@pytest.mark.parametrize("row", BESIDE, ids=[row.name for row in BESIDE])
+@pytest.mark.parametrize("pruning", ["hiprune", "ptp", "visionzip"])
+def test_methods_beside_pruning_see_the_shorter_prompt(pruning: str, row: Row) -> None:
+    """tests/test_shortening.py has more families and modes."""
+    tiny = family("llava")
+    inputs = prompt(tiny)
+    (method,) = [other.strong for other in PRUNING if other.name == pruning]
+    told = [image for own in vlmfix.visual_tokens(tiny.model, inputs, method) for image in own]
+    weights = None if told[0].weights is None else [image.weights for image in told]
+    by_hand = cut_by_hand(tiny, inputs, [image.index.tolist() for image in told], weights=weights)
+    plain = _steps(tiny.model, by_hand)
+    with vlmfix.wrapped(tiny.model, row.strong):
+        expected = _steps(tiny.model, by_hand)
+    for stack in ([method, row.strong], [row.strong, method]):
+        with vlmfix.wrapped(tiny.model, stack):
+            assert torch.allclose(_steps(tiny.model, inputs), expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(expected, plain, atol=1e-3)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])

@@ -90,6 +90,25 @@ def test_relevance_reads_the_question_that_it_is_told() -> None:
         assert torch.allclose(visual.relevance, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_relevance_at_positions_of_the_callers(name: str) -> None:
+    tiny = build(name)
+    inputs = tiny.inputs(batch=2)
+    usual = told(tiny.model, inputs, 1)
+    inputs["position_ids"] = 3 * (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    if name == "qwen2_5_vl":
+        inputs["position_ids"] = inputs["position_ids"].expand(3, -1, -1)
+    found = told(tiny.model, inputs, 1)
+    tiny.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = tiny.model(**inputs, output_attentions=True).attentions[1].mean(1)
+    for row, relevance in enumerate(found):
+        visual = (inputs["input_ids"][row] == IMAGE).nonzero().flatten()
+        expected = weights[row, int(visual[-1]) + 1 :][:, visual].amax(0)
+        assert torch.allclose(relevance, expected, atol=1e-6)
+        assert not torch.allclose(relevance, usual[row], atol=1e-3)
+
+
 @pytest.mark.parametrize("layer", [0, 2])
 def test_relevance_of_rows_that_come_in_pieces(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = family("llava")

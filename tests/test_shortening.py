@@ -28,7 +28,7 @@ from pruning_oracle import (
     whole_positions,
 )
 from tiny import build, generate_kwargs
-from tiny_configs import IMAGE, VIDEO
+from tiny_configs import IMAGE, VIDEO, VISION_END, VISION_START
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
@@ -48,6 +48,7 @@ from vlmfix.methods.vcd import VisualContrastiveDecoding
 from vlmfix.methods.vhr import VisionAwareHeadReinforcement
 from vlmfix.pruning import Kept, TokenMethod, VisualTokens
 from vlmfix.session import SESSION
+from vlmfix.shortening import Reduction
 from vlmfix.tap import Tap, describe_tower
 
 Inputs = dict[str, Any]
@@ -211,6 +212,58 @@ def test_positions_of_what_is_left(name: str) -> None:
     assert same(*found.values()) == (name in M_ROPE)
 
 
+@pytest.mark.parametrize("name", ["llava", "internvl"])
+def test_positions_of_the_callers_are_cut(name: str) -> None:
+    tiny = family(name)
+    inputs = tiny.inputs(batch=3)
+    given = whole_positions(tiny, inputs)
+    with vlmfix.wrapped(tiny.model, fixed(name, positions="original")):
+        expected = generate(tiny.model, inputs)
+    with vlmfix.wrapped(tiny.model, fixed(name)):
+        assert same(generate(tiny.model, {**inputs, "position_ids": given}), expected)
+        assert not same(generate(tiny.model, inputs), expected)
+
+
+@pytest.mark.parametrize("axes", [1, 3, 4])
+@pytest.mark.parametrize("name", M_ROPE)
+def test_positions_of_the_callers_are_cut_on_every_axis(name: str, axes: int) -> None:
+    """Three axes; four with one that counts tokens, as generate() makes them; one for all three."""
+    tiny = family(name)
+    inputs = tiny.inputs(batch=3)
+    kept = [kept_of(name)] * 3
+    text = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    given = whole_positions(tiny, inputs)
+    by_hand = cut_by_hand(tiny, inputs, kept)
+    if axes == 1:
+        given = 2 * text
+        stays = cut_by_hand(tiny, {**inputs, "token_type_ids": given}, kept)["token_type_ids"]
+        by_hand["position_ids"] = torch.stack([by_hand["position_ids"][0], *[stays] * 3])
+    elif axes == 4:
+        given = torch.cat([text[None], given])
+    with vlmfix.wrapped(tiny.model, fixed(name)), torch.no_grad():
+        bare = tiny.model(**inputs, position_ids=given).logits
+        output = generate(tiny.model, {**inputs, "position_ids": given})
+    with torch.no_grad():
+        assert torch.equal(bare, tiny.model(**copy.copy(by_hand)).logits)
+    assert same(output, generate(tiny.model, by_hand))
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_masks_over_queries_and_keys(name: str, additive: bool) -> None:
+    tiny = family(name)
+    inputs = tiny.inputs(batch=2)
+    real = inputs["attention_mask"].bool()
+    length = real.shape[1]
+    mask = real[:, None, None] & torch.ones(length, length, dtype=torch.bool).tril()
+    assert not mask.diagonal(dim1=2, dim2=3).all()
+    if additive:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    with vlmfix.wrapped(tiny.model, fixed(name)), torch.no_grad():
+        expected = tiny.model(**inputs).logits
+        assert torch.equal(tiny.model(**{**inputs, "attention_mask": mask}).logits, expected)
+
+
 @pytest.mark.parametrize("name", ["qwen3_vl", "internvl"])
 def test_compiled_steps_are_one_graph(name: str) -> None:
     """tests/test_matrix.py compiles others."""
@@ -312,6 +365,14 @@ def test_newlines_stay_with_the_rows_of_which_something_is_kept(
         assert same(generate(tiny.model, inputs), expected)
         newlines = count // 11 if size == (32, 32) else 8
         assert vlmfix.last_call(tiny.model).visual_tokens == ((len(chosen), count - newlines),)
+
+
+def test_features_are_mixed_in_float32() -> None:
+    features = (torch.rand(8, 4, generator=torch.Generator().manual_seed(1)) + 300).bfloat16()
+    half = Reduction(torch.arange(0, 8, 2), 8, pairs(4, 8), None, (4, 8))
+    expected = (0.75 * features[::2].double() + 0.25 * features[1::2].double()).bfloat16()
+    assert half.apply(features).dtype == torch.bfloat16
+    assert torch.equal(half.apply(features), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -511,6 +572,35 @@ def test_an_answer_behind_the_prompt_is_no_part_of_the_question(name: str) -> No
         shown[prompt_length] = [len(visual.question) for visual in method.seen]
     asked = [5 + len(tiny.layout.after) + 1, 6 + len(tiny.layout.after) + 1]
     assert shown == {length: asked * 2, None: [n + 4 for n in asked] + asked}
+
+
+@pytest.mark.parametrize("name", M_ROPE)
+def test_worked_positions_of_m_rope(name: str) -> None:
+    """Two tokens, an image of 2 x 3, and a token; the second and fifth of the six are kept."""
+    tiny = family(name)
+    ids = torch.tensor([[1, 20, VISION_START, *[IMAGE] * 6, VISION_END, 21]])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == IMAGE).long(),
+        "pixel_values": torch.randn(24, 96, generator=torch.Generator().manual_seed(3)),
+        "image_grid_thw": torch.tensor([[1, 4, 6]]),
+    }
+    seen: list[Tensor] = []
+    hook = tiny.model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    with vlmfix.wrapped(tiny.model, FixedTokens(index=((1, 4),))):
+        generate(tiny.model, inputs)
+    hook.remove()
+    assert seen[0][:, 0].tolist() == [
+        [0, 1, 2, 3, 4, 5, 6],
+        [0, 1, 2, 3, 3, 6, 7],
+        [0, 1, 2, 3, 4, 6, 7],
+        [0, 1, 2, 4, 4, 6, 7],
+    ]
+    assert seen[1][:, 0].tolist() == [[7], [8], [8], [8]]
+    assert tiny.model.model.rope_deltas.tolist() == [[1]]
 
 
 @pytest.mark.parametrize("name", M_ROPE)
@@ -843,6 +933,22 @@ def test_values_from_the_vision_tower_go_to_the_tokens_that_are_left(name: str, 
         assert torch.allclose(run(inputs), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("spec", ["hiprune:ratio=0.5;alpha=1", "ptp:ratio=0.5;instruction_layer=1"])
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl"])
+def test_one_look_into_the_vision_tower_serves_two_methods(name: str, spec: str) -> None:
+    tiny = family(name)
+    inputs = tiny.inputs()
+    imba = PayAttentionToInformedTokens(alpha=2.0, beta=1.0, local_ratio=0.5, start_layer=0)
+    ((told,),) = vlmfix.visual_tokens(tiny.model, inputs, spec)
+    with vlmfix.wrapped(tiny.model, [FixedTokens(index=(tuple(told.index.tolist()),)), imba]):
+        expected = generate(tiny.model, inputs)
+    for stack in ([spec, imba], [imba, spec]):
+        with vlmfix.wrapped(tiny.model, stack):
+            assert same(generate(tiny.model, inputs), expected)
+    with vlmfix.wrapped(tiny.model, spec):
+        assert not same(generate(tiny.model, inputs), expected)
+
+
 @dataclass(frozen=True)
 class GivenNoise(VisualContrastiveDecoding):
     """VCD with the features of a noised image that were encoded beforehand."""
@@ -891,6 +997,23 @@ def test_base_and_branches_of_a_contrast_are_both_pruned(
             assert vlmfix.last_call(tiny.model).streams == 2
             assert same(output, expected)
             assert torch.equal(tiny.model(**inputs).logits[:, -1], bare)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "internvl"])
+def test_noised_images_are_cut_as_their_originals(name: str) -> None:
+    """Two images and one, of which each keeps others: beside the same prompts alone."""
+    tiny = family(name)
+    images = (2, 1)
+    inputs = prompts(tiny, images)
+    length = inputs["input_ids"].shape[1]
+    stack = [FixedTokens(index=((0, 1, 3), (2,))), CONTRASTS["vcd"]]
+    with vlmfix.wrapped(tiny.model, stack):
+        together = generate(tiny.model, inputs)
+        for row in range(2):
+            alone = generate(tiny.model, one_prompt(inputs, images, row))
+            assert torch.equal(together.sequences[row, length:], alone.sequences[0, -6:])
+            for batch, single in zip(together.logits, alone.logits, strict=True):
+                assert torch.allclose(batch[row], single[0], rtol=0, atol=1e-4)
 
 
 def test_two_methods_that_prune_are_refused() -> None:

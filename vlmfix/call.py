@@ -83,6 +83,8 @@ class Call:
     visual_tokens: tuple[tuple[int, int], ...] = ()
     #: What became of the visual tokens of each image, if the prompt was cut (shortening.Reduction).
     reductions: list[Any] | None = None
+    #: Visual tokens of each prompt before it was cut.
+    placeholders: list[int] | None = None
     #: (B0, L) bool, the visual tokens that later layers keep, where they drop some.
     kept: torch.Tensor | None = None
     #: What the branches of a contrastive method see (contrast.Branch), once it has been asked.

@@ -38,6 +38,8 @@ class Prompt:
             empty where the caller passed features that were encoded before.
         seen: {layer: (B, L) float32} for the layers of `ContrastMethod.watched`: attention of the
             last prompt token to every token of the prompt, mean over heads, as the model used it.
+        placeholders: visual tokens that the images of each prompt made, of which `visual` has fewer
+            where a pruning method cut the prompts; None: they were not cut.
     """
 
     info: ModelInfo
@@ -46,6 +48,7 @@ class Prompt:
     visual: torch.Tensor
     vision: Mapping[str, Any]
     seen: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    placeholders: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)

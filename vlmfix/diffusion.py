@@ -134,7 +134,8 @@ def _tiles(prompt: Prompt, values: torch.Tensor) -> Iterator[list[_Part]]:
         for image, (height, width) in zip(values, torch.as_tensor(sizes).tolist(), strict=True):
             yield [_whole(image[:, :height, :width])]
         return
-    tokens = prompt.visual.sum(1)
+    made = prompt.visual.sum(1).tolist() if prompt.placeholders is None else prompt.placeholders
+    tokens = torch.tensor(made)
     each, rest = divmod(int(tokens.sum()), len(values))
     if not each or rest or bool((tokens % each).any()):
         raise BadInput(

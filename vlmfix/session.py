@@ -677,7 +677,7 @@ def _require_empty_cache(method: TokenMethod, cache: Cache | None) -> None:
 
 def _note_pruned(call: Call, shortened: Shortened) -> None:
     """What later parts of a call must know of a prompt that was cut."""
-    call.reductions = shortened.reductions
+    call.reductions, call.placeholders = shortened.reductions, shortened.placeholders
     call.visual_tokens = tuple(one.size for one in shortened.reductions)
     images = [one.image for one in shortened.reductions]
     call.images = None if None in images else images  # type: ignore[assignment]  # none is None

@@ -84,11 +84,13 @@ class Shortened:
     Attributes:
         kwargs: of generate() or of a forward, for the shorter prompts.
         reductions: per image, in the order of the prompts.
+        placeholders: how many each prompt had.
         removed: how many columns the batch lost.
     """
 
     kwargs: dict[str, Any]
     reductions: list[Reduction]
+    placeholders: list[int]
     removed: int
 
 
@@ -129,7 +131,7 @@ def shorten(
     cut["mm_encoder_outputs"] = {"image": reduced}
     kept = kept.to(asked.placeholders.device)
     removed = _cut_tokens(session.model, cut, vision, asked.placeholders, kept, method)
-    return Shortened(cut, asked.reductions, removed)
+    return Shortened(cut, asked.reductions, asked.placeholders.sum(1).tolist(), removed)
 
 
 def ask(
@@ -301,7 +303,7 @@ def _relevance(
     grids = ("image_grid_thw", "image_sizes")
     inputs |= {name: kwargs[name] for name in grids if kwargs.get(name) is not None}
     inputs["attention_mask"] = (ledger.kinds[:, :length] != PAD).long()
-    inputs |= {"mm_encoder_outputs": {"image": copy.copy(output)}, "use_cache": False}
+    inputs |= {"mm_encoder_outputs": {"image": output}, "use_cache": False}
     inputs |= last_logits(model, 1)
     call = Call(methods=(), prompt_length=length, rows=len(placeholders))
     looking = session.apart(Stack((watcher,), session.info), call)

@@ -331,6 +331,7 @@ def _run_branches(
         visual=ledger.visual()[::copies, :length],
         vision={name: value for name, value in given.items() if name != "mm_encoder_outputs"},
         seen={layer: row[::copies] for layer, row in ledger.seen.get(method, {}).items()},
+        placeholders=call.placeholders,
     )
     if call.branches is None:  # without a cache every step is a prompt, and the branches hold
         call.branches = tuple(method.branches(prompt))

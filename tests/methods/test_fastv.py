@@ -6,6 +6,8 @@ import pytest
 import torch
 from matrix import family
 from pruned import check_a_row_without_image, check_text_only_is_untouched
+from tiny import build as build_tiny
+from tiny_configs import IMAGE
 
 import vlmfix
 from vlmfix import visual_tokens
@@ -18,6 +20,7 @@ from vlmfix.registry import build
 @pytest.mark.parametrize(
     ("attention", "budget", "kept"),
     [
+        ([0.02, 0.10, 0.05, 0.20, 0.01, 0.15], 3, [1, 3, 5]),
         ([0.1, 0.4, 0.2, 0.3], 2, [1, 3]),
         ([0.1, 0.4, 0.2, 0.3], 1, [1]),
         ([0.1, 0.4, 0.2, 0.3], 3, [1, 2, 3]),
@@ -65,6 +68,32 @@ def test_the_layer_before_decides() -> None:
         for layer in (1, 2)
     )
     assert early != late and early[0] != early[1]
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_it_is_shown_the_last_rows_mean_over_heads(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = build_tiny(name)
+    inputs = tiny.inputs(batch=2)
+    shown: list[torch.Tensor] = []
+    keep = FastV.keep
+
+    def record(method: FastV, attention: torch.Tensor, budget: int) -> torch.Tensor:
+        shown.append(attention)
+        return keep(method, attention, budget)
+
+    monkeypatch.setattr(FastV, "keep", record)
+    with vlmfix.wrapped(tiny.model, FastV(layer=2)), torch.no_grad():
+        tiny.model(**inputs)
+    tiny.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = tiny.model(**inputs, output_attentions=True).attentions[1]
+    for row, attention in enumerate(shown):
+        visual = inputs["input_ids"][row] == IMAGE
+        assert torch.allclose(attention, weights[row, :, -1, visual].mean(0), atol=1e-6)
+        assert 0 < float(attention.sum()) < 1
+    assert len(shown) == 2
 
 
 def test_text_only_and_rows_without_image() -> None:
