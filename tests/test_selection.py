@@ -257,7 +257,7 @@ def test_a_model_is_left_as_it_was(name: str) -> None:
     tiny = build(name)
     inputs = tiny.inputs(batch=2)
     copies = {key: value.clone() for key, value in inputs.items()}
-    methods: list[Any] = [RandomTokens(ratio=0.5)]
+    methods: list[Any] = [RandomTokens(ratio=0.5), method_from("ptp:ratio=0.5;instruction_layer=1")]
     if name != "gemma3":
         methods.append(FastV(ratio=0.5))
     plain = tiny.model.generate(**tiny.inputs(), **generate_kwargs())
