@@ -43,6 +43,7 @@ from vlmfix.methods.imba import PayAttentionToInformedTokens
 from vlmfix.methods.m3id import MutualInformationDecoding
 from vlmfix.methods.pai import PayAttentionToImage
 from vlmfix.methods.random_tokens import RandomTokens
+from vlmfix.methods.rbd import ReBalancingContrastiveDecoding
 from vlmfix.methods.var import VisualAttentionRedistribution
 from vlmfix.methods.vcd import VisualContrastiveDecoding
 from vlmfix.methods.vhr import VisionAwareHeadReinforcement
@@ -999,14 +1000,19 @@ def test_base_and_branches_of_a_contrast_are_both_pruned(
             assert torch.equal(tiny.model(**inputs).logits[:, -1], bare)
 
 
+@pytest.mark.parametrize(
+    "contrast",
+    [CONTRASTS["vcd"], ReBalancingContrastiveDecoding(1.0, 1.0, 0.0, noise_step=999, seed=0)],
+    ids=lambda method: method.name,
+)
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "internvl"])
-def test_noised_images_are_cut_as_their_originals(name: str) -> None:
+def test_noised_images_are_cut_as_their_originals(name: str, contrast: ContrastMethod) -> None:
     """Two images and one, of which each keeps others: beside the same prompts alone."""
     tiny = family(name)
     images = (2, 1)
     inputs = prompts(tiny, images)
     length = inputs["input_ids"].shape[1]
-    stack = [FixedTokens(index=((0, 1, 3), (2,))), CONTRASTS["vcd"]]
+    stack = [FixedTokens(index=((0, 1, 3), (2,))), contrast]
     with vlmfix.wrapped(tiny.model, stack):
         together = generate(tiny.model, inputs)
         for row in range(2):
