@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import vlmfix
+from vlmfix.dropping import _cut_mask
 from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
 from vlmfix.methods.fastv import FastV
 from vlmfix.methods.m3id import MutualInformationDecoding
@@ -365,6 +366,39 @@ def test_a_cache_that_layers_were_dropped_from_needs_its_method() -> None:
         ):
             tiny.model(**step)
         tiny.model(**step)
+
+
+def test_a_cache_that_nothing_was_dropped_from_goes_on_without_its_method() -> None:
+    tiny = build("llava")
+    cache = DynamicCache(config=tiny.model.config.get_text_config())
+    with vlmfix.wrapped(tiny.model, FastV(tokens=16)), torch.no_grad():
+        tiny.model(**tiny.inputs(), past_key_values=cache)
+        with vlmfix.using(tiny.model, PayAttentionToImage(alpha=0.5)):
+            tiny.model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+            assert vlmfix.last_call(tiny.model).edited_rows > 0
+
+
+@pytest.mark.parametrize("kind", [None, torch.bool, torch.float32])
+def test_columns_that_fill_up_are_hidden_and_see_themselves(kind: torch.dtype | None) -> None:
+    """Two rows of 6 columns, of which 4 and 2 stay; two columns fill up the second row."""
+    places = torch.tensor([[0, 2, 3, 5], [0, 1, 2, 5]])
+    filler = torch.tensor([[False] * 4, [True, True, False, False]])
+    mask = None
+    if kind is not None:
+        mask = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6)
+        if kind == torch.float32:
+            mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(kind).min)
+    cut = _cut_mask(mask, places, places, filler)
+    assert cut is not None
+    visible = (cut if cut.dtype == torch.bool else cut == 0)[:, 0].int()
+    assert visible.tolist() == [
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]],
+        [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]],
+    ]
+    step = _cut_mask(None if mask is None else mask[:, :, -1:], places, None, filler)
+    assert step is not None
+    visible = (step if step.dtype == torch.bool else step == 0)[:, 0, 0].int()
+    assert visible.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
 
 
 def test_padding_on_the_right_is_refused() -> None:

@@ -177,7 +177,10 @@ def _cut_mask(
     rows: torch.Tensor | None,
     filler: torch.Tensor,
 ) -> torch.Tensor | None:
-    """A mask (B, 1, Q, K), bool or additive, for the columns at `places`, and rows if given."""
+    """A mask (B, 1, Q, K), bool or additive, for the columns at `places`, and rows if given.
+
+    Every row sees at least itself: one that sees nothing gives NaN in some implementations.
+    """
     if mask is None:
         if not bool(filler.any()):
             return None
@@ -186,8 +189,7 @@ def _cut_mask(
             return visible
         causal = torch.ones(rows.shape[1], rows.shape[1], dtype=torch.bool, device=rows.device)
         own = torch.eye(rows.shape[1], dtype=torch.bool, device=rows.device)
-        return (visible & causal.tril()) | own  # a row that sees nothing would give NaN
-    mask = mask.expand(len(places), *mask.shape[1:])
+        return (visible & causal.tril()) | own
     if rows is not None:
         index = rows[:, None, :, None].to(mask.device)
         mask = mask.gather(2, index.expand(-1, mask.shape[1], -1, mask.shape[3]))

@@ -297,3 +297,9 @@ def test_an_image_of_one_colour_needs_few_tokens() -> None:
         tiny.model.model.vision_tower.embeddings.position_embedding.weight.zero_()
     one, other = answer(tiny, "cluster:tokens=6", inputs).kept
     assert len(one) < len(other) == 6
+    told = [
+        image
+        for own in vlmfix.visual_tokens(tiny.model, inputs, "cluster:tokens=6")
+        for image in own
+    ]
+    assert [(len(image.index), image.budget) for image in told] == [(len(one), 6), (6, 6)]
