@@ -298,10 +298,8 @@ def _relevance(
     # Hooks of accelerate move weights back after each layer; an interrupted forward would not.
     stop = not any(hasattr(module, "_hf_hook") for module in model.modules())
     watcher = _QuestionRows((layer,), question=asked, rows_end=length, stop=stop)
-    known = ("input_ids", "position_ids", *TOKEN_TYPES)
+    known = ("input_ids", "position_ids", "image_grid_thw", *TOKEN_TYPES)
     inputs = {name: kwargs[name] for name in known if kwargs.get(name) is not None}
-    grids = ("image_grid_thw", "image_sizes")
-    inputs |= {name: kwargs[name] for name in grids if kwargs.get(name) is not None}
     inputs["attention_mask"] = (ledger.kinds[:, :length] != PAD).long()
     inputs |= {"mm_encoder_outputs": {"image": output}, "use_cache": False}
     inputs |= last_logits(model, 1)
