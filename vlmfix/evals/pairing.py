@@ -1,0 +1,72 @@
+"""Answers in the order of the questions that they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmfix.errors import BadInput
+from vlmfix.evals.rows import Row, few, read_rows, refuse_repeats
+
+__all__ = ["answer_text", "load_answer_rows", "pair"]
+
+#: Under which keys an answer stands: in our records, in POPE's and LLaVA's files, HallusionBench's.
+ANSWER_KEYS = ("response", "answer", "text", "model_prediction")
+
+
+def answer_text(row: Row) -> str:
+    """The answer in a row; null reads as an empty one.
+
+    Raises:
+        BadInput: there is none, it is no text, or the row records a failure.
+    """
+    if row.values.get("error"):
+        raise BadInput(f"{row.where} records a failure ({row.values['error']}): answer it first")
+    return row.answer(*ANSWER_KEYS) or ""
+
+
+def load_answer_rows(path: str | Path, what: str) -> list[dict[str, Any]]:
+    """The rows of an answer file, checked where file and line are known.
+
+    Raises:
+        BadInput: a file that cannot be read, or a row without an answer.
+    """
+    rows = read_rows(path, what)
+    for row in rows:
+        answer_text(row)
+    return [dict(row.values) for row in rows]
+
+
+def pair(
+    wanted: Sequence[Hashable],
+    answers: Sequence[Mapping[str, Any]],
+    key: Callable[[Row], Hashable],
+    what: str,
+) -> list[Row]:
+    """The answer rows in the order of the questions, whatever order they came in.
+
+    Args:
+        wanted: what is asked.
+        answers: the rows.
+        key: what a row answers.
+        what: what the rows hold, for messages.
+
+    Raises:
+        BadInput: answers that are missing, repeated, or to no question; the message lists them.
+    """
+    rows = [Row(f"{what}, row {n}", values) for n, values in enumerate(answers, start=1)]
+    keys = [key(row) for row in rows]
+    refuse_repeats(keys, what)
+    found = dict(zip(keys, rows, strict=True))
+    if missing := [one for one in wanted if one not in found]:
+        raise BadInput(
+            f"{what}: {len(missing)} of {len(wanted)} questions have no answer: {few(missing)}: "
+            "answer all"
+        )
+    if extra := set(found) - set(wanted):
+        raise BadInput(
+            f"{what}: {len(extra)} answers belong to no question: {few(sorted(extra, key=str))}: "
+            "score them with the questions that they were made for"
+        )
+    return [found[one] for one in wanted]
