@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from vlmfix.errors import BadInput
 
-__all__ = ["Row", "few", "read_rows", "refuse_repeats", "short"]
+__all__ = ["Row", "few", "read_object", "read_rows", "read_text", "refuse_repeats", "short"]
 
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
@@ -100,7 +100,7 @@ def read_rows(path: str | Path, what: str) -> list[Row]:
             no object; the message names the line.
     """
     path = Path(path)
-    text = _text(path, what)
+    text = read_text(path, what)
     start = text.lstrip()[:1]
     if not start:
         raise BadInput(f"{what}: {path} is empty: expected one JSON object per line")
@@ -122,7 +122,25 @@ def read_rows(path: str | Path, what: str) -> list[Row]:
     return rows
 
 
-def _text(path: Path, what: str) -> str:
+def read_object(path: str | Path, what: str) -> dict[str, Any]:
+    """What a JSON file holds that is one object, as UTF-8.
+
+    Raises:
+        BadInput: a file that cannot be read, is not UTF-8 or not JSON, or holds something else.
+    """
+    path = Path(path)
+    found = _json(read_text(path, what), f"{path}")
+    if not isinstance(found, dict):
+        raise BadInput(f"{what}: {path} holds no JSON object but {short(found)}")
+    return found
+
+
+def read_text(path: Path, what: str) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        BadInput: it cannot be read, or is not UTF-8; the message names the line.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
