@@ -242,7 +242,7 @@ def eval_command(
             names,
             model=model,
             methods=methods,
-            data=data,
+            data=_data(data, names),
             limit=limit,
             n_images=_images(images),
             questions=_questions(questions),
@@ -435,6 +435,20 @@ def _images(text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise BadInput(f"--images {text}: give a number of images, or 'all'")
     return int(text)
+
+
+def _data(given: list[str] | None, tasks: list[str]) -> dict[str, str] | None:
+    """Data by task, from PATH or TASK=PATH; "*" for a bare path."""
+    found: dict[str, str] = {}
+    for text in given or ():
+        task, equals, path = text.partition("=")
+        # A path may hold an equals sign itself.
+        key, path = (task, path) if equals and task in tasks else ("*", text)
+        if key in found:
+            whose = "all tasks" if key == "*" else key
+            raise BadInput(f"--data: {found[key]} and {path} are both given for {whose}: keep one")
+        found[key] = path
+    return found or None
 
 
 def _questions(pairs: list[str] | None) -> dict[str, str] | None:

@@ -52,7 +52,12 @@ Task = Annotated[str | None, Argument(metavar="TASK[,TASK]", help="What to evalu
 Tasks = Annotated[str | None, Option("--tasks", help="Same as TASK; 'list' lists them.")]
 ListTasks = Annotated[bool, Option("--list", help="List the tasks and stop.")]
 Data = Annotated[
-    Path | None, Option(help="Folder or .zip in COCO format; bundled images if absent.")
+    list[str] | None,
+    Option(
+        metavar="[TASK=]PATH",
+        help="Data of all tasks (COCO format for pope and chair), or of one; bundled images if "
+        "absent.",
+    ),
 ]
 Limit = Annotated[int | None, Option(min=1, help="Only the first N images.")]
 Images = Annotated[str, Option(help="How many images a task selects, or 'all'.")]

@@ -139,6 +139,9 @@ class Chair:
         Column("words", "words", percent=False, delta=False),
     )
 
+    wants_p_yes = False
+    open = CocoData.open
+
     def __init__(self, data: CocoData, options: Options) -> None:
         if options.truncate not in ("none", "sentence"):
             raise BadInput(f"truncate={options.truncate!r}: choose 'none' or 'sentence'")

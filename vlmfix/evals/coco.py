@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -54,6 +54,20 @@ class CocoData:
         self.instances_name = self._pick("instances")
         self.captions_name = self._pick("captions")
         self._read_instances()
+
+    @classmethod
+    def open(cls, path: str | Path | None) -> CocoData:
+        """The data at `path`; None: the bundled evaluation images (`Task.open` of COCO tasks)."""
+        if path is None:
+            from vlmfix import emoji
+
+            path = emoji.evaluation_split()
+        return cls(path)
+
+    @property
+    def name(self) -> str:
+        """Name of the folder or .zip."""
+        return self.source.name
 
     def _listing(self) -> Iterator[str]:
         """Names of the JSON files at the top, in annotations/, or one folder down."""
@@ -208,20 +222,20 @@ class CocoData:
         found = [p for pattern in ("*/", "*/*/") for p in sorted(self.source.glob(pattern))]
         return ["", *(p.relative_to(self.source).as_posix() for p in found if p.is_dir())]
 
-    def require_images(self, file_names: list[str]) -> None:
+    def require_images(self, names: Sequence[str]) -> None:
         """Check that the pictures are there, before any work is spent on them.
 
         Raises:
             BadInput: some are missing; the message names the first ones.
         """
-        missing = [name for name in file_names if self._find(name) is None]
+        missing = [name for name in names if self._find(name) is None]
         if missing:
             raise BadInput(
-                f"{self.source} lacks {len(missing)} of {len(file_names)} images, first "
+                f"{self.source} lacks {len(missing)} of {len(names)} images, first "
                 f"{', '.join(missing[:3])}: put them into {self.source / 'images'}"
             )
 
-    def image(self, file_name: str) -> Image.Image:
+    def image(self, name: str) -> Image.Image:
         """The picture with this `file_name`, in RGB.
 
         Raises:
@@ -229,10 +243,10 @@ class CocoData:
         """
         from PIL import Image, UnidentifiedImageError
 
-        self.require_images([file_name])
-        name = self._find(file_name)
-        assert name is not None
+        self.require_images([name])
+        found = self._find(name)
+        assert found is not None
         try:
-            return Image.open(BytesIO(self._bytes(name))).convert("RGB")
+            return Image.open(BytesIO(self._bytes(found))).convert("RGB")
         except (UnidentifiedImageError, OSError, zipfile.BadZipFile) as error:
-            raise BadInput(f"{self.source}: {name} is not a readable image ({error})") from None
+            raise BadInput(f"{self.source}: {found} is not a readable image ({error})") from None

@@ -21,22 +21,23 @@ from typing import Any
 from vlmfix._version import __version__
 from vlmfix.errors import BadInput
 from vlmfix.evals.arms import BASE, file_name, named_arms
-from vlmfix.evals.coco import CocoData
 from vlmfix.evals.progress import progress_bar
 from vlmfix.evals.report import write_json
 from vlmfix.evals.runner import ArmRun, ModelUnderTest, Recorder, distinct_requests, run_arm
-from vlmfix.evals.tasks import Options, Task, get_task
+from vlmfix.evals.tasks import DataSource, Options, Task, get_task
 
 __all__ = ["evaluate", "output_folder", "positive"]
 
 FORMAT = 1
+
+Data = str | Path | DataSource
 
 
 def evaluate(
     tasks: Sequence[str],
     model: Any = "emoji",
     methods: Sequence[Any] = (),
-    data: str | Path | CocoData | None = None,
+    data: Data | Mapping[str, Data] | None = None,
     limit: int | None = None,
     output: str | Path | None = None,
     batch_size: int = 32,
@@ -67,7 +68,9 @@ def evaluate(
         tasks: names from `vlmfix.evals.TASKS`.
         model: "emoji", a folder, a hub id, or (model, processor); not wrapped.
         methods: one arm each: a name with options, a list of them (a stack), or a method object.
-        data: COCO-format folder or .zip; None takes the bundled evaluation images.
+        data: folder or file in the format of the tasks (COCO for pope and chair); or a mapping from
+            task to its own, where "*" stands for all other tasks. None, and tasks that the mapping
+            leaves out, take the bundled images.
         limit: ask about the first so many selected images only; the results say PARTIAL.
         output: folder for results.json and samples_*.jsonl; None makes one under runs/.
         batch_size: (image, prompt) pairs per generate call.
@@ -102,7 +105,7 @@ def evaluate(
     draws = _draws(temperature, seeds)
     started = datetime.now(timezone.utc)
     folder = output_folder(output, overwrite, started, task_types, model)
-    opened = data if isinstance(data, CocoData) else CocoData(data or _bundled_data())
+    opened = _open(task_types, data)
     options = Options(
         seed=seed,
         limit=limit,
@@ -114,9 +117,10 @@ def evaluate(
         questions={k: Path(v) for k, v in questions.items()} if questions else None,
         splits=splits,
     )
-    ready = {name: task_type(opened, options) for name, task_type in task_types.items()}
-    pictures = [sample.image for task in ready.values() for sample in task.samples]
-    opened.require_images(list(dict.fromkeys(pictures)))
+    ready = {name: task_type(opened[name], options) for name, task_type in task_types.items()}
+    for name, task in ready.items():
+        pictures = [sample.image for sample in task.samples if sample.image is not None]
+        opened[name].require_images(list(dict.fromkeys(pictures)))
     applied = [method for method in arms.values() if method is not None]
     asked = _model(model, applied, dtype, device)
     asked.check(applied)
@@ -134,8 +138,6 @@ def evaluate(
         "config": {
             **asked.facts,
             "methods": {arm: asked.describe(method) for arm, method in arms.items()},
-            "data": opened.source.name,
-            "data_sha256": opened.sha256,
             "limit": limit,
             "n_images": n_images,
             "seed": seed,
@@ -147,10 +149,10 @@ def evaluate(
         },
         "tasks": {},
     }
-    image = lru_cache(maxsize=64)(opened.image)
     asks = sum(len(distinct_requests(task.samples)) for task in ready.values())
     with progress_bar(len(arms) * len(draws) * asks, quiet) as advance:
         for name, task in ready.items():
+            image = lru_cache(maxsize=64)(opened[name].image)
             gen_kwargs = _decoding(max_new_tokens or task.max_new_tokens, temperature)
             runs = {}
             for arm, method in arms.items():
@@ -177,7 +179,12 @@ def evaluate(
                         draws,
                     )
             entry = _score(task, runs)
-            results["tasks"][name] = {**entry, "gen_kwargs": gen_kwargs}
+            results["tasks"][name] = {
+                **entry,
+                "data": opened[name].name,
+                "data_sha256": opened[name].sha256,
+                "gen_kwargs": gen_kwargs,
+            }
             results["errors"] += sum(entry["arms"][arm]["n_errors"] for arm in arms)
     results["partial"] = results["partial"] or results["errors"] > 0
     write_json(folder / "results.json", results)
@@ -292,10 +299,28 @@ def output_folder(
     return folder
 
 
-def _bundled_data() -> Path:
-    from vlmfix import emoji
-
-    return Path(emoji.evaluation_split())
+def _open(
+    task_types: Mapping[str, type[Task]], data: Data | Mapping[str, Data] | None
+) -> dict[str, DataSource]:
+    """Task -> its data; tasks that open the same path the same way share one."""
+    chosen: Mapping[str, Any] = data if isinstance(data, Mapping) else {"*": data}
+    if strange := sorted(set(chosen) - {*task_types, "*"}):
+        raise BadInput(
+            f"data for {', '.join(strange)}, which is not evaluated here: name one of "
+            f"{', '.join(task_types)}, or * for all others"
+        )
+    opened: dict[Any, DataSource] = {}
+    found = {}
+    for name, task_type in task_types.items():
+        source = chosen.get(name, chosen.get("*"))
+        if isinstance(source, DataSource):
+            found[name] = source
+            continue
+        key = (task_type.open, source)
+        if key not in opened:
+            opened[key] = task_type.open(source)
+        found[name] = opened[key]
+    return found
 
 
 def _model(model: Any, methods: Sequence[Any], dtype: Any, device: Any) -> ModelUnderTest:

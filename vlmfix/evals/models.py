@@ -104,7 +104,7 @@ class TransformersModel:
 
             def answer(batch: Sequence[Sample], noise: int) -> list[Answer]:
                 counter.reset()
-                chats = [_chat(image(sample.image), sample.prompt) for sample in batch]
+                chats = [_chat(sample, image) for sample in batch]
                 with _seeded(noise):
                     details = vlmfix.generate(
                         self._model, self._processor, chats, return_details=True, **gen_kwargs
@@ -127,6 +127,6 @@ def _seeded(noise: int) -> Iterator[None]:
         yield
 
 
-def _chat(picture: Any, prompt: str) -> list[dict[str, Any]]:
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]
-    return [{"role": "user", "content": content}]
+def _chat(sample: Sample, image: Callable[[str], Any]) -> list[dict[str, Any]]:
+    picture = [] if sample.image is None else [{"type": "image", "image": image(sample.image)}]
+    return [{"role": "user", "content": [*picture, {"type": "text", "text": sample.prompt}]}]

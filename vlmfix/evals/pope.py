@@ -125,6 +125,9 @@ class Pope:
         Column("yes_ratio", "yes"),
     )
 
+    wants_p_yes = True
+    open = CocoData.open
+
     def __init__(self, data: CocoData, options: Options) -> None:
         if options.prompt_style not in PROMPT_STYLES:
             raise BadInput(

@@ -105,7 +105,7 @@ def _line(cells: list[str]) -> str:
 def _title(results: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> str:
     partial = "PARTIAL: " if entry["partial"] else ""
     return (
-        f"{partial}{name.upper()} on {results['config']['data']}, {results['config']['model']}, "
+        f"{partial}{name.upper()} on {entry['data']}, {results['config']['model']}, "
         f"{entry['n_images']} images, {entry['n_samples']} items"
     )
 

@@ -135,7 +135,7 @@ def distinct_requests(samples: Sequence[Sample]) -> list[list[Sample]]:
     answer is the same, so it is asked for once. Sampled once, it stands in every split, too: each
     split is as it would be alone, and what they share, the bootstrap over images keeps together.
     """
-    by_image: dict[str, dict[str, list[Sample]]] = {}
+    by_image: dict[str | None, dict[str, list[Sample]]] = {}
     for sample in samples:
         by_image.setdefault(sample.image, {}).setdefault(sample.prompt, []).append(sample)
     return [group for prompts in by_image.values() for group in prompts.values()]
