@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from vlmfix.errors import BadInput
-from vlmfix.evals.rows import Row, few, read_rows, refuse_repeats
+from vlmfix.evals.rows import Row, few, refuse_repeats
 
-__all__ = ["answer_text", "load_answer_rows", "pair"]
+__all__ = ["answer_text", "located", "pair"]
 
 #: Under which keys an answer stands: in our records, in POPE's and LLaVA's files, HallusionBench's.
 ANSWER_KEYS = ("response", "answer", "text", "model_prediction")
@@ -26,21 +25,17 @@ def answer_text(row: Row) -> str:
     return row.answer(*ANSWER_KEYS) or ""
 
 
-def load_answer_rows(path: str | Path, what: str) -> list[dict[str, Any]]:
-    """The rows of an answer file, checked where file and line are known.
-
-    Raises:
-        BadInput: a file that cannot be read, or a row without an answer.
-    """
-    rows = read_rows(path, what)
-    for row in rows:
-        answer_text(row)
-    return [dict(row.values) for row in rows]
+def located(answers: Sequence[Row | Mapping[str, Any]], what: str) -> list[Row]:
+    """Answers with the place where each stands; those from a file have one already."""
+    return [
+        answer if isinstance(answer, Row) else Row(f"{what}, row {n}", answer)
+        for n, answer in enumerate(answers, start=1)
+    ]
 
 
 def pair(
     wanted: Sequence[Hashable],
-    answers: Sequence[Mapping[str, Any]],
+    answers: Sequence[Row | Mapping[str, Any]],
     key: Callable[[Row], Hashable],
     what: str,
 ) -> list[Row]:
@@ -48,14 +43,14 @@ def pair(
 
     Args:
         wanted: what is asked.
-        answers: the rows.
+        answers: the rows, of a file (`rows.read_rows`) or plain.
         key: what a row answers.
         what: what the rows hold, for messages.
 
     Raises:
         BadInput: answers that are missing, repeated, or to no question; the message lists them.
     """
-    rows = [Row(f"{what}, row {n}", values) for n, values in enumerate(answers, start=1)]
+    rows = located(answers, what)
     keys = [key(row) for row in rows]
     refuse_repeats(keys, what)
     found = dict(zip(keys, rows, strict=True))
