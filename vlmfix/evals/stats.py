@@ -119,6 +119,7 @@ class Resamples:
 
     Attributes:
         n_clusters: number of clusters.
+        cluster_of: (items,) the number of every item's cluster.
         weights: (R, n_clusters) how often each resample holds each cluster.
     """
 
@@ -126,7 +127,7 @@ class Resamples:
         self, clusters: Sequence[object], replicates: int = REPLICATES, seed: int = 0
     ) -> None:
         number: dict[object, int] = {}
-        self._cluster_of = np.array(
+        self.cluster_of = np.array(
             [number.setdefault(cluster, len(number)) for cluster in clusters], dtype=np.intp
         )
         self.n_clusters = len(number)
@@ -137,15 +138,6 @@ class Resamples:
         for row in self.weights if n else ():
             row[:] = np.bincount(generator.integers(n, size=n), minlength=n)
 
-    def item_weights(self, items: NDArray[np.intp], rows: slice = slice(None)) -> Floats:
-        """How often each item is in each resample: (R, n).
-
-        Args:
-            items: (n,) indices.
-            rows: of these resamples only.
-        """
-        return self.weights[rows, self._cluster_of[items]]
-
     def sums(self, counts: Floats, items: NDArray[np.intp] | None = None) -> Floats:
         """Sums of item counts in every resample: (items, ...) -> (R, ...).
 
@@ -153,7 +145,7 @@ class Resamples:
             counts: of all items, or of those that `items` lists.
             items: (n,) indices; None: all.
         """
-        cluster_of = self._cluster_of if items is None else self._cluster_of[items]
+        cluster_of = self.cluster_of if items is None else self.cluster_of[items]
         flat = counts.reshape(len(counts), -1)
         per_cluster = np.zeros((self.n_clusters, flat.shape[1]))
         for column in range(flat.shape[1]):
