@@ -18,6 +18,7 @@ from vlmfix.errors import BadInput
 from vlmfix.evals.chair_objects import ground_truth, mentions
 from vlmfix.evals.coco import CocoData
 from vlmfix.evals.metrics import Arm, Ratio, counts_table, summarise
+from vlmfix.evals.pope_tables import QuestionTable, open_images
 from vlmfix.evals.tasks import Answer, Column, Options, Sample
 
 __all__ = ["PROMPT", "Chair", "first_words", "score_captions", "whole_sentences"]
@@ -140,9 +141,14 @@ class Chair:
     )
 
     wants_p_yes = False
-    open = CocoData.open
+    open = staticmethod(open_images)
 
-    def __init__(self, data: CocoData, options: Options) -> None:
+    def __init__(self, data: CocoData | QuestionTable, options: Options) -> None:
+        if not isinstance(data, CocoData):
+            raise BadInput(
+                f"CHAIR needs annotated images, and {data.name} holds questions: pass a folder or "
+                ".zip in COCO format with --data"
+            )
         if options.truncate not in ("none", "sentence"):
             raise BadInput(f"truncate={options.truncate!r}: choose 'none' or 'sentence'")
         self._data, self._options = data, options

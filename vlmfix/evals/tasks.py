@@ -124,12 +124,15 @@ class Options:
         seed: of every selection and of the bootstrap.
         limit: ask about the first so many selected images only; None asks about all.
         n_images: how many images a task selects; None takes all that are eligible.
-        prompt_style: wording of yes/no questions, a key of `pope.PROMPT_STYLES`.
+        prompt_style: wording of yes/no questions, a key of `prompts.PROMPT_STYLES`.
         parser: rule for yes/no answers, a key of `parsers.PARSERS`.
         max_new_tokens: overrides the task's own limit.
         truncate: "none", or "sentence" to drop the sentence that the token limit cut.
         questions: ready-made question files by split, instead of building them.
         splits: which splits of POPE are built, of `pope.SPLITS`; None: those of the paper.
+        ground_truth: objects that POPE asks about: "instances" or "instances+captions"; None takes
+            the captions where there are some and all categories are COCO's.
+        official_typo: POPE writes "in the imange" after "an", as the published files do.
     """
 
     seed: int = 0
@@ -141,6 +144,8 @@ class Options:
     truncate: str = "none"
     questions: Mapping[str, Path] | None = None
     splits: Sequence[str] | None = None
+    ground_truth: str | None = None
+    official_typo: bool = False
 
 
 @dataclass(frozen=True)
