@@ -5,8 +5,6 @@ Everything that can be refused is refused before the model is asked and before a
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import platform
 import sys
@@ -24,6 +22,7 @@ from vlmfix.evals.arms import BASE, file_name, named_arms
 from vlmfix.evals.progress import progress_bar
 from vlmfix.evals.report import write_json
 from vlmfix.evals.runner import ArmRun, ModelUnderTest, Recorder, distinct_requests, run_arm
+from vlmfix.evals.scoring import score_task
 from vlmfix.evals.tasks import DataSource, Options, Task, get_task
 
 __all__ = ["evaluate", "output_folder", "positive"]
@@ -178,7 +177,7 @@ def evaluate(
                         seed,
                         draws,
                     )
-            entry = _score(task, runs)
+            entry = _score(task, runs, seed)
             results["tasks"][name] = {
                 **entry,
                 "data": opened[name].name,
@@ -192,38 +191,19 @@ def evaluate(
     return results
 
 
-def _score(task: Task, runs: Mapping[str, ArmRun]) -> dict[str, Any]:
+def _score(task: Task, runs: Mapping[str, ArmRun], seed: int) -> dict[str, Any]:
     """Score what every arm answered: an item that failed once, under any arm, counts for none."""
     everything = range(len(task.samples))
     rows = [row for run in runs.values() for row in run.answers]
     answered = [i for i in everything if all(row[i].error is None for row in rows)]
-    draws = range(len(runs[BASE].answers))
-    samples = [task.samples[i] for _ in draws for i in answered]
+    samples = [task.samples[i] for i in answered]
     answers = {arm: [row[i] for row in run.answers for i in answered] for arm, run in runs.items()}
-    scored = task.score(samples, answers, [draw for draw in draws for _ in answered])
-    base, n = answers[BASE], max(1, len(samples))
+    entry = score_task(task, samples, answers, range(len(runs[BASE].answers)), seed)
     for arm, run in runs.items():
-        texts = answers[arm]
-        scored[arm] |= {
-            "cost": run.cost,
-            "n_errors": sum(answer.error is not None for row in run.answers for answer in row),
-            "n_empty": sum(not answer.text.strip() for answer in texts),
-            "cut_share": sum(answer.finish == "length" for answer in texts) / n,
-            "same_as_base": sum(a.text == b.text for a, b in zip(texts, base, strict=True)) / n,
-        }
-    images = list(dict.fromkeys(sample.image_id for sample in task.samples))
-    excluded = set(everything) - set(answered)
-    return {
-        **task.facts,
-        "partial": task.partial or bool(excluded),
-        "n_samples": len(answered),
-        "n_images": len(images),
-        "splits": list(dict.fromkeys(sample.split for sample in task.samples)),
-        "image_ids": images,
-        "image_ids_sha256": hashlib.sha256(json.dumps(images).encode()).hexdigest(),
-        "excluded": [task.samples[i].sample_id for i in sorted(excluded)],
-        "arms": scored,
-    }
+        failed = sum(answer.error is not None for row in run.answers for answer in row)
+        entry["arms"][arm] |= {"cost": run.cost, "n_errors": failed}
+    excluded = [task.samples[i].sample_id for i in sorted(set(everything) - set(answered))]
+    return {**entry, "partial": task.partial or bool(excluded), "excluded": excluded}
 
 
 def _draws(temperature: float | None, seeds: int) -> Sequence[int | None]:
