@@ -10,8 +10,9 @@ from vlmfix.evals.rows import Row, few, refuse_repeats
 
 __all__ = ["answer_text", "located", "pair"]
 
-#: Under which keys an answer stands: in our records, in POPE's and LLaVA's files, HallusionBench's.
-ANSWER_KEYS = ("response", "answer", "text", "model_prediction")
+#: Under which keys an answer stands: in our records, in POPE's and LLaVA's files, OPERA's captions,
+#: HallusionBench's.
+ANSWER_KEYS = ("response", "answer", "text", "caption", "model_prediction")
 
 
 def answer_text(row: Row) -> str:

@@ -30,6 +30,7 @@ __all__ = [
     "load_questions",
     "load_splits",
     "pair_answers",
+    "pair_rows",
     "question_splits",
 ]
 
@@ -205,6 +206,13 @@ def answer_splits(rows: Sequence[Row], splits: Sequence[str]) -> dict[str, list[
 def pair_answers(
     questions: Sequence[Question], answers: Sequence[Row | Mapping[str, Any]]
 ) -> list[str]:
+    """The texts of `pair_rows`."""
+    return [answer_text(row) for row in pair_rows(questions, answers)]
+
+
+def pair_rows(
+    questions: Sequence[Question], answers: Sequence[Row | Mapping[str, Any]]
+) -> list[Row]:
     """Answers in the order of the questions, whatever order they came in.
 
     Where all answers name their image and question, they are paired by image and object: the ids of
@@ -243,7 +251,7 @@ def pair_answers(
             f"{len(rows)} answers to {len(questions)} questions say neither image and question "
             "nor question_id: write one of these with every answer"
         )
-    return [answer_text(row) for row in paired]
+    return paired
 
 
 def _texts(values: Iterable[object]) -> bool:

@@ -30,7 +30,7 @@ def score_task(
         seed: of the bootstrap.
     """
     repeated = [sample for _ in draws for sample in samples]
-    seeds = [draw or 0 for draw in draws for _ in samples]
+    seeds = [i for i in range(len(draws)) for _ in samples]
     scored = task.score(repeated, arms, seeds)
     add_controls(scored, task, repeated, arms, seeds, seed)
     images = list(dict.fromkeys(sample.image_id for sample in samples))
