@@ -72,6 +72,23 @@ Splits = Annotated[
         help="POPE splits to build: random, popular, adversarial (these three if absent), small.",
     ),
 ]
+GroundTruth = Annotated[
+    str | None,
+    Option("--ground-truth", help="Objects that POPE asks about: instances or instances+captions."),
+]
+OfficialTypo = Annotated[
+    bool, Option("--official-typo", help="POPE asks 'in the imange' after 'an', as its files do.")
+]
+ImageIds = Annotated[
+    Path | None,
+    Option("--image-ids", help="File of the images that CHAIR describes, one id per line."),
+]
+ChairEngine = Annotated[
+    str, Option("--chair-engine", help="What finds objects in captions: builtin or nltk.")
+]
+ChairMode = Annotated[
+    str, Option("--chair-mode", help="CHAIR's own rules (compat), or repaired ones (fixed).")
+]
 Temperature = Annotated[
     float | None, Option(help="Sample at this temperature; greedy decoding if absent.")
 ]
