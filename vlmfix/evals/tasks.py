@@ -29,7 +29,11 @@ __all__ = [
 ]
 
 TASKS: dict[str, str] = {
+    "amber_d": "vlmfix.evals.amber_discriminative:AmberDiscriminative",
+    "amber_g": "vlmfix.evals.amber_generative:AmberGenerative",
     "chair": "vlmfix.evals.chair:Chair",
+    "hallusionbench": "vlmfix.evals.hallusionbench:HallusionBench",
+    "mme": "vlmfix.evals.mme:Mme",
     "pope": "vlmfix.evals.pope:Pope",
 }
 
