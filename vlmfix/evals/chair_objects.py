@@ -117,8 +117,9 @@ def _nltk_tokens(text: str) -> list[_Token]:
     tokens, position = [], 0
     for word, tag in tagged_tokens(text):
         # The tokeniser writes double quotes as `` and ''.
-        start = max(position, text.find('"' if word in ("``", "''") else word, position))
-        position = min(start + len(word), len(text))
+        written = '"' if word in ("``", "''") and word not in text else word
+        start = max(position, text.find(written, position))
+        position = min(start + len(written), len(text))
         tokens.append(_Token(word, lemma(word, _PARTS.get(tag[:1], "n")), start, position))
     return tokens
 
