@@ -24,9 +24,9 @@ from vlmfix.evals.report import write_json
 from vlmfix.evals.tasks import Answer, Sample
 from vlmfix.methods.pai import PayAttentionToImage
 
-RECORD_KEYS = """run_id task split sample_id image prompt target response n_prompt_tokens
-n_new_tokens finish latency_s method method_cfg gen_kwargs seed sampling_seed rank error parsed
-correct"""
+RECORD_KEYS = """run_id rank config method method_cfg gen_kwargs seed sampling_seed task split index
+sample_id image image_id prompt follows prefix target response p_yes n_prompt_tokens n_new_tokens
+passes finish batch halvings latency_s error parsed correct"""
 
 
 @pytest.fixture
@@ -83,6 +83,7 @@ def test_paired_run(world: Path, tmp_path: Path) -> None:
     assert len(results["tasks"]["pope"]["image_ids"]) == 10
     assert sorted(p.name for p in out.iterdir()) == [
         "results.json",
+        "run.json",
         *(f"samples_{task}_{arm}.jsonl" for task in ("chair", "pope") for arm in sorted(pope)),
     ]
 
@@ -120,7 +121,7 @@ def test_answers_are_on_disk_as_soon_as_they_are_given(world: Path, tmp_path: Pa
     seen: list[int] = []
 
     def reply(method: Any, sample: Sample) -> str:
-        path = tmp_path / "out" / "samples_pope_base.jsonl"
+        path = tmp_path / "out" / "samples_pope_base.rank0.jsonl"
         seen.append(len(path.read_text().splitlines()))
         return "Yes"
 
@@ -230,6 +231,7 @@ def test_output_folder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert sorted(p.name for p in out.iterdir()) == [
         "notes.txt",
         "results.json",
+        "run.json",
         "samples_pope_base.jsonl",
     ]
     assert len(records(out, "pope", "base")) == 180
