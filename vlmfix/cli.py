@@ -217,6 +217,9 @@ def eval_command(
     max_new_tokens: opt.NewTokens = None,
     temperature: opt.Temperature = None,
     seeds: opt.Seeds = 1,
+    greedy_too: opt.GreedyToo = False,
+    noop: opt.NoOp = False,
+    resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
     dtype: opt.Dtype = None,
     device: opt.Device = None,
@@ -225,6 +228,7 @@ def eval_command(
 ) -> None:
     """Evaluate the base model and methods on the same items. Exit code 1 if any item failed."""
     from vlmfix import evals
+    from vlmfix.evals.processes import is_first_process
     from vlmfix.evals.tasks import get_task
     from vlmfix.registry import parse_spec
 
@@ -265,12 +269,17 @@ def eval_command(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seeds=seeds,
+            greedy_too=greedy_too,
+            noop=noop,
+            resume=resume,
             overwrite=overwrite,
             quiet=json,
             truncate=truncate,
             dtype=dtype,
             device=device,
         )
+    if not is_first_process():
+        return
     show.report(json, results, evals.render(results))
     if not json:
         print(f"written to {results['output']}")

@@ -103,6 +103,13 @@ PromptStyle = Annotated[str, Option(help="Wording of yes/no questions.")]
 Parser = Annotated[str, Option(help="How yes/no answers are read.")]
 Truncate = Annotated[str, Option(help="'sentence' drops the sentence that the limit cut.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace earlier results in --output.")]
+Resume = Annotated[
+    bool, Option("--resume", help="Go on with the run in --output; starts one if it is empty.")
+]
+GreedyToo = Annotated[
+    bool, Option("--greedy-too", help="With --temperature: every arm decodes greedily, too.")
+]
+NoOp = Annotated[bool, Option("--noop", help="Add a control arm that is hooked and edits nothing.")]
 
 AttributionData = Annotated[
     Path | None,
