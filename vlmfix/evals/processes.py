@@ -10,13 +10,18 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
-__all__ = ["Processes"]
+__all__ = ["Processes", "is_first_process"]
 
 T = TypeVar("T")
 
 #: How long a process waits for the others. They may still be at an arm's last batches; one that
 #: died is noticed at once, since its connection closes.
 PATIENCE = timedelta(days=7)
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all: rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 class Processes:
