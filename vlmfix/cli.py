@@ -288,6 +288,54 @@ def eval_command(
         raise typer.Exit(1)
 
 
+@app.command("score")
+def score_command(
+    task: opt.ScoredTask,
+    answers: opt.Answers,
+    baseline: opt.Baseline = None,
+    questions: opt.AnsweredQuestions = None,
+    annotations: opt.Annotations = None,
+    parser: opt.ScoreParser = "official",
+    truncate: opt.Truncate = "none",
+    chair_engine: opt.ChairEngine = "builtin",
+    chair_mode: opt.ChairMode = "compat",
+    seed: opt.Seed = 0,
+    output: opt.ResultFolder = None,
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
+) -> None:
+    """Score files of answers, ours or anyone's, without a model; two of them as a pair."""
+    from datetime import datetime, timezone
+
+    from vlmfix import evals
+    from vlmfix.evals.harness import output_folder
+    from vlmfix.evals.report import write_json
+    from vlmfix.evals.score import score
+
+    with show.only_stderr(json):
+        folder = None
+        if output is not None:
+            folder = output_folder(output, overwrite, datetime.now(timezone.utc), [task], None)
+        results = score(
+            task,
+            _by_split("--answers", answers),
+            _by_split("--baseline", baseline) if baseline else None,
+            questions=_by_split("--questions", questions, "all") if questions else None,
+            annotations=annotations,
+            parser=parser,
+            truncate=truncate,
+            chair_engine=chair_engine,
+            chair_mode=chair_mode,
+            seed=seed,
+        )
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "results.json", results)
+    show.report(json, results, evals.render(results))
+    if folder is not None and not json:
+        print(f"written to {folder}")
+
+
 @app.command("calibrate")
 def calibrate_command(
     model: opt.ModelArgument = "emoji",
@@ -477,6 +525,20 @@ def _questions(pairs: list[str] | None) -> dict[str, str] | None:
     if bad := [pair for pair in pairs if not all(pair.partition("="))]:
         raise BadInput(f"--questions {bad[0]}: write SPLIT=FILE, e.g. random=coco_random.json")
     return {split: file for split, _, file in (pair.partition("=") for pair in pairs)}
+
+
+def _by_split(option: str, given: list[str], whole: str = "") -> dict[str, str]:
+    """Files by split, from FILE or SPLIT=FILE; a bare file goes under `whole`."""
+    found: dict[str, str] = {}
+    for text in given:
+        split, equals, file = text.partition("=")
+        # The name of a file may hold an equals sign itself.
+        if not equals or Path(text).exists():
+            split, file = whole, text
+        if split in found:
+            raise BadInput(f"{option}: several files for one split: write SPLIT={file} for each")
+        found[split] = file
+    return found
 
 
 def _split(text: str) -> list[str]:

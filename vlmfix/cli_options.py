@@ -111,6 +111,35 @@ GreedyToo = Annotated[
 ]
 NoOp = Annotated[bool, Option("--noop", help="Add a control arm that is hooked and edits nothing.")]
 
+ScoredTask = Annotated[str, Argument(metavar="TASK", help="What the answers were given to.")]
+Answers = Annotated[
+    list[str],
+    Option(
+        "--answers",
+        metavar="[SPLIT=]FILE",
+        help="JSON Lines, a JSON list or .tsv; repeat it where each split has a file of its own.",
+    ),
+]
+Baseline = Annotated[
+    list[str] | None,
+    Option(metavar="[SPLIT=]FILE", help="Answers to the same items to compare with, as a pair."),
+]
+AnsweredQuestions = Annotated[
+    list[str] | None,
+    Option(
+        "--questions",
+        metavar="[SPLIT=]FILE",
+        help="The POPE questions that were answered; our own records hold them themselves.",
+    ),
+]
+Annotations = Annotated[
+    Path | None,
+    Option(metavar="PATH", help="The task's data, as --data of `vlmfix eval` takes it."),
+]
+ScoreParser = Annotated[
+    str, Option("--parser", help="How yes/no answers are read; 'all' compares the rules.")
+]
+
 AttributionData = Annotated[
     Path | None,
     Option("--data", help="Folder or .zip in COCO format; emoji images for tuning if absent."),

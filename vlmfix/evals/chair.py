@@ -355,11 +355,14 @@ class Chair:
 def _choose_images(data: CocoData, options: Options) -> list[int]:
     """Ids of the images to describe: those of a file, or drawn among all."""
     if options.image_ids is not None:
-        wanted = read_image_ids(options.image_ids)
+        given, source = options.image_ids, "the list of images"
+        if isinstance(given, Path):
+            given, source = read_image_ids(given), str(given)
+        wanted = list(given)
         if strange := [image for image in wanted if image not in data.files]:
             raise BadInput(
-                f"CHAIR: {options.image_ids} names {len(strange)} images that {data.source} does "
-                f"not list: {strange[:10]}"
+                f"CHAIR: {source} names {len(strange)} images that {data.source} does not list: "
+                f"{strange[:10]}"
             )
         return wanted
     ids, number = sorted(data.files), options.n_images

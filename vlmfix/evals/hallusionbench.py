@@ -34,6 +34,7 @@ __all__ = [
     "HallusionBench",
     "HallusionData",
     "HallusionQuestion",
+    "answer_key",
     "load_answers",
     "load_questions",
     "score_answers",
@@ -191,13 +192,14 @@ def score_answers(
     """
     get_parser(parser)
     asked = questions.questions
-    rows = pair([question.key for question in asked], answers, _key, WHAT)
+    rows = pair([question.key for question in asked], answers, answer_key, WHAT)
     texts = [answer_text(row) for row in rows]
     entry: dict[str, Any] = _score({"": texts}, asked, parser, seed)[""]
     return {**entry, "parser": parser}
 
 
-def _key(row: Row) -> str:
+def answer_key(row: Row) -> str:
+    """The `HallusionQuestion.key` that a row answers."""
     if "sample_id" in row.values:
         return row.text("sample_id")
     names = [row.text(key) for key in ("category", "subcategory")]

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vlmfix.errors import BadInput
 from vlmfix.evals.folder import ImageFolder, existing_folder
@@ -27,12 +27,16 @@ from vlmfix.evals.prompts import suffix
 from vlmfix.evals.rows import Row, few, read_rows, read_text, refuse_repeats
 from vlmfix.evals.tasks import Answer, Column, Options, Sample
 
+if TYPE_CHECKING:
+    from vlmfix.evals.emoji_mme import EmojiMme
+
 __all__ = [
     "MME",
     "SUBSETS",
     "Mme",
     "MmeData",
     "MmeQuestion",
+    "answer_key",
     "load_answers",
     "load_questions",
     "score_answers",
@@ -255,12 +259,13 @@ def score_answers(
     asked = list(questions.questions)
     _refuse_odd(asked)
     rule = MME if parser == "mme" else get_parser(parser)
-    rows = pair([(q.image, q.asked) for q in asked], answers, _key, WHAT)
+    rows = pair([(q.image, q.asked) for q in asked], answers, answer_key, WHAT)
     entry: dict[str, Any] = _score({"": [answer_text(row) for row in rows]}, asked, rule, seed)[""]
     return {**entry, "parser": parser}
 
 
-def _key(row: Row) -> tuple[str, str]:
+def answer_key(row: Row) -> tuple[str, str]:
+    """The question that a row answers: its image, and its text without any ending."""
     image, text = row.text("image"), row.text("question", "prompt")
     return image, MmeQuestion("", image, text, "").asked
 
@@ -350,7 +355,15 @@ class Mme:
         Column("yes_ratio", "yes"),
     )
     wants_p_yes = True
-    open = MmeData.open
+
+    @classmethod
+    def open(cls, path: str | Path | None) -> MmeData | EmojiMme:
+        """The folder of the benchmark; None: questions of the same kind about bundled images."""
+        if path is None:
+            from vlmfix.evals.emoji_mme import EmojiMme
+
+            return EmojiMme()
+        return MmeData.open(path)
 
     def __init__(self, data: Questions, options: Options) -> None:
         self._style, self._limit, self._seed = options.prompt_style, options.limit, options.seed

@@ -136,7 +136,7 @@ class Options:
         splits: which splits of POPE are built, of `pope.SPLITS`; None: those of the paper.
         ground_truth: objects that POPE asks about: "instances" or "instances+captions"; None takes
             the captions where there are some and all categories are COCO's.
-        image_ids: file of the images that CHAIR describes, instead of drawing them.
+        image_ids: the images that CHAIR describes, or a file of them, instead of drawing them.
         chair_engine: finds objects in captions, of `chair_objects.ENGINES`.
         chair_mode: "compat", or "fixed" for repaired rules, of `chair_objects.MODES`.
         official_typo: POPE writes "in the imange" after "an", as the published files do.
@@ -152,7 +152,7 @@ class Options:
     questions: Mapping[str, Path] | None = None
     splits: Sequence[str] | None = None
     ground_truth: str | None = None
-    image_ids: Path | None = None
+    image_ids: Path | Sequence[int] | None = None
     chair_engine: str = "builtin"
     chair_mode: str = "compat"
     official_typo: bool = False
