@@ -35,6 +35,10 @@ TASKS: dict[str, str] = {
     "hallusionbench": "vlmfix.evals.hallusionbench:HallusionBench",
     "mme": "vlmfix.evals.mme:Mme",
     "pope": "vlmfix.evals.pope:Pope",
+    "rope": "vlmfix.evals.rope:Rope",
+    "rope_single": "vlmfix.evals.rope:RopeSingle",
+    "rope_student": "vlmfix.evals.rope:RopeStudent",
+    "rope_teacher": "vlmfix.evals.rope:RopeTeacher",
 }
 
 
