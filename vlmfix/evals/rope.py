@@ -26,7 +26,7 @@ from vlmfix.evals.rope_data import OBJECTS, RopeData, RopeEntry
 from vlmfix.evals.rope_official import official_figures
 from vlmfix.evals.rows import Row, read_rows
 from vlmfix.evals.stats import Floats, Resamples
-from vlmfix.evals.tasks import Answer, Column, Options, Sample
+from vlmfix.evals.tasks import Answer, Column, DataSource, Options, Sample
 
 __all__ = [
     "SETTINGS",
@@ -71,7 +71,7 @@ RATIOS = (
 AVERAGES = ("macro_precision", "macro_recall", "macro_f1", "weighted_precision", "weighted_f1")
 
 
-class RopeSource(Protocol):
+class RopeSource(DataSource, Protocol):
     """Data that the tasks can ask about.
 
     Attributes:
@@ -322,6 +322,19 @@ def _averages(sums: Floats) -> Floats:
     )
 
 
+def open_boxed(path: str | Path | None) -> RopeSource:
+    """The benchmark's folder; None: five boxed objects in bundled images.
+
+    Raises:
+        BadInput: no folder, or files that are missing or broken.
+    """
+    if path is None:
+        from vlmfix.evals.emoji_rope import EmojiRope
+
+        return EmojiRope()
+    return RopeData.open(path)
+
+
 class Rope:
     """The ROPE task: all five objects in one answer."""
 
@@ -334,7 +347,7 @@ class Rope:
         *(Column(f"obj{k}", f"obj{k}", delta=False) for k in POSITIONS),
     )
     wants_p_yes = False
-    open = RopeData.open
+    open = staticmethod(open_boxed)
 
     def __init__(self, data: RopeSource, options: Options) -> None:
         self._options, self._prompts = options, data.prompts or PROMPTS
