@@ -288,9 +288,12 @@ def _request(group: Group, done: Done, draw: int | None) -> Request | str:
     if reply.error is not None:
         return f"the turn before it, {before.sample_id}, has no answer: {reply.error}"
     said = reply.text.partition(before.until)[0] if before.until else reply.text
+    # Answers come back without the space that they began with.
+    space = " " if above.prefix.strip() and said and not above.prefix[-1].isspace() else ""
+    written = above.prefix + space + said
     if sample.grow:
-        return Request(sample, above.turns, above.prefix + said + sample.prefix)
-    turn = Turn(before.image, before.prompt, above.prefix + said)
+        return Request(sample, above.turns, written + sample.prefix)
+    turn = Turn(before.image, before.prompt, written)
     return Request(sample, (*above.turns, turn), sample.prefix)
 
 
