@@ -208,6 +208,7 @@ def eval_command(
     image_ids: opt.ImageIds = None,
     chair_engine: opt.ChairEngine = "builtin",
     chair_mode: opt.ChairMode = "compat",
+    amber_similarity: opt.AmberSimilarity = "exact",
     output: opt.ResultFolder = None,
     batch_size: opt.BatchSize = 32,
     seed: opt.Seed = 0,
@@ -261,6 +262,7 @@ def eval_command(
             image_ids=image_ids,
             chair_engine=chair_engine,
             chair_mode=chair_mode,
+            amber_similarity=amber_similarity,
             output=output,
             batch_size=batch_size,
             seed=seed,
@@ -299,6 +301,7 @@ def score_command(
     truncate: opt.Truncate = "none",
     chair_engine: opt.ChairEngine = "builtin",
     chair_mode: opt.ChairMode = "compat",
+    amber_similarity: opt.AmberSimilarity = "exact",
     seed: opt.Seed = 0,
     output: opt.ResultFolder = None,
     overwrite: opt.Overwrite = False,
@@ -326,6 +329,7 @@ def score_command(
             truncate=truncate,
             chair_engine=chair_engine,
             chair_mode=chair_mode,
+            amber_similarity=amber_similarity,
             seed=seed,
         )
         if folder is not None:

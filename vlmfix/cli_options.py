@@ -89,6 +89,13 @@ ChairEngine = Annotated[
 ChairMode = Annotated[
     str, Option("--chair-mode", help="CHAIR's own rules (compat), or repaired ones (fixed).")
 ]
+AmberSimilarity = Annotated[
+    str,
+    Option(
+        metavar="exact|spacy|spacy:MODEL",
+        help="When AMBER takes two nouns for the same: equal words, or word vectors of spaCy.",
+    ),
+]
 Temperature = Annotated[
     float | None, Option(help="Sample at this temperature; greedy decoding if absent.")
 ]

@@ -111,7 +111,7 @@ def test_both_parts_make_the_amber_score(
     scored = score_answers(questions, [*discriminative, *seeded_nouns(questions, golden)])
     assert scored["compat"]["amber_score"] == round((100 - 55.5 + 79.6) / 2, 1)
     f1 = scored["scores"]["discriminative"]["f1"]["value"]
-    exact = 50 * (1 - 2162 / 3897 + f1)
-    assert scored["amber_score"]["value"] == pytest.approx(exact, abs=1e-12)
-    low, high = scored["amber_score"]["ci"]
-    assert low < exact < high < low + 3
+    exact = (1 - 2162 / 3897 + f1) / 2
+    score = scored["scores"]["amber"]["amber_score"]
+    assert score["value"] == pytest.approx(exact, abs=1e-12)
+    assert score["ci"][0] < exact < score["ci"][1] < score["ci"][0] + 0.03

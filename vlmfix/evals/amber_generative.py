@@ -14,7 +14,7 @@ from typing import Any
 
 from vlmfix.errors import BadInput
 from vlmfix.evals.amber_data import GENERATIVE, AmberData, AmberItem
-from vlmfix.evals.amber_objects import Objects, nouns, read_objects
+from vlmfix.evals.amber_objects import Objects, get_similarity, nouns, read_objects
 from vlmfix.evals.metrics import Arm, Ratio, counts_table, summarise
 from vlmfix.evals.nltk_tools import require_nltk
 from vlmfix.evals.places import by_draw
@@ -131,7 +131,7 @@ def score_descriptions(
 
 
 class AmberGenerative:
-    """The task: one description per picture, read with NLTK and by equal words."""
+    """The task: one description per picture, whose nouns NLTK finds."""
 
     name = "amber_g"
     max_new_tokens = 512
@@ -146,6 +146,7 @@ class AmberGenerative:
 
     def __init__(self, data: AmberData, options: Options) -> None:
         self._engine = f"nltk {require_nltk()}"
+        self._similarity = get_similarity(options.amber_similarity)
         self._data, self._options, self._lexicon = data, options, data.lexicon
         self._items = [item for item in data.items.values() if item.dimension == GENERATIVE]
         if unasked := [item.number for item in self._items if item.number not in data.queries]:
@@ -180,16 +181,20 @@ class AmberGenerative:
     @property
     def facts(self) -> dict[str, Any]:
         """How nouns are found and compared."""
-        return {"engine": self._engine, "similarity": "exact"}
+        return {"engine": self._engine, "similarity": self._options.amber_similarity}
 
-    def _read(self, sample: Sample, answer: Answer) -> Objects:
+    def read(self, sample: Sample, answer: Answer) -> tuple[str, Objects]:
+        """A description and its objects."""
         item = self._data.items[int(sample.sample_id)]
         words = nouns(answer.text)
-        return read_objects(words, item.truth, item.hallucinations, self._lexicon)
+        found = read_objects(
+            words, item.truth, item.hallucinations, self._lexicon, self._similarity
+        )
+        return answer.text, found
 
     def parse(self, sample: Sample, answer: Answer) -> tuple[dict[str, list[str]], bool]:
         """The objects named, those of them that are imagined, and whether there are none."""
-        found = self._read(sample, answer)
+        _, found = self.read(sample, answer)
         named, imagined = list(found.named), list(found.imagined)
         return {"objects": named, "hallucinated": imagined}, not imagined
 
@@ -201,7 +206,7 @@ class AmberGenerative:
     ) -> dict[str, Any]:
         """Scores, and the figures of the official script beside them."""
         read = {
-            arm: [(a.text, self._read(s, a)) for s, a in zip(samples, answers, strict=True)]
+            arm: [self.read(*pair) for pair in zip(samples, answers, strict=True)]
             for arm, answers in arms.items()
         }
         items = [self._data.items[int(sample.sample_id)] for sample in samples]

@@ -73,6 +73,7 @@ def evaluate(
     image_ids: str | Path | None = None,
     chair_engine: str = "builtin",
     chair_mode: str = "compat",
+    amber_similarity: str = "exact",
     temperature: float | None = None,
     seeds: int = 1,
     greedy_too: bool = False,
@@ -120,6 +121,8 @@ def evaluate(
         image_ids: file of the images that CHAIR describes, instead of drawing them.
         chair_engine: what finds objects in captions: builtin, or nltk as the official code.
         chair_mode: compat, or fixed for repaired rules that compare with no published figure.
+        amber_similarity: when two nouns are the same to AMBER: exact (equal words), spacy (vectors
+            of en_core_web_lg, as the official code) or spacy:MODEL.
         temperature: sample at it, from all tokens (top_p 1, top_k 0); None: greedy.
         seeds: how many answers are sampled to each item, each with a seed of its own.
         greedy_too: with a temperature, run every arm greedily, too, as "<arm> greedy". Beside the
@@ -177,6 +180,7 @@ def evaluate(
         image_ids=None if image_ids is None else Path(image_ids),
         chair_engine=chair_engine,
         chair_mode=chair_mode,
+        amber_similarity=amber_similarity,
     )
     ready = {name: task_type(opened[name], options) for name, task_type in task_types.items()}
     for name, task in ready.items():

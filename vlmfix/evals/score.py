@@ -13,7 +13,7 @@ from typing import Any
 
 from vlmfix._version import __version__
 from vlmfix.errors import BadInput
-from vlmfix.evals import hallusionbench, mme
+from vlmfix.evals import amber, hallusionbench, mme
 from vlmfix.evals.arms import BASE
 from vlmfix.evals.chair_files import image_id_of
 from vlmfix.evals.controls import add_controls
@@ -81,14 +81,11 @@ def _image(row: Row) -> int:
     return image_id_of(row.first("image_id", "image"), row.where)
 
 
-def _number(row: Row) -> int:
-    return row.number("id", "sample_id")
-
-
 #: One row per task.
 FORMATS: dict[str, Format] = {
-    "amber_d": Format(_by(_number), parsers=True),
-    "amber_g": Format(_by(_number)),
+    "amber": Format(_by(amber.answer_key)),
+    "amber_d": Format(_by(amber.answer_key), parsers=True),
+    "amber_g": Format(_by(amber.answer_key)),
     "chair": Format(
         _by(_image), options=lambda rows: {"image_ids": list(dict.fromkeys(map(_image, rows)))}
     ),
@@ -109,6 +106,7 @@ def score(
     truncate: str = "none",
     chair_engine: str = "builtin",
     chair_mode: str = "compat",
+    amber_similarity: str = "exact",
     seed: int = 0,
 ) -> dict[str, Any]:
     """Score answers that stand in files; with a baseline, compare the two as a pair.
@@ -124,6 +122,7 @@ def score(
         truncate: "sentence" drops the sentence of a caption that the token limit cut.
         chair_engine: finds objects in captions, of `chair_objects.ENGINES`.
         chair_mode: "compat", or "fixed" for repaired rules.
+        amber_similarity: as in `evaluate`.
         seed: of the bootstrap.
 
     Returns:
@@ -156,6 +155,7 @@ def score(
         truncate=truncate,
         chair_engine=chair_engine,
         chair_mode=chair_mode,
+        amber_similarity=amber_similarity,
         questions={k: Path(v) for k, v in questions.items()} if questions else None,
         **form.options(rows[first]),
     )

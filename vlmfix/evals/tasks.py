@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 TASKS: dict[str, str] = {
+    "amber": "vlmfix.evals.amber:Amber",
     "amber_d": "vlmfix.evals.amber_discriminative:AmberDiscriminative",
     "amber_g": "vlmfix.evals.amber_generative:AmberGenerative",
     "chair": "vlmfix.evals.chair:Chair",
@@ -143,6 +144,7 @@ class Options:
         image_ids: the images that CHAIR describes, or a file of them, instead of drawing them.
         chair_engine: finds objects in captions, of `chair_objects.ENGINES`.
         chair_mode: "compat", or "fixed" for repaired rules, of `chair_objects.MODES`.
+        amber_similarity: when AMBER takes two nouns for the same: "exact", "spacy", "spacy:MODEL".
         official_typo: POPE writes "in the imange" after "an", as the published files do.
     """
 
@@ -159,6 +161,7 @@ class Options:
     image_ids: Path | Sequence[int] | None = None
     chair_engine: str = "builtin"
     chair_mode: str = "compat"
+    amber_similarity: str = "exact"
     official_typo: bool = False
 
 
