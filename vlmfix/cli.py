@@ -340,6 +340,19 @@ def score_command(
         print(f"written to {folder}")
 
 
+@app.command("report")
+def report_command(
+    folder: opt.RunFolder,
+    output: opt.ResultFolder = None,
+    plots: opt.CardPlots = True,
+) -> None:
+    """Make the score card of a run, or of a folder of runs: Markdown, JSON, csv and pictures."""
+    from vlmfix.evals.card import report
+
+    for path in report(folder, output, plots):
+        print(path)
+
+
 @app.command("calibrate")
 def calibrate_command(
     model: opt.ModelArgument = "emoji",

@@ -147,6 +147,13 @@ ScoreParser = Annotated[
     str, Option("--parser", help="How yes/no answers are read; 'all' compares the rules.")
 ]
 
+RunFolder = Annotated[
+    Path, Argument(metavar="DIR", help="Folder of a run, or of several runs, at any depth.")
+]
+CardPlots = Annotated[
+    bool, Option("--plots/--no-plots", help="Draw differences, and CHAIRi against recall.")
+]
+
 AttributionData = Annotated[
     Path | None,
     Option("--data", help="Folder or .zip in COCO format; emoji images for tuning if absent."),

@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.table import Table
 
-__all__ = ["headline", "render", "to_markdown", "write_json"]
+__all__ = [
+    "decoding",
+    "headline",
+    "markdown_line",
+    "p_text",
+    "render",
+    "to_markdown",
+    "write_json",
+    "write_text",
+]
 
 _ARM_WIDTH = 16
 
@@ -24,11 +33,15 @@ Scores = Mapping[str, Any]
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with draft.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, ensure_ascii=False)
-            file.write("\n")
+        with draft.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
@@ -116,10 +129,12 @@ def to_markdown(results: Mapping[str, Any]) -> str:
 
 def _markdown_table(headings: list[str], sections: list[list[list[str]]]) -> str:
     rule = "|---|---|" + "---:|" * (len(headings) - 2)
-    return "\n".join([_line(headings), rule, *(_line(row) for rows in sections for row in rows)])
+    return "\n".join(
+        [markdown_line(headings), rule, *(markdown_line(row) for rows in sections for row in rows)]
+    )
 
 
-def _line(cells: list[str]) -> str:
+def markdown_line(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -139,7 +154,7 @@ def _caption(results: Mapping[str, Any], name: str, entry: Mapping[str, Any]) ->
     arms = entry["arms"]
     facts = [f"{key.replace('_', ' ')} {entry[key]}" for key in _FACTS if entry.get(key)]
     if "gen_kwargs" in entry:
-        facts.append(_decoding(entry["gen_kwargs"], results["config"]))
+        facts.append(decoding(entry["gen_kwargs"], results["config"]))
     exact = "; Δ to base, paired; p exact McNemar" if len(arms) > 1 else ""
     joined = exact and f"{exact} by seed, joined by Rüger's rule"
     cost = (
@@ -163,6 +178,8 @@ def _caption(results: Mapping[str, Any], name: str, entry: Mapping[str, Any]) ->
             "same yes: the base's yes-logit shifted by a constant until it says yes as often as "
             "the method; AUC: of the probability of yes, which no shift changes."
         )
+    if "against_greedy" in entry:
+        lines.append("to greedy: Δ and p to the base decoded greedily.")
     for number, (arm, scored) in enumerate(arms.items()):
         notes = [f"{scored[key]} {word}" for key, word in _COUNTS.items() if scored.get(key)]
         if number and scored["same_as_base"] == 1:
@@ -184,7 +201,7 @@ def _timed(arms: Mapping[str, Any]) -> bool:
     return any("cost" in scored for scored in arms.values())
 
 
-def _decoding(gen_kwargs: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def decoding(gen_kwargs: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if not gen_kwargs["do_sample"]:
         return "greedy"
     kept = "temperature {temperature:g}, top-p {top_p:g}, top-k {top_k}".format(**gen_kwargs)
@@ -245,6 +262,19 @@ def _table(
             ]
             for what, base, method, delta in _controls(scored)
         ]
+    if greedy := entry.get("against_greedy"):
+        place = headline(_first(arms)["scores"])
+        sections.append(
+            [
+                [
+                    "to greedy",
+                    arm,
+                    *_cells(columns, arms[arm]["scores"][place], compared["delta"][place], shown),
+                    *blank,
+                ]
+                for arm, compared in greedy.items()
+            ]
+        )
     return headings, sections
 
 
@@ -335,9 +365,10 @@ def _cells(
             yield from ["", *([] if shown.stacked else shown.beside(column, "", "", ""))]
             continue
         score = scores[column.metric]
-        value = _figure(score, scale) if column.percent else f"{score['value']:.1f}"
+        plain = not column.percent and not column.delta
+        value = f"{score['value']:.1f}" if plain else _figure(score, scale)
         change = _figure(delta[column.metric], scale, sign=True) if delta else ""
-        p = _p(delta["mcnemar"]["p"]) if delta and "mcnemar" in delta else ""
+        p = p_text(delta["mcnemar"]["p"]) if delta and "mcnemar" in delta else ""
         sd = f"{score['sd'] * scale:.1f}" if "sd" in score else ""
         if shown.stacked:
             below = shown.beside(column, sd and f"sd {sd}", change, p and f"p {p}")
@@ -355,5 +386,5 @@ def _figure(score: Mapping[str, Any], scale: int, sign: bool = False) -> str:
     return f"{value}±{(high - low) / 2 * scale:.1f}"
 
 
-def _p(value: float) -> str:
+def p_text(value: float) -> str:
     return "<.001" if value < 0.001 else f"{value:.3f}".removeprefix("0")
