@@ -58,19 +58,18 @@ def yes_no_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     vocabulary = tokenizer.get_vocab()
     ids: list[set[int]] = []
     for word in ("yes", "no"):
-        spellings = [f(word) for f in (str.lower, str.title, str.upper)]
-        whole = {
-            vocabulary[mark + spelling]
-            for mark in ("", " ", "▁", "Ġ")  # how tokenizers write the space
-            for spelling in spellings
-            if mark + spelling in vocabulary
-        }
-        begun = [
-            tokenizer(space + spelling, add_special_tokens=False)["input_ids"][:1]
-            for space in ("", " ")
-            for spelling in spellings
-        ]
-        ids.append(whole or {token for tokens in begun for token in tokens})
+        spellings = (word, word.title(), word.upper())
+        # How tokenizers write the space before a word.
+        marked = [mark + spelling for mark in ("", " ", "▁", "Ġ") for spelling in spellings]
+        found = {vocabulary[text] for text in marked if text in vocabulary}
+        if not found:
+            pieces = [
+                tokenizer(space + spelling, add_special_tokens=False)["input_ids"]
+                for space in ("", " ")
+                for spelling in spellings
+            ]
+            found = {piece[0] for piece in pieces if piece}
+        ids.append(found)
     yes, no = ids
     return ([], []) if yes & no else (sorted(yes), sorted(no))
 
