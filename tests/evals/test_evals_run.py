@@ -82,6 +82,9 @@ def test_paired_run(world: Path, tmp_path: Path) -> None:
     assert results["tasks"]["pope"]["gen_kwargs"]["max_new_tokens"] == 16
     assert len(results["tasks"]["pope"]["image_ids"]) == 10
     assert sorted(p.name for p in out.iterdir()) == [
+        "card.csv",
+        "card.json",
+        "card.md",
         "results.json",
         "run.json",
         *(f"samples_{task}_{arm}.jsonl" for task in ("chair", "pope") for arm in sorted(pope)),
@@ -229,6 +232,9 @@ def test_output_folder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (out / "samples_pope_var.jsonl").exists()
     run(model, world, out, overwrite=True)
     assert sorted(p.name for p in out.iterdir()) == [
+        "card.csv",
+        "card.json",
+        "card.md",
         "notes.txt",
         "results.json",
         "run.json",

@@ -21,6 +21,7 @@ from typing import Any
 from vlmfix._version import __version__
 from vlmfix.errors import BadInput
 from vlmfix.evals.arms import BASE, NOOP, Arm, decoded_arms, file_name, greedy_twin, named_arms
+from vlmfix.evals.card import make_card, write_card
 from vlmfix.evals.controls import add_controls
 from vlmfix.evals.cost import cost, peak_memory
 from vlmfix.evals.processes import Processes
@@ -287,6 +288,7 @@ def evaluate(
             results["errors"] += sum(arm["n_errors"] for arm in entry["arms"].values())
         results["partial"] = results["partial"] or results["errors"] > 0
         write_json(folder / "results.json", results)
+        write_card(make_card({folder.name: results}), folder, plots=False)
         return results
 
     results = processes.once(finish)
@@ -338,7 +340,12 @@ def _begin(
             stray.unlink()
         return sum(len(merge(folder, job.stem, retry=True)) for job in jobs)
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in [run_file, folder / "results.json", *folder.glob("samples_*.jsonl")]:
+    for stale in [
+        run_file,
+        folder / "results.json",
+        *folder.glob("samples_*.jsonl"),
+        *folder.glob("card.*"),
+    ]:
         stale.unlink(missing_ok=True)
     write_json(run_file, {"format": FORMAT, "run_id": run_id, "config": config})
     return 0
