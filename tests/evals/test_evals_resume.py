@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -248,6 +249,24 @@ def test_merge(tmp_path: Path) -> None:
     first = read_records(tmp_path / f"{stem}.jsonl")[0]
     assert first["error"] is None
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{stem}.jsonl", other.name]
+
+
+def test_records_reach_the_disk(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every 64 records and at the end of a file; nothing shows that but the calls."""
+    synced: list[int] = []
+    sync = os.fsync
+
+    def counted(number: int) -> None:
+        path = tmp_path / "o" / "samples_pope_base.rank0.jsonl"
+        if path.exists() and os.fstat(number).st_ino == path.stat().st_ino:
+            synced.append(path.read_bytes().count(b"\n"))
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", counted)
+    run(FakeModel(reply), world, tmp_path / "o", tasks=["pope"], methods=[])
+    assert synced == [64, 128, 180]
 
 
 def test_an_interrupted_merge_is_repeated(tmp_path: Path) -> None:

@@ -431,6 +431,9 @@ def test_progress_goes_to_stderr(
     run(FakeModel(truthful), world, tmp_path / "o", quiet=False)
     captured = capsys.readouterr()
     assert captured.out == "" and "pope base" in captured.err
+    assert f"answers go to {tmp_path / 'o'}; what is ended" in captured.err
+    run(FakeModel(truthful), world, tmp_path / "o", quiet=False, resume=True)
+    assert "180 of them from before" in capsys.readouterr().err
 
 
 def test_import_is_light() -> None:

@@ -228,7 +228,11 @@ def evaluate(
     shares = {name: blocks[processes.rank :: processes.size] for name, blocks in plans.items()}
     left = sum(remaining(shares[job.task], done[job.stem], job.arm.draws) for job in jobs)
     memory = {}
-    with progress_bar(left, quiet or processes.rank > 0) as advance:
+    quiet = quiet or processes.rank > 0
+    if not quiet:
+        kept = f", {found} of them from before" if found else ""
+        print(f"answers go to {folder}{kept}; what is ended goes on with --resume", file=sys.stderr)
+    with progress_bar(left, quiet) as advance:
         for job in jobs:
             task = ready[job.task]
             common = {
