@@ -53,7 +53,7 @@ NEEDS = (
 )
 
 # Every question of the benchmark ends so, one of them without a question mark before.
-_ENDING = re.compile(r"\s*Please answer yes or no\.?\s*$", re.IGNORECASE)
+_ENDING = re.compile(r"Please answer yes or no\.?$", re.IGNORECASE)
 
 COUNTS = ("n", "correct", "images", "both", "yes", "unparsed", "empty")
 RATIOS = (
@@ -96,7 +96,7 @@ class MmeQuestion:
     @property
     def asked(self) -> str:
         """The question without its ending, which may be worded differently."""
-        return _ENDING.sub("", self.text.partition("\n")[0]).strip()
+        return _ENDING.sub("", self.text.partition("\n")[0].rstrip()).strip()
 
 
 class Questions(Protocol):

@@ -19,6 +19,9 @@ from typing import Any, NamedTuple
 
 from vlmfix.errors import BadInput
 
+#: An answer longer than this was written by no model, and some rules would take minutes to read it.
+LONGEST_ANSWER = 200_000
+
 __all__ = ["Row", "few", "read_object", "read_rows", "read_text", "refuse_repeats", "short"]
 
 _SHORT = Repr()
@@ -45,7 +48,8 @@ class Row(NamedTuple):
         """The text under the first of these keys that the row has; null reads as no answer.
 
         Raises:
-            BadInput: none of the keys, or something that is neither text nor null.
+            BadInput: none of the keys, something that is neither text nor null, or a text that is
+                longer than `LONGEST_ANSWER`.
         """
         found = [key for key in keys if key in self.values]
         if not found:
@@ -56,6 +60,11 @@ class Row(NamedTuple):
             raise BadInput(
                 f"{self.where}: `{found[0]}` is {short(value)}, a {type(value).__name__}: answers "
                 "are text (null: no answer)"
+            )
+        if value is not None and len(value) > LONGEST_ANSWER:
+            raise BadInput(
+                f"{self.where}: `{found[0]}` has {len(value):,} characters; an answer has at most "
+                f"{LONGEST_ANSWER:,}"
             )
         return value
 
