@@ -97,8 +97,9 @@ def test_a_resumed_run_is_the_uninterrupted_run(world: Path, tmp_path: Path, sam
             with pytest.raises(KeyboardInterrupt):
                 run(model, world, out, resume=True, **options)
             for path in out.glob("*.rank0.jsonl"):
-                with path.open("a") as file:
-                    file.write(path.read_text()[:-1].rpartition("\n")[2][: chance.randrange(1, 90)])
+                # A machine that loses its power loses what was not synced: a part of a batch.
+                kept = path.read_bytes()
+                path.write_bytes(kept[: -chance.randrange(1, 3000)])
         last = FakeModel(reply)
         results = run(last, world, out, resume=True, **options)
         assert records(out) == expected
