@@ -92,6 +92,10 @@ FORMATS: dict[str, Format] = {
     "hallusionbench": Format(_by(hallusionbench.answer_key)),
     "mme": Format(_by(mme.answer_key), load=lambda path, what: mme.load_answers(path)),
     "pope": Format(_by_question, parsers=True),
+    **dict.fromkeys(
+        ("rope", "rope_single", "rope_student", "rope_teacher"),
+        Format(_by(lambda row: row.text("sample_id"))),
+    ),
 }
 
 
