@@ -46,10 +46,10 @@ def main(arguments: Sequence[str]) -> None:
         raise BadInput("--method and --name belong to --pretrained MODEL: add it")
     if ours.pretrained is not None and {"--model", "--config"} & set(theirs):
         raise BadInput("--pretrained names the model: leave out --model and --config")
-    build_stack(ours.method)
     script = _script()
     # run.py chooses the GPU of a process before it imports torch, so it goes first.
     run = _module(script)
+    build_stack(ours.method)
 
     import vlmeval.vlm
     from vlmeval.config import supported_VLM
