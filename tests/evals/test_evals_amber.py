@@ -429,3 +429,11 @@ def test_a_limit_takes_the_first_pictures(tmp_path: Path) -> None:
     assert {sample.image for sample in task.samples} == {"AMBER_2.jpg"}
     with pytest.raises(BadInput, match="no prompt style 'polite'"):
         AmberDiscriminative(load_questions(tmp_path), Options(prompt_style="polite"))
+
+
+@pytest.mark.usefixtures("tagger")
+def test_nothing_answered_is_nothing_scored(tmp_path: Path) -> None:
+    data = load_questions(write(tmp_path))
+    for task in (Amber(data, Options()), AmberDiscriminative(data, Options())):
+        scored = task.score([], {"base": [], "var": []}, [])
+        assert (scored["var"]["scores"], scored["var"]["n_unparsed"]) == ({}, 0)

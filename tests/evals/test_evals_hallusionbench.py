@@ -197,3 +197,8 @@ def test_seeds_are_groups_of_their_own(tmp_path: Path) -> None:
     scored = task.score(task.samples * 2, {"base": answers}, [0] * n + [1] * n)["base"]
     assert scored["scores"]["all"]["qacc"]["by_seed"] == [1, 0]
     assert scored["counts"]["all"]["figures"] == 8
+
+
+def test_nothing_answered_is_nothing_scored(tmp_path: Path) -> None:
+    task = HallusionBench(load_questions(write(tmp_path)), Options())
+    assert task.score([], {"base": [], "var": []}, [])["var"]["scores"] == {}

@@ -215,3 +215,9 @@ def test_seeds_do_not_mix_their_pairs(tmp_path: Path) -> None:
     scored = task.score(task.samples * 2, {"base": answers}, [0] * n + [1] * n)["base"]
     assert scored["scores"]["count"]["score"]["by_seed"] == [50, 50]
     assert scored["counts"]["count"]["images"] == 4
+
+
+def test_nothing_answered_is_nothing_scored(tmp_path: Path) -> None:
+    task = Mme(load_questions(write_lists(tmp_path)), Options())
+    scored = task.score([], {"base": [], "var": []}, [])
+    assert scored["var"]["scores"] == {} and "total" not in scored["var"]

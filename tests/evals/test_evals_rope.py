@@ -314,3 +314,9 @@ def test_seeds_have_figures_of_their_own(tmp_path: Path) -> None:
     assert scored["scores"]["unseen_mixed"]["accuracy"]["by_seed"] == [1, 0]
     assert scored["scores"]["unseen_mixed"]["macro_f1"]["by_seed"] == [1, 0]
     assert [one["unseen_mixed"]["accuracy"] for one in scored["compat"]] == [100, 0]
+
+
+def test_nothing_answered_is_nothing_scored(tmp_path: Path) -> None:
+    task = RopeStudent(load_questions(write(tmp_path)), Options())
+    scored = task.score([], {"base": [], "var": []}, [])
+    assert (scored["var"]["scores"], scored["var"]["compat"]) == ({}, {})

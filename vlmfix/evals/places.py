@@ -63,7 +63,7 @@ def summarise_places(
 
 
 def by_draw(draws: Sequence[int] | None, n: int) -> list[list[int]]:
-    """Indices of the n items, one list per sampling seed; one list in all without seeds."""
-    if draws is None:
+    """Indices of the n items, a list per sampling seed; one list without seeds or items."""
+    if not draws:
         return [list(range(n))]
     return [[i for i in range(n) if draws[i] == draw] for draw in dict.fromkeys(draws)]
