@@ -51,6 +51,10 @@ SaveRefined = Annotated[
 Task = Annotated[str | None, Argument(metavar="TASK[,TASK]", help="What to evaluate.")]
 Tasks = Annotated[str | None, Option("--tasks", help="Same as TASK; 'list' lists them.")]
 ListTasks = Annotated[bool, Option("--list", help="List the tasks and stop.")]
+Suite = Annotated[
+    str | None,
+    Option(help="Several tasks with settled settings and one card: quick, pope or full."),
+]
 Data = Annotated[
     list[str] | None,
     Option(
@@ -63,7 +67,10 @@ Limit = Annotated[int | None, Option(min=1, help="Only the first N images.")]
 Images = Annotated[str, Option(help="How many images a task selects, or 'all'.")]
 Questions = Annotated[
     list[str] | None,
-    Option(metavar="SPLIT=FILE", help="Ask these POPE questions instead of building some."),
+    Option(
+        metavar="SPLIT=FILE",
+        help="Ask these POPE questions; SPLIT all: the splits that FILE names itself.",
+    ),
 ]
 Splits = Annotated[
     str | None,

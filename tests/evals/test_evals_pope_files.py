@@ -364,8 +364,9 @@ def test_a_hub_name_is_read_by_datasets(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_hub_name_without_a_network(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
-    with pytest.raises(BadInput, match="cannot read the questions lmms-lab/POPE"):
-        open_images("lmms-lab/POPE")
+    for name in ("lmms-lab/POPE", "misspelt/folder"):
+        with pytest.raises(BadInput, match=f"no data at {name}, nor a data set of that name"):
+            open_images(name)
 
 
 def test_tables_need_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,9 +199,14 @@ def _load(source: str | Path) -> Mapping[str, Any]:
                 raise FileNotFoundError(f"no such file: {path}")
             tables = datasets.load_dataset("parquet", data_files=[str(file) for file in files])
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).partition("\n")[0]
+        if _is_hub_name(source):
+            raise BadInput(
+                f"no data at {source}, nor a data set of that name on the hub that can be read "
+                f"from here ({reason}): pass a folder, a .zip or a parquet file that is there"
+            ) from None
         raise BadInput(
-            f"cannot read the questions {source} ({str(error).splitlines()[0]}): pass a parquet "
-            "file of them, or a hub name that can be reached from here"
+            f"cannot read the questions {source} ({reason}): fetch or write the file again"
         ) from None
     return {
         split: table.cast_column("image", datasets.Image(decode=False))
