@@ -196,6 +196,7 @@ def eval_command(
     task: opt.Task = None,
     tasks: opt.Tasks = None,
     list_tasks: opt.ListTasks = False,
+    suite: opt.Suite = None,
     model: opt.Model = "emoji",
     method: opt.Methods = None,
     data: opt.Data = None,
@@ -239,15 +240,62 @@ def eval_command(
         rows = [{"name": name, "summary": doc.split("\n")[0]} for name, doc in docs.items()]
         show.report(json, rows, show.facts({row["name"]: row["summary"] for row in rows}))
         return
-    if not names:
-        raise BadInput(f"no task: give one or more of {', '.join(evals.TASKS)}, comma-separated")
     methods = ["+".join(stack) for stack in parse_spec(method)] if method else []
+    if suite is not None:
+        given = {
+            "TASK": names,
+            "--images": images != "500",
+            "--image-ids": image_ids,
+            "--questions": questions,
+            "--splits": splits,
+            "--max-new-tokens": max_new_tokens,
+        }
+        if clash := [name for name, value in given.items() if value]:
+            raise BadInput(f"--suite {suite} settles {', '.join(clash)}: leave it out")
+        with show.only_stderr(json):
+            _quiet_transformers()
+            _set_threads(threads)
+            from vlmfix.evals.suites import run_suite
+
+            card = run_suite(
+                suite,
+                model,
+                methods or None,
+                _data(data, list(evals.TASKS)),
+                output,
+                overwrite=overwrite,
+                resume=resume,
+                dtype=dtype,
+                device=device,
+                limit=limit,
+                ground_truth=ground_truth,
+                official_typo=official_typo,
+                chair_engine=chair_engine,
+                chair_mode=chair_mode,
+                amber_similarity=amber_similarity,
+                batch_size=batch_size,
+                seed=seed,
+                prompt_style=prompt_style,
+                parser=parser,
+                truncate=truncate,
+                temperature=temperature,
+                seeds=seeds,
+                greedy_too=greedy_too,
+                noop=noop,
+                quiet=json,
+            )
+        if is_first_process():
+            show.report(json, card, show.suite(card))
+        if card["errors"]:
+            raise typer.Exit(1)
+        return
+    if not names:
+        raise BadInput(
+            f"no task: give one or more of {', '.join(evals.TASKS)}, comma-separated, or --suite"
+        )
     with show.only_stderr(json):
         _quiet_transformers()
-        if threads is not None:
-            import torch
-
-            torch.set_num_threads(threads)
+        _set_threads(threads)
         results = evals.evaluate(
             names,
             model=model,
@@ -427,10 +475,7 @@ def attribute_command(
         from vlmfix.loading import load
 
         _quiet_transformers()
-        if threads is not None:
-            import torch
-
-            torch.set_num_threads(threads)
+        _set_threads(threads)
         loaded, processor = load(model, dtype=dtype, device=device)
         results = attribute(
             loaded,
@@ -560,6 +605,13 @@ def _by_split(option: str, given: list[str], whole: str = "") -> dict[str, str]:
 
 def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def _quiet_transformers() -> None:
