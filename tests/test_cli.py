@@ -314,6 +314,30 @@ def test_eval_compares_base_and_method(llava: Path, tmp_path: Path) -> None:
     refused(*command, "--output", tmp_path / "one", says="--overwrite", run=inside)
 
 
+def test_eval_goes_on_where_it_was_ended(llava: Path, tmp_path: Path) -> None:
+    command = ("eval", "pope", "--model", llava, "--limit", 1, "--max-new-tokens", 2, "--noop")
+    output = ("--output", tmp_path / "o", "--temperature", 1.0, "--greedy-too")
+    first = document(*command, *output, "--resume", run=inside)
+    arms = first["tasks"]["pope"]["arms"]
+    assert list(arms) == ["base", "noop", "base greedy", "noop greedy"]
+    assert arms["noop"]["same_as_base"] == 1 and arms["noop"]["flags"] == arms["base"]["flags"]
+    again = document(*command, *output, "--resume", run=inside)
+    assert (first["resumed"], again["resumed"]) == (0, 4 * first["tasks"]["pope"]["n_samples"])
+    refused(*command, *output, "--resume", "--seed", 3, says="seed: 0 then, 3 now", run=inside)
+    refused(*command, "--greedy-too", says="without a temperature", run=inside)
+
+
+def test_eval_takes_data_by_task(llava: Path, tmp_path: Path) -> None:
+    command = ("eval", "pope,chair", "--model", llava, "--limit", 1, "--max-new-tokens", 2)
+    path = tmp_path / "a=b.zip"
+    path.write_bytes(Path(evaluation_split()).read_bytes())
+    output = ("--output", tmp_path / "o")
+    found = document(*command, "--data", path, "--data", f"chair={evaluation_split()}", *output)
+    named = {name: entry["data"] for name, entry in found["tasks"].items()}
+    assert named == {"pope": "a=b.zip", "chair": Path(evaluation_split()).name}
+    refused(*command, "--data", "a", "--data", "b", says="both given for all tasks", run=inside)
+
+
 def test_eval_fails_if_an_item_failed(llava: Path, tmp_path: Path) -> None:
     data = tmp_path / "damaged.zip"
     with zipfile.ZipFile(evaluation_split()) as good, zipfile.ZipFile(data, "w") as bad:

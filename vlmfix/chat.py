@@ -51,7 +51,9 @@ def generate(
         processor: its processor.
         messages: one chat, a list of {"role", "content"}, or a list of chats. Content is a text,
             or a list of {"type": "text", "text": ...} and {"type": "image", "image": ...}, where
-            the image is a PIL image, a path, bytes or a data URL.
+            the image is a PIL image, a path, bytes or a data URL. Where the last message is the
+            assistant's, it is the beginning of the answer, which the model goes on with; what comes
+            back does not repeat it.
         return_details: give a list of `Answer` instead of text.
         generate_kwargs: anything model.generate() takes.
 
@@ -108,10 +110,7 @@ def encode_chats(processor: Any, chats: Sequence[Chat]) -> Any:
     if not chats:
         raise BadInput("no messages were given; pass one chat or a list of chats.")
     images, plain = zip(*(split_chat(chat) for chat in chats), strict=True)
-    prompts = [
-        processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        for chat in plain
-    ]
+    prompts = [_prompt(processor, chat) for chat in plain]
     tokenizer = getattr(processor, "tokenizer", processor)
     start = getattr(tokenizer, "bos_token", None)
     # A template that writes the first token itself must not get a second one.
@@ -124,6 +123,17 @@ def encode_chats(processor: Any, chats: Sequence[Chat]) -> Any:
         add_special_tokens=special,
         return_tensors="pt",
     )
+
+
+def _prompt(processor: Any, chat: list[dict[str, Any]]) -> str:
+    """The chat as its template writes it, up to where the model's own words begin."""
+    begun = bool(chat) and chat[-1]["role"] == "assistant"
+    if begun and not any(part.get("text") for part in chat[-1]["content"]):
+        raise BadInput("the answer that the chat begins is empty: leave the last message out.")
+    text: str = processor.apply_chat_template(
+        chat, add_generation_prompt=not begun, continue_final_message=begun, tokenize=False
+    )
+    return text
 
 
 def end_tokens(model: Any, generate_kwargs: Mapping[str, Any]) -> set[int]:

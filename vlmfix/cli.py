@@ -196,6 +196,7 @@ def eval_command(
     task: opt.Task = None,
     tasks: opt.Tasks = None,
     list_tasks: opt.ListTasks = False,
+    suite: opt.Suite = None,
     model: opt.Model = "emoji",
     method: opt.Methods = None,
     data: opt.Data = None,
@@ -203,6 +204,12 @@ def eval_command(
     images: opt.Images = "500",
     questions: opt.Questions = None,
     splits: opt.Splits = None,
+    ground_truth: opt.GroundTruth = None,
+    official_typo: opt.OfficialTypo = False,
+    image_ids: opt.ImageIds = None,
+    chair_engine: opt.ChairEngine = "builtin",
+    chair_mode: opt.ChairMode = "compat",
+    amber_similarity: opt.AmberSimilarity = "exact",
     output: opt.ResultFolder = None,
     batch_size: opt.BatchSize = 32,
     seed: opt.Seed = 0,
@@ -212,6 +219,9 @@ def eval_command(
     max_new_tokens: opt.NewTokens = None,
     temperature: opt.Temperature = None,
     seeds: opt.Seeds = 1,
+    greedy_too: opt.GreedyToo = False,
+    noop: opt.NoOp = False,
+    resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
     dtype: opt.Dtype = None,
     device: opt.Device = None,
@@ -220,6 +230,7 @@ def eval_command(
 ) -> None:
     """Evaluate the base model and methods on the same items. Exit code 1 if any item failed."""
     from vlmfix import evals
+    from vlmfix.evals.processes import is_first_process
     from vlmfix.evals.tasks import get_task
     from vlmfix.registry import parse_spec
 
@@ -229,24 +240,77 @@ def eval_command(
         rows = [{"name": name, "summary": doc.split("\n")[0]} for name, doc in docs.items()]
         show.report(json, rows, show.facts({row["name"]: row["summary"] for row in rows}))
         return
-    if not names:
-        raise BadInput(f"no task: give one or more of {', '.join(evals.TASKS)}, comma-separated")
     methods = ["+".join(stack) for stack in parse_spec(method)] if method else []
+    if suite is not None:
+        given = {
+            "TASK": names,
+            "--images": images != "500",
+            "--image-ids": image_ids,
+            "--questions": questions,
+            "--splits": splits,
+            "--max-new-tokens": max_new_tokens,
+        }
+        if clash := [name for name, value in given.items() if value]:
+            raise BadInput(f"--suite {suite} settles {', '.join(clash)}: leave it out")
+        with show.only_stderr(json):
+            _quiet_transformers()
+            _set_threads(threads)
+            from vlmfix.evals.suites import run_suite
+
+            card = run_suite(
+                suite,
+                model,
+                methods or None,
+                _data(data, list(evals.TASKS)),
+                output,
+                overwrite=overwrite,
+                resume=resume,
+                dtype=dtype,
+                device=device,
+                limit=limit,
+                ground_truth=ground_truth,
+                official_typo=official_typo,
+                chair_engine=chair_engine,
+                chair_mode=chair_mode,
+                amber_similarity=amber_similarity,
+                batch_size=batch_size,
+                seed=seed,
+                prompt_style=prompt_style,
+                parser=parser,
+                truncate=truncate,
+                temperature=temperature,
+                seeds=seeds,
+                greedy_too=greedy_too,
+                noop=noop,
+                quiet=json,
+            )
+        if is_first_process():
+            show.report(json, card, show.suite(card))
+        if card["errors"]:
+            raise typer.Exit(1)
+        return
+    if not names:
+        raise BadInput(
+            f"no task: give one or more of {', '.join(evals.TASKS)}, comma-separated, or --suite"
+        )
     with show.only_stderr(json):
         _quiet_transformers()
-        if threads is not None:
-            import torch
-
-            torch.set_num_threads(threads)
+        _set_threads(threads)
         results = evals.evaluate(
             names,
             model=model,
             methods=methods,
-            data=data,
+            data=_data(data, names),
             limit=limit,
             n_images=_images(images),
             questions=_questions(questions),
             splits=None if splits is None else _split(splits),
+            ground_truth=ground_truth,
+            official_typo=official_typo,
+            image_ids=image_ids,
+            chair_engine=chair_engine,
+            chair_mode=chair_mode,
+            amber_similarity=amber_similarity,
             output=output,
             batch_size=batch_size,
             seed=seed,
@@ -255,18 +319,86 @@ def eval_command(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seeds=seeds,
+            greedy_too=greedy_too,
+            noop=noop,
+            resume=resume,
             overwrite=overwrite,
             quiet=json,
             truncate=truncate,
             dtype=dtype,
             device=device,
         )
+    if not is_first_process():
+        return
     show.report(json, results, evals.render(results))
     if not json:
         print(f"written to {results['output']}")
     if results["errors"]:
         print(show.failure(results), file=sys.stderr)
         raise typer.Exit(1)
+
+
+@app.command("score")
+def score_command(
+    task: opt.ScoredTask,
+    answers: opt.Answers,
+    baseline: opt.Baseline = None,
+    questions: opt.AnsweredQuestions = None,
+    annotations: opt.Annotations = None,
+    parser: opt.ScoreParser = "official",
+    truncate: opt.Truncate = "none",
+    chair_engine: opt.ChairEngine = "builtin",
+    chair_mode: opt.ChairMode = "compat",
+    amber_similarity: opt.AmberSimilarity = "exact",
+    seed: opt.Seed = 0,
+    output: opt.ResultFolder = None,
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
+) -> None:
+    """Score files of answers, ours or anyone's, without a model; two of them as a pair."""
+    from datetime import datetime, timezone
+
+    from vlmfix import evals
+    from vlmfix.evals.harness import output_folder
+    from vlmfix.evals.report import write_json
+    from vlmfix.evals.score import score
+
+    with show.only_stderr(json):
+        folder = None
+        if output is not None:
+            folder = output_folder(output, overwrite, datetime.now(timezone.utc), [task], None)
+        results = score(
+            task,
+            _by_split("--answers", answers),
+            _by_split("--baseline", baseline) if baseline else None,
+            questions=_by_split("--questions", questions, "all") if questions else None,
+            annotations=annotations,
+            parser=parser,
+            truncate=truncate,
+            chair_engine=chair_engine,
+            chair_mode=chair_mode,
+            amber_similarity=amber_similarity,
+            seed=seed,
+        )
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "results.json", results)
+    show.report(json, results, evals.render(results))
+    if folder is not None and not json:
+        print(f"written to {folder}")
+
+
+@app.command("report")
+def report_command(
+    folder: opt.RunFolder,
+    output: opt.ResultFolder = None,
+    plots: opt.CardPlots = True,
+) -> None:
+    """Make the score card of a run, or of a folder of runs: Markdown, JSON, csv and pictures."""
+    from vlmfix.evals.card import report
+
+    for path in report(folder, output, plots):
+        print(path)
 
 
 @app.command("calibrate")
@@ -343,10 +475,7 @@ def attribute_command(
         from vlmfix.loading import load
 
         _quiet_transformers()
-        if threads is not None:
-            import torch
-
-            torch.set_num_threads(threads)
+        _set_threads(threads)
         loaded, processor = load(model, dtype=dtype, device=device)
         results = attribute(
             loaded,
@@ -437,6 +566,20 @@ def _images(text: str) -> int | None:
     return int(text)
 
 
+def _data(given: list[str] | None, tasks: list[str]) -> dict[str, str] | None:
+    """Data by task, from PATH or TASK=PATH; "*" for a bare path."""
+    found: dict[str, str] = {}
+    for text in given or ():
+        task, equals, path = text.partition("=")
+        # A path may hold an equals sign itself.
+        key, path = (task, path) if equals and task in tasks else ("*", text)
+        if key in found:
+            whose = "all tasks" if key == "*" else key
+            raise BadInput(f"--data: {found[key]} and {path} are both given for {whose}: keep one")
+        found[key] = path
+    return found or None
+
+
 def _questions(pairs: list[str] | None) -> dict[str, str] | None:
     """Question files by split, from SPLIT=FILE."""
     if not pairs:
@@ -446,8 +589,29 @@ def _questions(pairs: list[str] | None) -> dict[str, str] | None:
     return {split: file for split, _, file in (pair.partition("=") for pair in pairs)}
 
 
+def _by_split(option: str, given: list[str], whole: str = "") -> dict[str, str]:
+    """Files by split, from FILE or SPLIT=FILE; a bare file goes under `whole`."""
+    found: dict[str, str] = {}
+    for text in given:
+        split, equals, file = text.partition("=")
+        # The name of a file may hold an equals sign itself.
+        if not equals or Path(text).exists():
+            split, file = whole, text
+        if split in found:
+            raise BadInput(f"{option}: several files for one split: write SPLIT={file} for each")
+        found[split] = file
+    return found
+
+
 def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def _quiet_transformers() -> None:

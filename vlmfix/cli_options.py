@@ -51,20 +51,56 @@ SaveRefined = Annotated[
 Task = Annotated[str | None, Argument(metavar="TASK[,TASK]", help="What to evaluate.")]
 Tasks = Annotated[str | None, Option("--tasks", help="Same as TASK; 'list' lists them.")]
 ListTasks = Annotated[bool, Option("--list", help="List the tasks and stop.")]
+Suite = Annotated[
+    str | None,
+    Option(help="Several tasks with settled settings and one card: quick, pope or full."),
+]
 Data = Annotated[
-    Path | None, Option(help="Folder or .zip in COCO format; bundled images if absent.")
+    list[str] | None,
+    Option(
+        metavar="[TASK=]PATH",
+        help="Data of all tasks (COCO format for pope and chair), or of one; bundled images if "
+        "absent.",
+    ),
 ]
 Limit = Annotated[int | None, Option(min=1, help="Only the first N images.")]
 Images = Annotated[str, Option(help="How many images a task selects, or 'all'.")]
 Questions = Annotated[
     list[str] | None,
-    Option(metavar="SPLIT=FILE", help="Ask these POPE questions instead of building some."),
+    Option(
+        metavar="SPLIT=FILE",
+        help="Ask these POPE questions; SPLIT all: the splits that FILE names itself.",
+    ),
 ]
 Splits = Annotated[
     str | None,
     Option(
         metavar="SPLIT[,SPLIT]",
         help="POPE splits to build: random, popular, adversarial (these three if absent), small.",
+    ),
+]
+GroundTruth = Annotated[
+    str | None,
+    Option("--ground-truth", help="Objects that POPE asks about: instances or instances+captions."),
+]
+OfficialTypo = Annotated[
+    bool, Option("--official-typo", help="POPE asks 'in the imange' after 'an', as its files do.")
+]
+ImageIds = Annotated[
+    Path | None,
+    Option("--image-ids", help="File of the images that CHAIR describes, one id per line."),
+]
+ChairEngine = Annotated[
+    str, Option("--chair-engine", help="What finds objects in captions: builtin or nltk.")
+]
+ChairMode = Annotated[
+    str, Option("--chair-mode", help="CHAIR's own rules (compat), or repaired ones (fixed).")
+]
+AmberSimilarity = Annotated[
+    str,
+    Option(
+        metavar="exact|spacy|spacy:MODEL",
+        help="When AMBER takes two nouns for the same: equal words, or word vectors of spaCy.",
     ),
 ]
 Temperature = Annotated[
@@ -81,6 +117,49 @@ PromptStyle = Annotated[str, Option(help="Wording of yes/no questions.")]
 Parser = Annotated[str, Option(help="How yes/no answers are read.")]
 Truncate = Annotated[str, Option(help="'sentence' drops the sentence that the limit cut.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace earlier results in --output.")]
+Resume = Annotated[
+    bool, Option("--resume", help="Go on with the run in --output; starts one if it is empty.")
+]
+GreedyToo = Annotated[
+    bool, Option("--greedy-too", help="With --temperature: every arm decodes greedily, too.")
+]
+NoOp = Annotated[bool, Option("--noop", help="Add a control arm that is hooked and edits nothing.")]
+
+ScoredTask = Annotated[str, Argument(metavar="TASK", help="What the answers were given to.")]
+Answers = Annotated[
+    list[str],
+    Option(
+        "--answers",
+        metavar="[SPLIT=]FILE",
+        help="JSON Lines, a JSON list or .tsv; repeat it where each split has a file of its own.",
+    ),
+]
+Baseline = Annotated[
+    list[str] | None,
+    Option(metavar="[SPLIT=]FILE", help="Answers to the same items to compare with, as a pair."),
+]
+AnsweredQuestions = Annotated[
+    list[str] | None,
+    Option(
+        "--questions",
+        metavar="[SPLIT=]FILE",
+        help="The POPE questions that were answered; our own records hold them themselves.",
+    ),
+]
+Annotations = Annotated[
+    Path | None,
+    Option(metavar="PATH", help="The task's data, as --data of `vlmfix eval` takes it."),
+]
+ScoreParser = Annotated[
+    str, Option("--parser", help="How yes/no answers are read; 'all' compares the rules.")
+]
+
+RunFolder = Annotated[
+    Path, Argument(metavar="DIR", help="Folder of a run, or of several runs, at any depth.")
+]
+CardPlots = Annotated[
+    bool, Option("--plots/--no-plots", help="Draw differences, and CHAIRi against recall.")
+]
 
 AttributionData = Annotated[
     Path | None,

@@ -30,6 +30,7 @@ __all__ = [
     "methods",
     "only_stderr",
     "report",
+    "suite",
     "to_json",
 ]
 
@@ -173,6 +174,18 @@ def failure(results: Mapping[str, Any]) -> str:
     reasons = (json.loads(line)["error"] for text in texts for line in text.split("\n") if line)
     first = next((reason for reason in reasons if reason), "not recorded")
     return f"error: {results['errors']} items failed; the first: {first} (all: {folder})"
+
+
+def suite(card: Mapping[str, Any]) -> RenderableType:
+    """What `vlmfix eval --suite` did: the tables of its parts, what was left out, the files."""
+    from vlmfix.evals.report import render
+
+    left = [f"{name} is left out: {why}" for name, why in card["left_out"].items()]
+    lines = [*left, *(f"written: {path}" for path in card["files"])]
+    for part in card["parts"].values():
+        if part["errors"]:
+            lines.append(failure(part))
+    return Group(*(render(part) for part in card["parts"].values()), Text("\n".join(lines)))
 
 
 def answers(arms: Sequence[Mapping[str, Any]]) -> RenderableType:

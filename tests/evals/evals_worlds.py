@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from vlmfix.errors import UnknownMethod
+from vlmfix.evals.runner import Request
 from vlmfix.evals.tasks import Answer, Sample
 
 NAMES = ["person", "dog", "cat", "car", "cup", "chair", "pizza", "kite"]
@@ -62,6 +63,7 @@ class FakeModel:
     def __init__(self, reply: Reply, known: Sequence[str] = ("var", "pai")) -> None:
         self.reply, self.known = reply, known
         self.batches: dict[str, list[list[Sample]]] = {}
+        self.requests: dict[str, list[list[Request]]] = {}
         self.noise: dict[str, list[int]] = {}  # what each of these batches was drawn with
         self.gen_kwargs: dict[str, Mapping[str, Any]] = {}
 
@@ -79,15 +81,24 @@ class FakeModel:
 
     @contextmanager
     def arm(
-        self, method: Any | None, gen_kwargs: Mapping[str, Any], image: Callable[[str], Any]
-    ) -> Iterator[Callable[[Sequence[Sample], int], list[Answer]]]:
+        self,
+        method: Any | None,
+        gen_kwargs: Mapping[str, Any],
+        image: Callable[[str], Any],
+        wants_p_yes: bool,
+    ) -> Iterator[Callable[[Sequence[Request], int], list[Answer]]]:
         batches = self.batches.setdefault(method or "base", [])
+        requests = self.requests.setdefault(method or "base", [])
         self.gen_kwargs[method or "base"] = gen_kwargs
 
-        def answer(batch: Sequence[Sample], noise: int) -> list[Answer]:
-            batches.append(list(batch))
+        def answer(asked: Sequence[Request], noise: int) -> list[Answer]:
+            requests.append(list(asked))
+            batch = [request.sample for request in asked]
+            batches.append(batch)
             self.noise.setdefault(method or "base", []).append(noise)
             for sample in batch:
+                if sample.image is None:
+                    continue
                 assert image(sample.image).getpixel((0, 0))[0] == sample.image_id
             replies = [self.reply(method, sample) for sample in batch]
             return [Answer(r, 10, 2, "eos", 2.0) if isinstance(r, str) else r for r in replies]

@@ -19,6 +19,7 @@ from vlmfix.contrast import Branch, ContrastMethod, Prompt
 from vlmfix.emoji.build import build_model, build_processor
 from vlmfix.emoji.recipe import QUICK
 from vlmfix.evals.models import TransformersModel, count_passes
+from vlmfix.evals.runner import Request
 from vlmfix.evals.tasks import Sample
 
 
@@ -90,8 +91,8 @@ def test_adapter_asks_one_chat_per_sample_and_sees_a_second_stream(
     passes = {}
     before = torch.initial_seed()
     for method in (None, "vcd"):
-        with asked.arm(method, {"max_new_tokens": 16}, lambda name: f"<{name}>") as answer:
-            replies = answer(samples, 5)
+        with asked.arm(method, {"max_new_tokens": 16}, lambda name: f"<{name}>", False) as answer:
+            replies = answer([Request(sample) for sample in samples], 5)
         assert [reply.text for reply in replies] == ["Q0", "Q1", "Q2"]
         assert (replies[0].prompt_tokens, replies[0].new_tokens) == (7, 3)
         passes[method] = replies[0].passes
@@ -135,10 +136,15 @@ def test_a_branch_counts_as_a_second_pass() -> None:
     asked = TransformersModel(model, processor)
     samples = [Sample("chair", "s", str(i), "", i, f"What is {i}?", []) for i in range(2)]
     passes = {}
+
+    def blank(name: str) -> Image.Image:
+        return Image.new("RGB", (112, 112))
+
     for method in (None, WithoutImage()):
         settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-        with asked.arm(method, settings, lambda name: Image.new("RGB", (112, 112))) as answer:
-            passes[method] = [reply.passes for reply in answer(samples, 0)]
+        with asked.arm(method, settings, blank, False) as answer:
+            requests = [Request(sample) for sample in samples]
+            passes[method] = [reply.passes for reply in answer(requests, 0)]
     assert list(passes.values()) == [[4, 4], [8, 8]]
 
 

@@ -24,9 +24,9 @@ from vlmfix.evals.report import write_json
 from vlmfix.evals.tasks import Answer, Sample
 from vlmfix.methods.pai import PayAttentionToImage
 
-RECORD_KEYS = """run_id task split sample_id image prompt target response n_prompt_tokens
-n_new_tokens finish latency_s method method_cfg gen_kwargs seed sampling_seed rank error parsed
-correct"""
+RECORD_KEYS = """run_id rank config method method_cfg gen_kwargs seed sampling_seed task split index
+sample_id image image_id prompt follows prefix target response p_yes n_prompt_tokens n_new_tokens
+passes finish batch halvings latency_s error parsed correct"""
 
 
 @pytest.fixture
@@ -82,7 +82,11 @@ def test_paired_run(world: Path, tmp_path: Path) -> None:
     assert results["tasks"]["pope"]["gen_kwargs"]["max_new_tokens"] == 16
     assert len(results["tasks"]["pope"]["image_ids"]) == 10
     assert sorted(p.name for p in out.iterdir()) == [
+        "card.csv",
+        "card.json",
+        "card.md",
         "results.json",
+        "run.json",
         *(f"samples_{task}_{arm}.jsonl" for task in ("chair", "pope") for arm in sorted(pope)),
     ]
 
@@ -120,7 +124,7 @@ def test_answers_are_on_disk_as_soon_as_they_are_given(world: Path, tmp_path: Pa
     seen: list[int] = []
 
     def reply(method: Any, sample: Sample) -> str:
-        path = tmp_path / "out" / "samples_pope_base.jsonl"
+        path = tmp_path / "out" / "samples_pope_base.rank0.jsonl"
         seen.append(len(path.read_text().splitlines()))
         return "Yes"
 
@@ -228,8 +232,12 @@ def test_output_folder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (out / "samples_pope_var.jsonl").exists()
     run(model, world, out, overwrite=True)
     assert sorted(p.name for p in out.iterdir()) == [
+        "card.csv",
+        "card.json",
+        "card.md",
         "notes.txt",
         "results.json",
+        "run.json",
         "samples_pope_base.jsonl",
     ]
     assert len(records(out, "pope", "base")) == 180
@@ -241,7 +249,7 @@ def test_output_folder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"tasks": ["popee"]}, UnknownTask, "choose from chair, pope"),
+        ({"tasks": ["popee"]}, UnknownTask, "choose from .*chair.*pope"),
         ({"tasks": []}, BadInput, "no task"),
         ({"methods": ["vra"]}, UnknownMethod, "vra"),
         ({"methods": ["var", "var"]}, BadInput, "two arms are called 'var'"),
@@ -423,6 +431,9 @@ def test_progress_goes_to_stderr(
     run(FakeModel(truthful), world, tmp_path / "o", quiet=False)
     captured = capsys.readouterr()
     assert captured.out == "" and "pope base" in captured.err
+    assert f"answers go to {tmp_path / 'o'}; what is ended" in captured.err
+    run(FakeModel(truthful), world, tmp_path / "o", quiet=False, resume=True)
+    assert "180 of them from before" in capsys.readouterr().err
 
 
 def test_import_is_light() -> None:

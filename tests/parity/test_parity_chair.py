@@ -1,4 +1,4 @@
-"""CHAIR's builtin engine against NLTK runs of OPERA's chair.py."""
+"""CHAIR's engines against runs of OPERA's chair.py: builtin within its tolerance, nltk exactly."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from vlmfix.evals.chair import score_captions
-from vlmfix.evals.chair_objects import category_of, ground_truth, mentions
+from vlmfix.errors import MissingDependency
+from vlmfix.evals.chair import score_answers, score_captions
+from vlmfix.evals.chair_files import load_captions
+from vlmfix.evals.chair_objects import category_of, ground_truth, mentions, require_engine
 from vlmfix.evals.coco import CocoData
 
 
@@ -92,3 +94,67 @@ def test_word_list_is_the_published_one(golden: Path) -> None:
                 dead.add(word)
     # Entries that the original matching cannot reach either.
     assert dead == {" motor bike", " cheesecake", "iPhone", "stove top oven"}
+
+
+@pytest.fixture(scope="module")
+def nltk() -> str:
+    """The nltk engine; the tests that need it are skipped where NLTK or its data are not there."""
+    try:
+        return require_engine("nltk")
+    except MissingDependency as error:
+        pytest.skip(f"the exact figures of the official code: {error}")
+
+
+def test_nltk_gives_the_official_figures_of_the_synthetic_captions(golden: Path, nltk: str) -> None:
+    folder = golden / "chair" / "synth"
+    official = json.loads((folder / "expected_metrics.json").read_text())
+    rows = load_captions(folder / "captions.jsonl")
+    scored = score_answers(CocoData(folder), rows, engine="nltk", repeats="all")
+    scores = {name: score["value"] for name, score in scored["scores"]["caption"].items()}
+    assert scores["chair_s"] == pytest.approx(official["CHAIRs"], abs=1e-12)
+    assert scores["chair_i"] == pytest.approx(official["CHAIRi"], abs=1e-12)
+    assert scores["recall"] == pytest.approx(official["Recall"], abs=1e-12)
+    assert scores["tokens"] / 100 == pytest.approx(official["Len"], abs=1e-12)
+    for row in lines(folder / "expected.jsonl"):
+        assert list(mentions(row["caption"], "nltk").objects) == row["objects"], row["caption"]
+        assert mentions(row["caption"], "nltk").tokens == len(row["words"]), row["caption"]
+
+
+def test_nltk_gives_the_official_figures_of_real_captions(golden: Path, nltk: str) -> None:
+    folder = golden / "chair" / "opera"
+    truth = {
+        int(image): frozenset(names)
+        for image, names in json.loads((folder / "gt_objects.json").read_text()).items()
+    }
+    rows = load_captions(folder / "minigpt4_greedy.jsonl")
+    counts = score_answers(truth, rows, engine="nltk")["counts"]["caption"]
+    assert (counts["n"], counts["hallucinated"]) == (500, 158)
+    assert (counts["hallucinated_mentions"], counts["mentions"]) == (252, 2567)
+    assert (counts["recalled"], counts["truth"], counts["tokens"]) == (961, 1533, 42333)
+    expected = lines(folder / "minigpt4_greedy.expected.jsonl")
+    for row, found in zip(rows, expected, strict=True):
+        caption = row.text("caption")
+        assert list(mentions(caption, "nltk").objects) == found["objects"], caption
+
+
+def test_nltk_gives_the_published_ground_truth(golden: Path, nltk: str) -> None:
+    folder = golden / "chair" / "real80"
+    expected = json.loads((folder / "expected_gt_objects.json").read_text())
+    truth = ground_truth(CocoData(folder), engine="nltk")
+    assert {str(image): sorted(names) for image, names in truth.items()} == expected
+
+
+def test_pycocotools_reads_the_same_annotations(golden: Path) -> None:
+    """An independent reader of the format: categories and captions of every image."""
+    reader = pytest.importorskip("pycocotools.coco")
+    folder = golden / "chair" / "real80"
+    data = CocoData(folder)
+    instances = reader.COCO(folder / "instances_val2014.json")
+    texts = reader.COCO(folder / "captions_val2014.json")
+    assert sorted(instances.getImgIds()) == list(data.files)
+    for image in data.files:
+        boxes = instances.loadAnns(instances.getAnnIds(imgIds=[image]))
+        names = {instances.cats[box["category_id"]]["name"] for box in boxes}
+        assert set(data.objects[image]) == names
+        told = texts.loadAnns(texts.getAnnIds(imgIds=[image]))
+        assert sorted(data.captions.get(image, [])) == sorted(row["caption"] for row in told)

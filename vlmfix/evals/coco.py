@@ -14,18 +14,44 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlmfix.errors import BadInput
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["CocoData"]
+__all__ = ["Box", "CocoData"]
+
+
+class Box(NamedTuple):
+    """One annotated object.
+
+    Args:
+        name: its category.
+        left: in pixels, as `top`, `width` and `height`.
+        top: from the upper edge.
+        width: of the box.
+        height: of the box.
+        row: the annotation as the file has it.
+    """
+
+    name: str
+    left: float
+    top: float
+    width: float
+    height: float
+    row: Mapping[str, Any]
+
+    @property
+    def area(self) -> float:
+        """In square pixels."""
+        return self.width * self.height
 
 
 class CocoData:
@@ -54,6 +80,20 @@ class CocoData:
         self.instances_name = self._pick("instances")
         self.captions_name = self._pick("captions")
         self._read_instances()
+
+    @classmethod
+    def open(cls, path: str | Path | None) -> CocoData:
+        """The data at `path`; None: the bundled evaluation images (`Task.open` of COCO tasks)."""
+        if path is None:
+            from vlmfix import emoji
+
+            path = emoji.evaluation_split()
+        return cls(path)
+
+    @property
+    def name(self) -> str:
+        """Name of the folder or .zip."""
+        return self.source.name
 
     def _listing(self) -> Iterator[str]:
         """Names of the JSON files at the top, in annotations/, or one folder down."""
@@ -147,6 +187,22 @@ class CocoData:
         return captions
 
     @cached_property
+    def boxes(self) -> dict[int, list[Box]]:
+        """The boxes of every image by image id, in the order of the annotations' ids.
+
+        Raises:
+            BadInput: an annotation without a box.
+        """
+        content = self._json(self.instances_name, "annotations")
+        found: dict[int, list[Box]] = {image: [] for image in self.objects}
+        with self._usable("box", "`bbox` in every annotation"):
+            for row in sorted(content["annotations"], key=lambda row: int(row["id"])):
+                left, top, width, height = map(float, row["bbox"])
+                name = self.categories[int(row["category_id"])]
+                found[int(row["image_id"])].append(Box(name, left, top, width, height, row))
+        return found
+
+    @cached_property
     def largest(self) -> dict[int, dict[str, float]]:
         """Share of the image, from 0 to 1, that an object's largest box covers.
 
@@ -155,22 +211,27 @@ class CocoData:
         Raises:
             BadInput: an annotation without a box, or an image without its size.
         """
-        content = self._json(self.instances_name, "images", "annotations")
+        content = self._json(self.instances_name, "images")
         shares = {image: dict.fromkeys(names, 0.0) for image, names in self.objects.items()}
-        try:
+        boxes_of = self.boxes
+        with self._usable("size", "`width` and `height` in every image"):
             sizes = {int(row["id"]): row["width"] * row["height"] for row in content["images"]}
-            for row in content["annotations"]:
-                _, _, width, height = row["bbox"]
-                image, name = int(row["image_id"]), self.categories[int(row["category_id"])]
-                share = width * height / sizes[image]
-                shares[image][name] = max(shares[image][name], share)
+            for image, boxes in boxes_of.items():
+                for box in boxes:
+                    share = box.width * box.height / sizes[image]
+                    shares[image][box.name] = max(shares[image][box.name], share)
+        return shares
+
+    @contextmanager
+    def _usable(self, what: str, needs: str) -> Iterator[None]:
+        """Turn the errors of a broken row into one that names the file."""
+        try:
+            yield
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise BadInput(
-                f"{self.source}: {self.instances_name} has a row without a usable box or size "
-                f"({error}): the size of objects needs `bbox` in every annotation, `width` and "
-                "`height` in every image"
+                f"{self.source}: {self.instances_name} has a row without a usable {what} "
+                f"({error}): what is asked here needs {needs}"
             ) from None
-        return shares
 
     @cached_property
     def sha256(self) -> str:
@@ -208,20 +269,20 @@ class CocoData:
         found = [p for pattern in ("*/", "*/*/") for p in sorted(self.source.glob(pattern))]
         return ["", *(p.relative_to(self.source).as_posix() for p in found if p.is_dir())]
 
-    def require_images(self, file_names: list[str]) -> None:
+    def require_images(self, names: Sequence[str]) -> None:
         """Check that the pictures are there, before any work is spent on them.
 
         Raises:
             BadInput: some are missing; the message names the first ones.
         """
-        missing = [name for name in file_names if self._find(name) is None]
+        missing = [name for name in names if self._find(name) is None]
         if missing:
             raise BadInput(
-                f"{self.source} lacks {len(missing)} of {len(file_names)} images, first "
+                f"{self.source} lacks {len(missing)} of {len(names)} images, first "
                 f"{', '.join(missing[:3])}: put them into {self.source / 'images'}"
             )
 
-    def image(self, file_name: str) -> Image.Image:
+    def image(self, name: str) -> Image.Image:
         """The picture with this `file_name`, in RGB.
 
         Raises:
@@ -229,10 +290,10 @@ class CocoData:
         """
         from PIL import Image, UnidentifiedImageError
 
-        self.require_images([file_name])
-        name = self._find(file_name)
-        assert name is not None
+        self.require_images([name])
+        found = self._find(name)
+        assert found is not None
         try:
-            return Image.open(BytesIO(self._bytes(name))).convert("RGB")
+            return Image.open(BytesIO(self._bytes(found))).convert("RGB")
         except (UnidentifiedImageError, OSError, zipfile.BadZipFile) as error:
-            raise BadInput(f"{self.source}: {name} is not a readable image ({error})") from None
+            raise BadInput(f"{self.source}: {found} is not a readable image ({error})") from None

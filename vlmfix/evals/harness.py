@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -20,23 +20,41 @@ from typing import Any
 
 from vlmfix._version import __version__
 from vlmfix.errors import BadInput
-from vlmfix.evals.arms import BASE, file_name, named_arms
-from vlmfix.evals.coco import CocoData
+from vlmfix.evals.arms import BASE, NOOP, Arm, decoded_arms, file_name, greedy_twin, named_arms
+from vlmfix.evals.card import make_card, write_card
+from vlmfix.evals.controls import add_controls
+from vlmfix.evals.cost import cost, peak_memory
+from vlmfix.evals.processes import Processes
 from vlmfix.evals.progress import progress_bar
+from vlmfix.evals.records import (
+    Done,
+    Recorder,
+    answer_of,
+    differences,
+    digest,
+    merge,
+    part,
+    read_records,
+)
 from vlmfix.evals.report import write_json
-from vlmfix.evals.runner import ArmRun, ModelUnderTest, Recorder, distinct_requests, run_arm
-from vlmfix.evals.tasks import Options, Task, get_task
+from vlmfix.evals.runner import ModelUnderTest, plan_batches, remaining, run_arm
+from vlmfix.evals.tasks import Answer, DataSource, Options, Task, get_task
 
 __all__ = ["evaluate", "output_folder", "positive"]
 
 FORMAT = 1
+
+#: Written before the first answer: what was asked for, so that a resumed run can be told to differ.
+RUN_FILE = "run.json"
+
+Data = str | Path | DataSource
 
 
 def evaluate(
     tasks: Sequence[str],
     model: Any = "emoji",
     methods: Sequence[Any] = (),
-    data: str | Path | CocoData | None = None,
+    data: Data | Mapping[str, Data] | None = None,
     limit: int | None = None,
     output: str | Path | None = None,
     batch_size: int = 32,
@@ -51,8 +69,17 @@ def evaluate(
     truncate: str = "none",
     questions: Mapping[str, str | Path] | None = None,
     splits: Sequence[str] | None = None,
+    ground_truth: str | None = None,
+    official_typo: bool = False,
+    image_ids: str | Path | None = None,
+    chair_engine: str = "builtin",
+    chair_mode: str = "compat",
+    amber_similarity: str = "exact",
     temperature: float | None = None,
     seeds: int = 1,
+    greedy_too: bool = False,
+    noop: bool = False,
+    resume: bool = False,
     dtype: Any = None,
     device: Any = None,
 ) -> dict[str, Any]:
@@ -63,11 +90,17 @@ def evaluate(
     their intervals are made is said in `metrics.summarise`. Sampled figures are comparable under
     equal seeds, tasks, splits and batch size, which decide the random numbers of an item.
 
+    Under `accelerate launch` (or torchrun) every process answers a share of the batches; the
+    answers are those of one process. Every answer is on disk at once: a run that was ended by
+    whatever cause goes on with `resume`, and gives what it would have given in one go.
+
     Args:
         tasks: names from `vlmfix.evals.TASKS`.
         model: "emoji", a folder, a hub id, or (model, processor); not wrapped.
         methods: one arm each: a name with options, a list of them (a stack), or a method object.
-        data: COCO-format folder or .zip; None takes the bundled evaluation images.
+        data: folder or file in the format of the tasks (COCO for pope and chair); or a mapping from
+            task to its own, where "*" stands for all other tasks. None, and tasks that the mapping
+            leaves out, take the bundled images.
         limit: ask about the first so many selected images only; the results say PARTIAL.
         output: folder for results.json and samples_*.jsonl; None makes one under runs/.
         batch_size: (image, prompt) pairs per generate call.
@@ -80,29 +113,59 @@ def evaluate(
         quiet: no progress bar.
         n_images: images that a task selects; None takes all eligible ones.
         truncate: "sentence" drops the sentence of a caption that the token limit cut.
-        questions: POPE question files by split, instead of building questions.
+        questions: POPE question files by split, instead of building questions; "all" takes the
+            splits that a file or hub set names itself.
         splits: POPE splits to build, of `pope.SPLITS`; None: random, popular, adversarial.
+        ground_truth: of built POPE questions: instances or instances+captions; None takes the
+            captions where there are some and all categories are COCO's.
+        official_typo: POPE writes "in the imange" after "an", as the published files do.
+        image_ids: file of the images that CHAIR describes, instead of drawing them.
+        chair_engine: what finds objects in captions: builtin, or nltk as the official code.
+        chair_mode: compat, or fixed for repaired rules that compare with no published figure.
+        amber_similarity: when two nouns are the same to AMBER: exact (equal words), spacy (vectors
+            of en_core_web_lg, as the official code) or spacy:MODEL.
         temperature: sample at it, from all tokens (top_p 1, top_k 0); None: greedy.
         seeds: how many answers are sampled to each item, each with a seed of its own.
+        greedy_too: with a temperature, run every arm greedily, too, as "<arm> greedy". Beside the
+            comparison with the sampled base, results have that with the greedy base
+            (`against_greedy`): a method that is better than sampling only may be worse than greedy.
+        noop: add an arm that is hooked like a method and edits nothing; its answers have to be the
+            base's.
+        resume: go on with the run in `output`, with the settings that it began with. Finished
+            answers stay, errors are asked again. An empty or new folder starts a run.
         dtype: of the model, if it is loaded here.
-        device: of the model, if it is loaded here.
+        device: of the model, if it is loaded here; with several processes, a GPU each.
 
     Returns:
-        What results.json holds. `results["errors"]` counts items without an answer.
+        What results.json holds, in every process. `results["errors"]` counts items without an
+        answer.
 
     Raises:
-        VlmfixError: an unknown task (UnknownTask) or method, options, data or an output folder that
-            cannot be used (BadInput). Nothing has been written then.
+        VlmfixError: an unknown task (UnknownTask) or method; options, data or an output folder that
+            cannot be used, or a resumed run with other settings (BadInput). Nothing has been
+            written then.
     """
     if not tasks:
         raise BadInput("no task to evaluate: name at least one, such as pope")
     task_types = {name: get_task(name) for name in tasks}
-    arms = named_arms(methods)
-    positive(limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens, n_images=n_images)
-    draws = _draws(temperature, seeds)
+    named = named_arms(methods, noop)
+    positive(
+        limit=limit,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        n_images=n_images,
+        seeds=seeds,
+    )
+    arms = decoded_arms(named, temperature, seeds, greedy_too)
+    if resume and (output is None or overwrite):
+        raise BadInput("resume: name the run's folder with output= (--output), without overwrite")
     started = datetime.now(timezone.utc)
-    folder = output_folder(output, overwrite, started, task_types, model)
-    opened = data if isinstance(data, CocoData) else CocoData(data or _bundled_data())
+    processes = Processes()
+    # Asked once: the next process would find what the first one makes.
+    folder = processes.once(
+        lambda: output_folder(output, overwrite or resume, started, task_types, model)
+    )
+    opened = _open(task_types, data)
     options = Options(
         seed=seed,
         limit=limit,
@@ -113,100 +176,226 @@ def evaluate(
         truncate=truncate,
         questions={k: Path(v) for k, v in questions.items()} if questions else None,
         splits=splits,
+        ground_truth=ground_truth,
+        official_typo=official_typo,
+        image_ids=None if image_ids is None else Path(image_ids),
+        chair_engine=chair_engine,
+        chair_mode=chair_mode,
+        amber_similarity=amber_similarity,
     )
-    ready = {name: task_type(opened, options) for name, task_type in task_types.items()}
-    pictures = [sample.image for task in ready.values() for sample in task.samples]
-    opened.require_images(list(dict.fromkeys(pictures)))
-    applied = [method for method in arms.values() if method is not None]
+    ready = {name: task_type(opened[name], options) for name, task_type in task_types.items()}
+    for name, task in ready.items():
+        pictures = [sample.image for sample in task.samples if sample.image is not None]
+        opened[name].require_images(list(dict.fromkeys(pictures)))
+    plans = {name: plan_batches(task.samples, batch_size) for name, task in ready.items()}
+    applied = [method for method in named.values() if method is not None]
+    if processes.size > 1 and device in (None, "cuda"):
+        device = processes.device()
     asked = _model(model, applied, dtype, device)
     asked.check(applied)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in [folder / "results.json", *folder.glob("samples_*.jsonl")]:
-        stale.unlink(missing_ok=True)
-    run_id = f"{started:%Y%m%dT%H%M%SZ}-{token_hex(4)}"
-    results: dict[str, Any] = {
-        "format": FORMAT,
-        "run_id": run_id,
-        "timestamp": started.isoformat(timespec="seconds"),
-        "partial": any(task.partial for task in ready.values()),
-        "errors": 0,
-        "config": {
+    config = _plain_json(
+        {
             **asked.facts,
-            "methods": {arm: asked.describe(method) for arm, method in arms.items()},
-            "data": opened.source.name,
-            "data_sha256": opened.sha256,
-            "limit": limit,
-            "n_images": n_images,
-            "seed": seed,
+            "methods": {arm: asked.describe(method) for arm, method in named.items()},
+            **{k: v for k, v in asdict(options).items() if k != "questions"},
             "temperature": temperature,
             "seeds": seeds,
+            "greedy_too": greedy_too,
             "batch_size": batch_size,
             "versions": _versions(),
-            "threads": _threads(),
-        },
-        "tasks": {},
-    }
-    image = lru_cache(maxsize=64)(opened.image)
-    asks = sum(len(distinct_requests(task.samples)) for task in ready.values())
-    with progress_bar(len(arms) * len(draws) * asks, quiet) as advance:
+            # What they ask says it all; where the file of questions lies may change.
+            "tasks": {name: _fingerprint(task, opened[name]) for name, task in ready.items()},
+        }
+    )
+    jobs = [
+        _Job(
+            name,
+            arm,
+            f"samples_{name}_{file_name(arm)}",
+            one,
+            one.gen_kwargs(max_new_tokens or task.max_new_tokens),
+        )
+        for name, task in ready.items()
+        for arm, one in arms.items()
+    ]
+    run_id = f"{started:%Y%m%dT%H%M%SZ}-{token_hex(4)}"
+    run_id, found = processes.once(lambda: (run_id, _begin(folder, run_id, config, jobs, resume)))
+    done = {job.stem: _done(folder, job.stem) for job in jobs}
+    # Whole blocks of batches, every size-th: what is in a batch, and so the last bits of its
+    # answers, is the same for any number of processes. Shares of the samples would be batched
+    # otherwise.
+    shares = {name: blocks[processes.rank :: processes.size] for name, blocks in plans.items()}
+    left = sum(remaining(shares[job.task], done[job.stem], job.arm.draws) for job in jobs)
+    memory = {}
+    quiet = quiet or processes.rank > 0
+    if not quiet:
+        kept = f", {found} of them from before" if found else ""
+        print(f"answers go to {folder}{kept}; what is ended goes on with --resume", file=sys.stderr)
+    with progress_bar(left, quiet) as advance:
+        for job in jobs:
+            task = ready[job.task]
+            common = {
+                "run_id": run_id,
+                "rank": processes.rank,
+                "config": digest(config),
+                "method": job.name,
+                "method_cfg": asked.describe(job.arm.method),
+                "gen_kwargs": job.gen_kwargs,
+                "seed": seed,
+            }
+            image = lru_cache(maxsize=64)(opened[job.task].image)
+            with (
+                peak_memory() as peak,
+                Recorder(part(folder, job.stem, processes.rank), task, common) as recorder,
+                asked.arm(job.arm.method, job.gen_kwargs, image, task.wants_p_yes) as answer,
+            ):
+                run_arm(
+                    shares[job.task],
+                    answer,
+                    recorder,
+                    done[job.stem],
+                    lambda n, label=f"{job.task} {job.name}": advance(n, label),  # type: ignore[misc]
+                    seed,
+                    job.arm.draws,
+                )
+            peaks = processes.gather(peak)
+            memory[job.stem] = {key: max(p[key] for p in peaks) for key in peak}
+
+    def finish() -> dict[str, Any]:
+        results: dict[str, Any] = {
+            "format": FORMAT,
+            "run_id": run_id,
+            "timestamp": started.isoformat(timespec="seconds"),
+            "partial": any(task.partial for task in ready.values()),
+            "errors": 0,
+            "resumed": found,
+            "config": {**config, "threads": _threads(), "processes": processes.size},
+            "tasks": {},
+        }
         for name, task in ready.items():
-            gen_kwargs = _decoding(max_new_tokens or task.max_new_tokens, temperature)
-            runs = {}
-            for arm, method in arms.items():
-                common = {
-                    "run_id": run_id,
-                    "method": arm,
-                    "method_cfg": asked.describe(method),
-                    "gen_kwargs": gen_kwargs,
-                    "seed": seed,
-                    "rank": 0,
+            of_task = [job for job in jobs if job.task == name]
+            records = {job.name: merge(folder, job.stem) for job in of_task}
+            answers = {job.name: _answers(task, job.arm, records[job.name]) for job in of_task}
+            entry = _score(task, answers, seed)
+            for job in of_task:
+                entry["arms"][job.name] |= {
+                    "cost": cost(records[job.name], plans[name]) | memory[job.stem],
+                    "gen_kwargs": job.gen_kwargs,
                 }
-                path = folder / f"samples_{name}_{file_name(arm)}.jsonl"
-                with (
-                    Recorder(path, task, common) as recorder,
-                    asked.arm(method, gen_kwargs, image) as answer,
-                ):
-                    runs[arm] = run_arm(
-                        task.samples,
-                        answer,
-                        batch_size,
-                        recorder,
-                        lambda n, label=f"{name} {arm}": advance(n, label),  # type: ignore[misc]
-                        seed,
-                        draws,
-                    )
-            entry = _score(task, runs)
-            results["tasks"][name] = {**entry, "gen_kwargs": gen_kwargs}
-            results["errors"] += sum(entry["arms"][arm]["n_errors"] for arm in arms)
-    results["partial"] = results["partial"] or results["errors"] > 0
-    write_json(folder / "results.json", results)
+            results["tasks"][name] = {
+                **entry,
+                "data": opened[name].name,
+                "data_sha256": opened[name].sha256,
+                "gen_kwargs": of_task[0].gen_kwargs,
+            }
+            results["errors"] += sum(arm["n_errors"] for arm in entry["arms"].values())
+        results["partial"] = results["partial"] or results["errors"] > 0
+        write_json(folder / "results.json", results)
+        write_card(make_card({folder.name: results}), folder, plots=False)
+        return results
+
+    results = processes.once(finish)
     results["output"] = str(folder)  # for the caller; a file need not say where it lay
     return results
 
 
-def _score(task: Task, runs: Mapping[str, ArmRun]) -> dict[str, Any]:
-    """Score what every arm answered: an item that failed once, under any arm, counts for none."""
+@dataclass(frozen=True)
+class _Job:
+    """One arm of one task.
+
+    Args:
+        task: name.
+        name: of the arm.
+        stem: of its files.
+        arm: how it answers.
+        gen_kwargs: of generate().
+    """
+
+    task: str
+    name: str
+    stem: str
+    arm: Arm
+    gen_kwargs: dict[str, Any]
+
+
+def _begin(
+    folder: Path, run_id: str, config: Mapping[str, Any], jobs: Sequence[_Job], resume: bool
+) -> int:
+    """Make the folder ready; returns how many answers of an earlier run count.
+
+    Raises:
+        BadInput: there is no run to go on with, or it had another config.
+    """
+    run_file = folder / RUN_FILE
+    if resume and folder.is_dir() and any(folder.iterdir()):
+        if not run_file.exists():
+            raise BadInput(
+                f"resume: {folder} holds no {RUN_FILE}, so nobody can tell which run it was: name "
+                "the folder of a run, or start again with overwrite=True (--overwrite)"
+            )
+        then = json.loads(run_file.read_text(encoding="utf-8"))["config"]
+        if changed := differences(then, config):
+            raise BadInput(
+                f"resume: the run in {folder} had other settings: {'; '.join(changed)}. Go on with "
+                "those it had, or name another folder"
+            )
+        for stray in folder.glob(".*.tmp"):
+            stray.unlink()
+        return sum(len(merge(folder, job.stem, retry=True)) for job in jobs)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in [
+        run_file,
+        folder / "results.json",
+        *folder.glob("samples_*.jsonl"),
+        *folder.glob("card.*"),
+    ]:
+        stale.unlink(missing_ok=True)
+    write_json(run_file, {"format": FORMAT, "run_id": run_id, "config": config})
+    return 0
+
+
+def _done(folder: Path, stem: str) -> Done:
+    """Answers that an earlier run has left."""
+    path = folder / f"{stem}.jsonl"
+    rows = read_records(path) if path.exists() else []
+    return {(row["sampling_seed"], row["sample_id"]): answer_of(row) for row in rows}
+
+
+def _answers(task: Task, arm: Arm, records: Sequence[Mapping[str, Any]]) -> list[list[Answer]]:
+    """Per sampling seed, one list aligned with the samples; one list in all if greedy."""
+    found = {(row["sampling_seed"], row["sample_id"]): answer_of(row) for row in records}
+    return [[found[draw, sample.sample_id] for sample in task.samples] for draw in arm.draws]
+
+
+def _score(task: Task, runs: Mapping[str, Sequence[Sequence[Answer]]], seed: int) -> dict[str, Any]:
+    """Score what every arm answered: an item that failed once, under any arm, counts for none.
+
+    Args:
+        task: reads the answers.
+        runs: arm -> its answers by seed; a greedy arm beside sampled ones has one list, which
+            stands for every seed.
+        seed: of the bootstrap.
+    """
     everything = range(len(task.samples))
-    rows = [row for run in runs.values() for row in run.answers]
+    rows = [row for run in runs.values() for row in run]
     answered = [i for i in everything if all(row[i].error is None for row in rows)]
-    draws = range(len(runs[BASE].answers))
+    draws = range(max(map(len, runs.values())))
+    drawn = [draw for draw in draws for _ in answered]
     samples = [task.samples[i] for _ in draws for i in answered]
-    answers = {arm: [row[i] for row in run.answers for i in answered] for arm, run in runs.items()}
-    scored = task.score(samples, answers, [draw for draw in draws for _ in answered])
-    base, n = answers[BASE], max(1, len(samples))
+    answers = {
+        arm: [run[draw % len(run)][i] for draw in draws for i in answered]
+        for arm, run in runs.items()
+    }
+    scored = task.score(samples, answers, drawn)
+    add_controls(scored, task, samples, answers, drawn, seed)
     for arm, run in runs.items():
-        texts = answers[arm]
-        scored[arm] |= {
-            "cost": run.cost,
-            "n_errors": sum(answer.error is not None for row in run.answers for answer in row),
-            "n_empty": sum(not answer.text.strip() for answer in texts),
-            "cut_share": sum(answer.finish == "length" for answer in texts) / n,
-            "same_as_base": sum(a.text == b.text for a, b in zip(texts, base, strict=True)) / n,
-        }
+        scored[arm]["n_errors"] = sum(answer.error is not None for row in run for answer in row)
+    if NOOP in runs:
+        scored[NOOP]["flags"] += _told_apart(answers[BASE], answers[NOOP])
     images = list(dict.fromkeys(sample.image_id for sample in task.samples))
     excluded = set(everything) - set(answered)
-    return {
+    entry = {
         **task.facts,
         "partial": task.partial or bool(excluded),
         "n_samples": len(answered),
@@ -217,38 +406,45 @@ def _score(task: Task, runs: Mapping[str, ArmRun]) -> dict[str, Any]:
         "excluded": [task.samples[i].sample_id for i in sorted(excluded)],
         "arms": scored,
     }
+    if (reference := greedy_twin(BASE)) in runs:
+        again = task.score(samples, {reference: answers[reference], **answers}, drawn)
+        entry["against_greedy"] = {
+            arm: {key: again[arm][key] for key in ("delta", "matched_length") if key in again[arm]}
+            for arm in runs
+            if arm != reference
+        }
+    return entry
 
 
-def _draws(temperature: float | None, seeds: int) -> Sequence[int | None]:
-    """The numbers of the sampling seeds; one None for greedy decoding."""
-    positive(seeds=seeds)
-    if temperature is None:
-        if seeds > 1:
-            raise BadInput(
-                f"seeds={seeds} without a temperature: greedy answers are the same under every "
-                "seed. Sample with temperature=1.0 (--temperature 1.0), or leave seeds out"
-            )
-        return (None,)
-    if not 0 < temperature < math.inf:
-        raise BadInput(
-            f"temperature={temperature}: must be positive; leave it out for greedy decoding"
-        )
-    return range(seeds)
+def _told_apart(base: Sequence[Answer], noop: Sequence[Answer]) -> list[str]:
+    """A flag where the control that edits nothing did not answer as the base did."""
+    pairs = list(zip(base, noop, strict=True))
+    texts = sum(a.text != b.text for a, b in pairs)
+    masses = sum(a.p_yes != b.p_yes for a, b in pairs)
+    if not texts and not masses:
+        return []
+    return [
+        f"edits nothing, and yet {texts} answers and {masses} probabilities of yes of {len(pairs)} "
+        "differ from the base's: differences of that size are no effect of a method"
+    ]
 
 
-def _decoding(max_new_tokens: int, temperature: float | None) -> dict[str, Any]:
-    """Arguments of generate().
-
-    Sampling is spelled out: transformers' own top_k is 50, and checkpoints bring settings, too.
-    """
-    shared = {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": temperature is not None,
-        "num_beams": 1,
+def _fingerprint(task: Task, data: DataSource) -> dict[str, Any]:
+    """What decides the questions of a task, for the comparison with an earlier run."""
+    asked = [
+        [s.sample_id, s.split, s.image, s.prompt, s.follows, s.prefix, s.grow, s.until, s.target]
+        for s in task.samples
+    ]
+    return {
+        "data_sha256": data.sha256,
+        "samples_sha256": digest(_plain_json(asked)),
+        **_plain_json(task.facts),
     }
-    if temperature is None:
-        return shared
-    return {**shared, "temperature": float(temperature), "top_p": 1.0, "top_k": 0}
+
+
+def _plain_json(content: Any) -> Any:
+    """The content as it reads when it has been written to a JSON file."""
+    return json.loads(json.dumps(content, default=str))
 
 
 def positive(**values: int | None) -> None:
@@ -292,10 +488,28 @@ def output_folder(
     return folder
 
 
-def _bundled_data() -> Path:
-    from vlmfix import emoji
-
-    return Path(emoji.evaluation_split())
+def _open(
+    task_types: Mapping[str, type[Task]], data: Data | Mapping[str, Data] | None
+) -> dict[str, DataSource]:
+    """Task -> its data; tasks that open the same path the same way share one."""
+    chosen: Mapping[str, Any] = data if isinstance(data, Mapping) else {"*": data}
+    if strange := sorted(set(chosen) - {*task_types, "*"}):
+        raise BadInput(
+            f"data for {', '.join(strange)}, which is not evaluated here: name one of "
+            f"{', '.join(task_types)}, or * for all others"
+        )
+    opened: dict[Any, DataSource] = {}
+    found = {}
+    for name, task_type in task_types.items():
+        source = chosen.get(name, chosen.get("*"))
+        if isinstance(source, DataSource):
+            found[name] = source
+            continue
+        key = (task_type.open, source)
+        if key not in opened:
+            opened[key] = task_type.open(source)
+        found[name] = opened[key]
+    return found
 
 
 def _model(model: Any, methods: Sequence[Any], dtype: Any, device: Any) -> ModelUnderTest:
@@ -321,7 +535,7 @@ def _model(model: Any, methods: Sequence[Any], dtype: Any, device: Any) -> Model
 
 def _versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {"vlmfix": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "numpy"):
+    for package in ("torch", "transformers", "accelerate", "numpy", "pillow"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -24,7 +24,7 @@ from vlmfix.evals.stats import (
     wilson,
 )
 
-__all__ = ["Arm", "Ratio", "counts_table", "summarise"]
+__all__ = ["Arm", "Ratio", "counts_table", "estimate", "summarise"]
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def summarise(
         if arm != base:
             entry["delta"] = {
                 place: {
-                    ratio.name: _estimate(
+                    ratio.name: estimate(
                         values[arm][place][ratio.name][0] - values[base][place][ratio.name][0],
                         replicas[arm][place][ratio.name] - replicas[base][place][ratio.name],
                         resamples.n_clusters,
@@ -213,7 +213,7 @@ def _places(
     return places
 
 
-def _estimate(values: Floats, replicas: Floats, n_clusters: int) -> dict[str, Any]:
+def estimate(values: Floats, replicas: Floats, n_clusters: int) -> dict[str, Any]:
     """Mean over seeds, its interval, and with several seeds what lies behind the mean.
 
     Args:
@@ -223,10 +223,10 @@ def _estimate(values: Floats, replicas: Floats, n_clusters: int) -> dict[str, An
     """
     # One image says nothing about the spread between images.
     interval = percentile_interval(replicas.mean(axis=1)) if n_clusters > 1 else None
-    estimate: dict[str, Any] = {"value": float(values.mean()), "ci": interval and list(interval)}
+    found: dict[str, Any] = {"value": float(values.mean()), "ci": interval and list(interval)}
     if len(values) > 1:
-        estimate |= {"by_seed": values.tolist(), "sd": float(values.std(ddof=1))}
-    return estimate
+        found |= {"by_seed": values.tolist(), "sd": float(values.std(ddof=1))}
+    return found
 
 
 def _score(
@@ -237,7 +237,7 @@ def _score(
     total: Floats | None,
     columns: Sequence[str],
 ) -> dict[str, Any]:
-    score = {**_estimate(values, replicas, n_clusters), "ci_method": "bootstrap"}
+    score = {**estimate(values, replicas, n_clusters), "ci_method": "bootstrap"}
     if ratio.proportion and total is not None:
         # Wilson's trials are independent: questions, not their repetitions under other seeds.
         mean = total.mean(axis=0)

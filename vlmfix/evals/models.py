@@ -7,10 +7,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from vlmfix.evals.arms import plain
-from vlmfix.evals.runner import Answerer
-from vlmfix.evals.tasks import Answer, Sample
+from vlmfix.evals.runner import Answerer, Request, Turn
+from vlmfix.evals.tasks import Answer
 
-__all__ = ["PassCounter", "TransformersModel", "count_passes"]
+__all__ = ["FirstToken", "PassCounter", "TransformersModel", "count_passes", "yes_no_tokens"]
 
 
 class PassCounter:
@@ -48,6 +48,61 @@ def count_passes(model: Any) -> Iterator[PassCounter]:
         handle.remove()
 
 
+def yes_no_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that say yes, and those that say no: in lower case, capitals or capitalised, with
+    and without a space before.
+
+    A tokenizer that has a word in none of these spellings gets the first tokens of the spellings;
+    both lists are empty where yes and no then begin alike.
+    """
+    vocabulary = tokenizer.get_vocab()
+    ids: list[set[int]] = []
+    for word in ("yes", "no"):
+        spellings = (word, word.title(), word.upper())
+        # How tokenizers write the space before a word.
+        marked = [mark + spelling for mark in ("", " ", "▁", "Ġ") for spelling in spellings]
+        found = {vocabulary[text] for text in marked if text in vocabulary}
+        if not found:
+            pieces = [
+                tokenizer(space + spelling, add_special_tokens=False)["input_ids"]
+                for space in ("", " ")
+                for spelling in spellings
+            ]
+            found = {piece[0] for piece in pieces if piece}
+        ids.append(found)
+    yes, no = ids
+    return ([], []) if yes & no else (sorted(yes), sorted(no))
+
+
+class FirstToken:
+    """Logits processor that keeps P(yes) / (P(yes) + P(no)) of the first token and changes nothing.
+
+    generate() calls it with the logits that it decodes from: those of all streams combined under a
+    contrastive method, those of the shortened prompt under a pruning one. Temperature, which comes
+    later, is not in them.
+
+    Args:
+        yes, no: token ids, from `yes_no_tokens`.
+    """
+
+    def __init__(self, yes: Sequence[int], no: Sequence[int]) -> None:
+        self._yes, self._no = list(yes), list(no)
+        #: By row; None where neither can be said.
+        self.p_yes: list[float | None] | None = None
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """See transformers.LogitsProcessor: (B, L) ids and (B, vocabulary) logits."""
+        if self.p_yes is None:
+            if not self._yes:
+                self.p_yes = [None] * len(scores)
+                return scores
+            yes, no = (scores[:, ids].double().logsumexp(1) for ids in (self._yes, self._no))
+            # Both can be ruled out, by a plausibility mask for one: -inf - -inf is nan.
+            values = (yes - no).sigmoid().tolist()
+            self.p_yes = [value if value == value else None for value in values]
+        return scores
+
+
 class TransformersModel:
     """A loaded model and its processor; methods are applied by `vlmfix.wrapped`.
 
@@ -63,10 +118,11 @@ class TransformersModel:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Model id, class, dtype, device and attention implementation."""
+        """Model id, revision, class, dtype, device and attention implementation."""
         config = getattr(self._model, "config", None)
         return {
             "model": str(self._name),
+            "revision": getattr(config, "_commit_hash", None),
             "model_class": type(self._model).__name__,
             "dtype": str(getattr(self._model, "dtype", "")).removeprefix("torch."),
             "device": str(getattr(self._model, "device", "")),
@@ -94,24 +150,40 @@ class TransformersModel:
 
     @contextmanager
     def arm(
-        self, method: Any | None, gen_kwargs: Mapping[str, Any], image: Callable[[str], Any]
+        self,
+        method: Any | None,
+        gen_kwargs: Mapping[str, Any],
+        image: Callable[[str], Any],
+        wants_p_yes: bool = False,
     ) -> Iterator[Answerer]:
         """See `runner.ModelUnderTest.arm`."""
         import vlmfix
 
+        yes_no = None
+        if wants_p_yes:
+            yes_no = yes_no_tokens(getattr(self._processor, "tokenizer", self._processor))
         state = nullcontext() if method is None else vlmfix.wrapped(self._model, method)
         with state, count_passes(self._model) as counter:
 
-            def answer(batch: Sequence[Sample], noise: int) -> list[Answer]:
+            def answer(batch: Sequence[Request], noise: int) -> list[Answer]:
                 counter.reset()
-                chats = [_chat(image(sample.image), sample.prompt) for sample in batch]
+                chats = [_chat(request, image) for request in batch]
+                first = None if yes_no is None else FirstToken(*yes_no)
+                watched = {} if first is None else {"logits_processor": [first]}
                 with _seeded(noise):
                     details = vlmfix.generate(
-                        self._model, self._processor, chats, return_details=True, **gen_kwargs
+                        self._model,
+                        self._processor,
+                        chats,
+                        return_details=True,
+                        **gen_kwargs,
+                        **watched,
                     )
                 passes = counter.rows / len(batch)
+                p_yes = (first and first.p_yes) or [None] * len(batch)
                 return [
-                    Answer(d.text, d.prompt_tokens, d.new_tokens, d.finish, passes) for d in details
+                    Answer(d.text, d.prompt_tokens, d.new_tokens, d.finish, passes, p_yes=p)
+                    for d, p in zip(details, p_yes, strict=True)
                 ]
 
             yield answer
@@ -127,6 +199,18 @@ def _seeded(noise: int) -> Iterator[None]:
         yield
 
 
-def _chat(picture: Any, prompt: str) -> list[dict[str, Any]]:
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]
-    return [{"role": "user", "content": content}]
+def _chat(request: Request, image: Callable[[str], Any]) -> list[dict[str, Any]]:
+    """The chat as `vlmfix.generate` takes it; a picture stands where it first comes up."""
+    sample = request.sample
+    chat: list[dict[str, Any]] = []
+    shown: set[str] = set()
+    for turn in (*request.turns, Turn(sample.image, sample.prompt, request.prefix)):
+        content: list[dict[str, Any]] = []
+        if turn.image is not None and turn.image not in shown:
+            shown.add(turn.image)
+            content.append({"type": "image", "image": image(turn.image)})
+        content.append({"type": "text", "text": turn.prompt})
+        chat.append({"role": "user", "content": content})
+        chat.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+    # What the model has not said at all, it is to begin.
+    return chat if request.prefix else chat[:-1]

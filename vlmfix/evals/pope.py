@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from vlmfix.errors import BadInput
@@ -29,10 +30,13 @@ from vlmfix.evals.pope_builder import (
     build_questions,
     select_images,
 )
-from vlmfix.evals.pope_files import load_questions, pair_answers
+from vlmfix.evals.pope_files import QuestionFile, pair_answers
+from vlmfix.evals.pope_tables import QuestionTable, open_images, question_source
+from vlmfix.evals.prompts import suffix
+from vlmfix.evals.rows import Row
 from vlmfix.evals.tasks import Answer, Column, Options, Sample
 
-__all__ = ["PROMPT_STYLES", "SMALL", "SPLITS", "Pope", "score_answers"]
+__all__ = ["SMALL", "SPLITS", "Pope", "score_answers"]
 
 #: The splits of the paper, which are built if none are chosen, and ours.
 SPLITS = (*STRATEGIES, "small")
@@ -41,12 +45,7 @@ SPLITS = (*STRATEGIES, "small")
 #: pixels, little more than a patch of its vision tower; 466 objects in 312 of 500 images.
 SMALL = 0.02
 
-PROMPT_STYLES: dict[str, str] = {
-    "bare": "",
-    "lmms": "\nAnswer the question using a single word or phrase.",
-    "vcd": " Please answer this question with one word.",
-    "clearsight": " Please just answer yes or no.",
-}
+GROUND_TRUTHS = ("instances", "instances+captions")
 
 COUNTS = ("n", "correct", "tp", "fp", "tn", "fn", "yes", "unparsed", "empty")
 RATIOS = (
@@ -83,7 +82,7 @@ def _arm(answers: Sequence[str | None], labels: Sequence[str], parser: Parser) -
 
 def score_answers(
     questions: Mapping[str, Sequence[Question]],
-    answers: Mapping[str, Sequence[Mapping[str, Any]]],
+    answers: Mapping[str, Sequence[Row | Mapping[str, Any]]],
     parser: str = "official",
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -125,11 +124,11 @@ class Pope:
         Column("yes_ratio", "yes"),
     )
 
-    def __init__(self, data: CocoData, options: Options) -> None:
-        if options.prompt_style not in PROMPT_STYLES:
-            raise BadInput(
-                f"no prompt style {options.prompt_style!r}: choose from {', '.join(PROMPT_STYLES)}"
-            )
+    wants_p_yes = True
+    open = staticmethod(open_images)
+
+    def __init__(self, data: CocoData | QuestionTable, options: Options) -> None:
+        self._suffix = suffix(options.prompt_style)
         self.parser = get_parser(options.parser)
         chosen = STRATEGIES if options.splits is None else options.splits
         if not chosen or not set(chosen) <= set(SPLITS) or len(set(chosen)) < len(chosen):
@@ -139,34 +138,24 @@ class Pope:
             )
         if options.questions and options.splits is not None:
             raise BadInput("POPE: ready-made questions name their splits; leave splits= out")
+        if options.ground_truth not in (None, *GROUND_TRUTHS):
+            raise BadInput(
+                f"ground_truth={options.ground_truth!r}: choose {' or '.join(GROUND_TRUTHS)}"
+            )
         self._options = options
-        self._data = data
-        self._splits, self._source = self._read() if options.questions else self._build(chosen)
-        self._images = list(dict.fromkeys(q.image for qs in self._splits.values() for q in qs))
-
-    def _build(self, splits: Sequence[str]) -> tuple[dict[str, list[Question]], dict[str, str]]:
-        data, options = self._data, self._options
-        objects = ordered_objects(data)
-        selected = select_images(objects, options.n_images, options.seed, OBJECTS_PER_IMAGE)
-        images = [(data.files[image], objects[image]) for image in selected]
-        known = set(data.categories.values()) <= set(category_of())
-        truth = "instances+captions" if data.captions and known else "instances"
-        questions, source = {}, {}
-        for split in splits:
-            strategy, asked, source[split] = split, None, f"built from {truth}"
-            if split == "small":
-                strategy, asked = "adversarial", _small_objects(data, selected)
-                source[split] += f", objects up to {SMALL:.0%} of the image, adversarial"
-            # Another seed than the selection's, or both would replay the same draws.
-            questions[split] = build_questions(images, strategy, options.seed + 1, asked=asked)
-        return questions, source
-
-    def _read(self) -> tuple[dict[str, list[Question]], dict[str, str]]:
-        assert self._options.questions is not None
-        read = {split: load_questions(path) for split, path in self._options.questions.items()}
-        return (
-            {split: file.questions for split, file in read.items()},
-            {split: file.variant for split, file in read.items()},
+        self._ids: Mapping[str, int] = {}
+        if isinstance(data, CocoData):
+            self._ids = {name: image for image, name in data.files.items()}
+        if options.questions:
+            self._files = _read(options.questions)
+        elif isinstance(data, QuestionTable):
+            self._files = data.splits
+            if options.splits is not None:
+                self._files = _choose(data.splits, chosen, data.name)
+        else:
+            self._files = _build(data, options, chosen)
+        self._images = list(
+            dict.fromkeys(q.image for file in self._files.values() for q in file.questions)
         )
 
     @property
@@ -179,20 +168,21 @@ class Pope:
     def samples(self) -> list[Sample]:
         """Questions of the selected images, split by split."""
         asked = set(self._images[: self._options.limit])
-        ids = {name: image for image, name in self._data.files.items()}
-        suffix = PROMPT_STYLES[self._options.prompt_style]
         return [
             Sample(
                 task=self.name,
                 split=split,
                 sample_id=f"{split}:{q.question_id}",
                 image=q.image,
-                image_id=ids.get(q.image, q.image),
-                prompt=q.text + suffix,
+                image_id=self._ids.get(q.image, q.image),
+                prompt=q.text + self._suffix,
                 target=q.label,
+                follows=f"{split}:{file.follows[q.question_id]}"
+                if q.question_id in file.follows
+                else None,
             )
-            for split, questions in self._splits.items()
-            for q in questions
+            for split, file in self._files.items()
+            for q in file.questions
             if q.image in asked
         ]
 
@@ -202,7 +192,7 @@ class Pope:
         return {
             "prompt_style": self._options.prompt_style,
             "parser": self.parser.name,
-            "questions": self._source,
+            "questions": {split: file.variant for split, file in self._files.items()},
         }
 
     def parse(self, sample: Sample, answer: Answer) -> tuple[str | None, bool]:
@@ -246,6 +236,67 @@ class Pope:
             requests=[(sample.image, sample.prompt) for sample in samples],
             draws=draws,
         )
+
+
+def _build(data: CocoData, options: Options, splits: Sequence[str]) -> dict[str, QuestionFile]:
+    """Questions from the annotations, as `pope_builder` makes them."""
+    known = set(data.categories.values()) <= set(category_of())
+    truth = options.ground_truth
+    if truth is None:
+        truth = "instances+captions" if data.captions and known else "instances"
+    if truth == "instances+captions" and not (data.captions and known):
+        raise BadInput(
+            f"POPE: ground truth from captions needs captions, and COCO's categories alone; "
+            f"{data.source} has {'others' if data.captions else 'no captions'}: take instances"
+        )
+    objects = ordered_objects(data, with_captions=truth == "instances+captions")
+    selected = select_images(objects, options.n_images, options.seed, OBJECTS_PER_IMAGE)
+    images = [(data.files[image], objects[image]) for image in selected]
+    built = {}
+    for split in splits:
+        strategy, asked, source = split, None, f"built from {truth}"
+        if split == "small":
+            strategy, asked = "adversarial", _small_objects(data, selected)
+            source += f", objects up to {SMALL:.0%} of the image, adversarial"
+        if options.official_typo:
+            source += ", with the typo of the official files"
+        questions = build_questions(
+            images,
+            strategy,
+            options.seed + 1,  # with the selection's own, both would replay the same draws
+            official_typo=options.official_typo,
+            asked=asked,
+        )
+        built[split] = QuestionFile(questions, source)
+    return built
+
+
+def _read(sources: Mapping[str, Path]) -> dict[str, QuestionFile]:
+    """Question files by split; "all" stands for the splits that a file names itself."""
+    read: dict[str, QuestionFile] = {}
+    for split, path in sources.items():
+        found = question_source(path)
+        if split == "all":
+            chosen = found
+        elif list(found) == [""]:
+            chosen = {split: found[""]}
+        else:
+            chosen = _choose(found, [split], str(path))
+        if twice := sorted(set(read) & set(chosen)):
+            raise BadInput(f"POPE: several files for the splits {', '.join(twice)}: name each once")
+        read |= chosen
+    return {split or "pope": file for split, file in read.items()}
+
+
+def _choose(
+    files: Mapping[str, QuestionFile], splits: Sequence[str], source: str
+) -> dict[str, QuestionFile]:
+    if absent := [split for split in splits if split not in files]:
+        raise BadInput(
+            f"POPE: {source} has no questions of the split {', '.join(absent)}: choose from "
+            f"{', '.join(files)}"
+        )
+    return {split: files[split] for split in splits}
 
 
 def _small_objects(data: CocoData, images: Sequence[int]) -> dict[str, list[str]]:

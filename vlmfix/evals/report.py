@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,19 +15,33 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.table import Table
 
-__all__ = ["render", "to_markdown", "write_json"]
-
+__all__ = [
+    "decoding",
+    "headline",
+    "markdown_line",
+    "p_text",
+    "render",
+    "to_markdown",
+    "write_json",
+    "write_text",
+]
 
 _ARM_WIDTH = 16
+
+Scores = Mapping[str, Any]
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with draft.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, ensure_ascii=False)
-            file.write("\n")
+        with draft.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
@@ -42,7 +56,14 @@ def render(results: Mapping[str, Any]) -> RenderableType:
     """
     from rich.console import Group
 
-    return Group(*(_TaskTable(results, name, entry) for name, entry in results["tasks"].items()))
+    shown: list[RenderableType] = []
+    for name, entry in results["tasks"].items():
+        shown.append(_TaskTable(results, name, entry))
+        if "parsers" in entry:
+            table = _rich_table(*_parser_table(entry))
+            table.title = _PARSERS_TITLE
+            shown.append(table)
+    return Group(*shown)
 
 
 class _TaskTable:
@@ -58,86 +79,129 @@ class _TaskTable:
         yield wide if fits <= options.max_width else self._layout(stacked=True)
 
     def _layout(self, stacked: bool) -> Table:
-        from rich import box
-        from rich.table import Table
         from rich.text import Text
 
-        headings, sections = _table(self._name, self._entry, stacked)
-        table = Table(
-            title=Text(_title(self._results, self._name, self._entry)),
-            caption=Text(_caption(self._results, self._name, self._entry), justify="left"),
-            box=box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-            pad_edge=False,
-            title_justify="left",
-            caption_justify="left",
-        )
-        for i, heading in enumerate(headings):
-            # What does not fit goes on in the next line; nothing is ever cut off.
-            table.add_column(
-                heading,
-                justify="left" if i < 2 else "right",
-                overflow="fold",
-                max_width=_ARM_WIDTH if i == 1 else None,
-            )
-        for rows in sections:
-            for i, row in enumerate(rows):
-                table.add_row(*map(Text, row), end_section=i == len(rows) - 1)
+        table = _rich_table(*_table(self._name, self._entry, stacked))
+        table.title = Text(_title(self._results, self._name, self._entry))
+        table.caption = Text(_caption(self._results, self._name, self._entry), justify="left")
         return table
+
+
+def _rich_table(headings: list[str], sections: list[list[list[str]]]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        title_justify="left",
+        caption_justify="left",
+    )
+    for i, heading in enumerate(headings):
+        # What does not fit goes on in the next line; nothing is ever cut off.
+        table.add_column(
+            heading,
+            justify="left" if i < 2 else "right",
+            overflow="fold",
+            max_width=_ARM_WIDTH if i == 1 else None,
+        )
+    for rows in sections:
+        for i, row in enumerate(rows):
+            table.add_row(*map(Text, row), end_section=i == len(rows) - 1)
+    return table
 
 
 def to_markdown(results: Mapping[str, Any]) -> str:
     """Results as Markdown tables, one per task."""
     blocks = []
     for name, entry in results["tasks"].items():
-        headings, sections = _table(name, entry)
-        lines = [f"**{_title(results, name, entry)}**", "", _line(headings)]
-        lines.append("|---|---|" + "---:|" * (len(headings) - 2))
-        lines += [_line(row) for rows in sections for row in rows]
-        blocks.append("\n".join([*lines, "", _caption(results, name, entry)]))
+        blocks += [
+            f"**{_title(results, name, entry)}**",
+            _markdown_table(*_table(name, entry)),
+            _caption(results, name, entry),
+        ]
+        if "parsers" in entry:
+            blocks += [f"**{_PARSERS_TITLE}**", _markdown_table(*_parser_table(entry))]
     return "\n\n".join(blocks) + "\n"
 
 
-def _line(cells: list[str]) -> str:
+def _markdown_table(headings: list[str], sections: list[list[list[str]]]) -> str:
+    rule = "|---|---|" + "---:|" * (len(headings) - 2)
+    return "\n".join(
+        [markdown_line(headings), rule, *(markdown_line(row) for rows in sections for row in rows)]
+    )
+
+
+def markdown_line(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _title(results: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> str:
     partial = "PARTIAL: " if entry["partial"] else ""
-    return (
-        f"{partial}{name.upper()} on {results['config']['data']}, {results['config']['model']}, "
-        f"{entry['n_images']} images, {entry['n_samples']} items"
-    )
+    config = results["config"]
+    # Results of earlier versions have one data set for all tasks; scored files have no model.
+    data = entry["data"] if "data" in entry else config["data"]
+    facts = [
+        f"{partial}{name.upper()} on {data}",
+        *([config["model"]] if "model" in config else []),
+    ]
+    return ", ".join([*facts, f"{entry['n_images']} images", f"{entry['n_samples']} items"])
 
 
 def _caption(results: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> str:
     arms = entry["arms"]
     facts = [f"{key.replace('_', ' ')} {entry[key]}" for key in _FACTS if entry.get(key)]
-    cost = "passes: forward passes per answer; tok/s: new tokens per second."
-    exact = "Δ to base, paired; p exact McNemar"
+    if "gen_kwargs" in entry:
+        facts.append(decoding(entry["gen_kwargs"], results["config"]))
+    exact = "; Δ to base, paired; p exact McNemar" if len(arms) > 1 else ""
+    joined = exact and f"{exact} by seed, joined by Rüger's rule"
+    cost = (
+        "; passes: forward passes per answer; tok/s: new tokens per second" if _timed(arms) else ""
+    )
     if _several_seeds(entry):
-        lines = [
+        how = (
             "± half a 95 % interval (bootstrap over images, each with the answers of all seeds); "
-            f"sd: between seeds; {exact} by seed, joined by Rüger's rule; {cost}"
-        ]
+            f"sd: between seeds{joined}{cost}."
+        )
     else:
-        lines = [f"± half a 95 % interval (bootstrap over images); {exact}; {cost}"]
-    lines.insert(0, "; ".join([*facts, _decoding(entry["gen_kwargs"], results["config"])]))
-    if "pooled" in arms["base"]["scores"]:
+        how = f"± half a 95 % interval (bootstrap over images){exact}{cost}."
+    files = [f"{arm}: {names}" for arm, names in results["config"].get("answers", {}).items()]
+    lines = ["; ".join(facts), *files, how]
+    if "pooled" in _first(arms)["scores"]:
         lines.append(
             "pooled: p counts a question that stands in several splits once, the figures each time."
         )
-    for arm, scored in arms.items():
+    if any("prior_matched" in scored for scored in arms.values()):
+        lines.append(
+            "same yes: the base's yes-logit shifted by a constant until it says yes as often as "
+            "the method; AUC: of the probability of yes, which no shift changes."
+        )
+    if "against_greedy" in entry:
+        lines.append("to greedy: Δ and p to the base decoded greedily.")
+    for number, (arm, scored) in enumerate(arms.items()):
         notes = [f"{scored[key]} {word}" for key, word in _COUNTS.items() if scored.get(key)]
-        if arm != "base" and scored["same_as_base"] == 1:
+        if number and scored["same_as_base"] == 1:
             notes.append("every answer is the base's")
         notes += scored["flags"]
+        notes += [f"WARNING {warning}" for warning in scored.get("warnings", ())]
         if notes:
             lines.append(f"{arm}: {', '.join(notes)}")
-    return "\n".join(lines)
+    return "\n".join(filter(None, lines))
 
 
-def _decoding(gen_kwargs: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def _first(arms: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arm that the others are compared with."""
+    found: Mapping[str, Any] = next(iter(arms.values()))
+    return found
+
+
+def _timed(arms: Mapping[str, Any]) -> bool:
+    return any("cost" in scored for scored in arms.values())
+
+
+def decoding(gen_kwargs: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if not gen_kwargs["do_sample"]:
         return "greedy"
     kept = "temperature {temperature:g}, top-p {top_p:g}, top-k {top_k}".format(**gen_kwargs)
@@ -145,7 +209,7 @@ def _decoding(gen_kwargs: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 
 
 def _several_seeds(entry: Mapping[str, Any]) -> bool:
-    places = entry["arms"]["base"]["scores"].values()
+    places = _first(entry["arms"])["scores"].values()
     return any("sd" in score for metrics in places for score in metrics.values())
 
 
@@ -170,34 +234,102 @@ def _table(
     for column in columns:
         headings.append(column.title + (" %" if column.percent else ""))
         headings += [] if stacked else shown.beside(column, "sd", "Δ", "p")
-    headings += ["passes", "tok/s"]
+    curve = any("auc" in scored for scored in arms.values())
+    headings += ["AUC %"] * curve + ["passes", "tok/s"] * _timed(arms)
+    blank = [""] * (curve + 2 * _timed(arms))
     sections = []
-    for place in arms["base"]["scores"]:
-        rows = []
+    for place in _first(arms)["scores"]:
+        rows: list[list[str]] = []
         for arm, scored in arms.items():
             delta = scored.get("delta", {}).get(place)
-            cost = scored["cost"]
+            area = scored.get("auc", {}).get(place)
+            cost = scored.get("cost")
             rows.append(
                 [
-                    place if arm == "base" else "",
+                    "" if rows else place,
                     arm,
                     *_cells(columns, scored["scores"][place], delta, shown),
-                    f"{cost['passes_per_answer']:.1f}",
-                    f"{cost['tokens_per_second']:.0f}",
+                    *[_figure(area, 100) if area else ""] * curve,
+                    *(_speed(cost) if cost else [""] * 2 * _timed(arms)),
                 ]
             )
         sections.append(rows)
     for arm, scored in arms.items():
-        for place, base in scored.get("matched_length", {}).get("base", {}).items():
-            matched = scored["matched_length"]
-            method = _cells(columns, matched["method"][place], matched["delta"][place], shown)
-            sections.append(
+        sections += [
+            [
+                [what, "base", *_cells(columns, base, None, shown), *blank],
+                ["", arm, *_cells(columns, method, delta, shown), *blank],
+            ]
+            for what, base, method, delta in _controls(scored)
+        ]
+    if greedy := entry.get("against_greedy"):
+        place = headline(_first(arms)["scores"])
+        sections.append(
+            [
                 [
-                    ["same length", "base", *_cells(columns, base, None, shown), "", ""],
-                    ["", arm, *method, "", ""],
+                    "to greedy",
+                    arm,
+                    *_cells(columns, arms[arm]["scores"][place], compared["delta"][place], shown),
+                    *blank,
                 ]
-            )
+                for arm, compared in greedy.items()
+            ]
+        )
     return headings, sections
+
+
+_PARSERS_TITLE = "The same answers read by other rules"
+_PARSED = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+
+
+def _parser_table(entry: Mapping[str, Any]) -> tuple[list[str], list[list[list[str]]]]:
+    """Headings and sections: one row per parser and arm, over all splits."""
+    headings = [
+        "parser",
+        "arm",
+        *(f"{m.replace('_ratio', '')} %" for m in _PARSED),
+        "unparsed",
+        "empty",
+    ]
+    sections = []
+    for parser, arms in entry["parsers"].items():
+        rows: list[list[str]] = []
+        for arm, scored in arms.items():
+            place = headline(scored["scores"])
+            cells = [_figure(scored["scores"][place][metric], 100) for metric in _PARSED]
+            counts = scored["counts"][place]
+            numbers = [f"{counts[name]:.0f}" for name in ("unparsed", "empty")]
+            rows.append(["" if rows else parser, arm, *cells, *numbers])
+        sections.append(rows)
+    return headings, sections
+
+
+def _speed(cost: Mapping[str, float]) -> list[str]:
+    return [f"{cost['passes_per_answer']:.1f}", f"{cost['tokens_per_second']:.0f}"]
+
+
+def headline(places: Iterable[str]) -> str:
+    """The place that stands for a task where there is room for one: the pool, or the first."""
+    names = list(places)
+    return "pooled" if "pooled" in names else names[0]
+
+
+def _controls(scored: Mapping[str, Any]) -> Iterator[tuple[str, Scores, Scores, Scores]]:
+    """What, the base's scores, the method's, and the differences, of comparisons on equal terms."""
+    for place, base in scored.get("matched_length", {}).get("base", {}).items():
+        matched = scored["matched_length"]
+        yield "same length", base, matched["method"][place], matched["delta"][place]
+    if matched := scored.get("prior_matched"):
+        both = {
+            metric: parts
+            for metric, parts in matched[headline(matched)].items()
+            if metric != "shift"
+        }
+        base, method, delta = (
+            {metric: parts[part] for metric, parts in both.items()}
+            for part in ("base", "method", "delta")
+        )
+        yield "same yes", base, method, delta
 
 
 @dataclass(frozen=True)
@@ -229,10 +361,14 @@ def _cells(
 ) -> Iterator[str]:
     for column in columns:
         scale = 100 if column.percent else 1
+        if column.metric not in scores:
+            yield from ["", *([] if shown.stacked else shown.beside(column, "", "", ""))]
+            continue
         score = scores[column.metric]
-        value = _figure(score, scale) if column.percent else f"{score['value']:.1f}"
+        plain = not column.percent and not column.delta
+        value = f"{score['value']:.1f}" if plain else _figure(score, scale)
         change = _figure(delta[column.metric], scale, sign=True) if delta else ""
-        p = _p(delta["mcnemar"]["p"]) if delta and "mcnemar" in delta else ""
+        p = p_text(delta["mcnemar"]["p"]) if delta and "mcnemar" in delta else ""
         sd = f"{score['sd'] * scale:.1f}" if "sd" in score else ""
         if shown.stacked:
             below = shown.beside(column, sd and f"sd {sd}", change, p and f"p {p}")
@@ -250,5 +386,5 @@ def _figure(score: Mapping[str, Any], scale: int, sign: bool = False) -> str:
     return f"{value}±{(high - low) / 2 * scale:.1f}"
 
 
-def _p(value: float) -> str:
+def p_text(value: float) -> str:
     return "<.001" if value < 0.001 else f"{value:.3f}".removeprefix("0")

@@ -116,24 +116,27 @@ class Resamples:
         clusters: (items,) the cluster of every item: its image.
         replicates: number of resamples, R.
         seed: of the generator that draws them.
+
+    Attributes:
+        n_clusters: number of clusters.
+        cluster_of: (items,) the number of every item's cluster.
+        weights: (R, n_clusters) how often each resample holds each cluster.
     """
 
     def __init__(
         self, clusters: Sequence[object], replicates: int = REPLICATES, seed: int = 0
     ) -> None:
         number: dict[object, int] = {}
-        self._cluster_of = np.array(
+        self.cluster_of = np.array(
             [number.setdefault(cluster, len(number)) for cluster in clusters], dtype=np.intp
         )
         self.n_clusters = len(number)
         n = self.n_clusters
         generator = np.random.default_rng(seed)
         # How often each cluster is drawn: (R, clusters), rows sum to the number of clusters.
-        self._weights: Floats = (
-            generator.multinomial(n, np.full(n, 1 / n), size=replicates).astype(np.float64)
-            if n
-            else np.zeros((replicates, 0))
-        )
+        self.weights: Floats = np.zeros((replicates, n))
+        for row in self.weights if n else ():
+            row[:] = np.bincount(generator.integers(n, size=n), minlength=n)
 
     def sums(self, counts: Floats, items: NDArray[np.intp] | None = None) -> Floats:
         """Sums of item counts in every resample: (items, ...) -> (R, ...).
@@ -142,10 +145,12 @@ class Resamples:
             counts: of all items, or of those that `items` lists.
             items: (n,) indices; None: all.
         """
-        per_cluster = np.zeros((self.n_clusters, *counts.shape[1:]))
-        cluster_of = self._cluster_of if items is None else self._cluster_of[items]
-        np.add.at(per_cluster, cluster_of, counts)
-        return np.tensordot(self._weights, per_cluster, axes=1)
+        cluster_of = self.cluster_of if items is None else self.cluster_of[items]
+        flat = counts.reshape(len(counts), -1)
+        per_cluster = np.zeros((self.n_clusters, flat.shape[1]))
+        for column in range(flat.shape[1]):
+            per_cluster[:, column] = np.bincount(cluster_of, flat[:, column], self.n_clusters)
+        return (self.weights @ per_cluster).reshape(len(self.weights), *counts.shape[1:])
 
 
 def percentile_interval(replicates: Floats, level: float = LEVEL) -> tuple[float, float]:

@@ -1,0 +1,111 @@
+"""A benchmark's folder: its pictures by the names that its own files use."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from vlmfix.errors import BadInput
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["ImageFolder", "existing_folder"]
+
+
+def existing_folder(path: str | Path | None, task: str, needs: str) -> Path:
+    """The folder of a benchmark that brings no data with it.
+
+    Args:
+        path: what the user gave.
+        task: name of the task.
+        needs: which files it needs, and where they come from.
+
+    Raises:
+        BadInput: None, or no folder.
+    """
+    if path is None:
+        raise BadInput(
+            f"{task} has no bundled data: name its folder, --data {task}=FOLDER (in Python, "
+            f"data={{{task!r}: FOLDER}}). It needs {needs}"
+        )
+    folder = Path(path)
+    if not folder.is_dir():
+        raise BadInput(
+            f"{task}: {folder} is no folder: unpack the benchmark there. It needs {needs}"
+        )
+    return folder
+
+
+class ImageFolder:
+    """The data of one benchmark; what else the benchmark brings is up to subclasses.
+
+    The name of a picture may lead through folders. It is looked for in the folder itself and in
+    those below it, two levels deep, because every download unpacks a little differently.
+
+    Args:
+        root: the folder.
+        files: files that decide the questions and their truth; they make the fingerprint.
+    """
+
+    def __init__(self, root: Path, files: Iterable[Path]) -> None:
+        self.root = root
+        self._files = sorted(files)
+
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.root.resolve().name
+
+    @cached_property
+    def sha256(self) -> str:
+        """Fingerprint of the files, without that of the pictures."""
+        digest = hashlib.sha256()
+        for path in self._files:
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def _folders(self) -> list[Path]:
+        below = (path for pattern in ("*/", "*/*/") for path in sorted(self.root.glob(pattern)))
+        return [self.root, *(path for path in below if path.is_dir())]
+
+    def find(self, name: str) -> Path | None:
+        """Where the picture of that name lies, if it does."""
+        relative = PurePosixPath(name)
+        if relative.is_absolute() or ".." in relative.parts:
+            return None
+        return next((f / relative for f in self._folders if (f / relative).is_file()), None)
+
+    def require_images(self, names: Sequence[str]) -> None:
+        """Check that the pictures are there, before any work is spent on them.
+
+        Raises:
+            BadInput: some are missing; the message names the first ones.
+        """
+        missing = [name for name in names if self.find(name) is None]
+        if missing:
+            raise BadInput(
+                f"{self.root} lacks {len(missing)} of {len(names)} images, first "
+                f"{', '.join(missing[:3])}: unpack the benchmark's pictures into it"
+            )
+
+    def image(self, name: str) -> Image.Image:
+        """The picture of that name, in RGB.
+
+        Raises:
+            BadInput: it is missing or cannot be decoded.
+        """
+        from PIL import Image, UnidentifiedImageError
+
+        self.require_images([name])
+        path = self.find(name)
+        assert path is not None
+        try:
+            with Image.open(path) as picture:
+                return picture.convert("RGB")
+        except (UnidentifiedImageError, OSError) as error:
+            raise BadInput(f"{path} is not a readable image ({error})") from None

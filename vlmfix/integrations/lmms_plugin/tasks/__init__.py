@@ -1,0 +1,1 @@
+"""Our tasks in the form of lmms-eval."""
