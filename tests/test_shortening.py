@@ -7,6 +7,7 @@ mode on every family.
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 import warnings
 from dataclasses import dataclass, field
@@ -497,6 +498,21 @@ def test_inputs_are_not_changed(name: str) -> None:
         generate(tiny.model, inputs)
     assert inputs.keys() == copies.keys()
     assert all(torch.equal(inputs[key], copies[key]) for key in copies)
+
+
+def test_what_an_encoder_returned_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be somebody's own, who encodes an image once; here no attention in it is read."""
+    tiny = build("llava_onevision")
+    inputs = tiny.inputs(batch=2)
+    output = encoded(tiny, inputs)
+    with vlmfix.wrapped(tiny.model, fixed(tiny.name)):
+        expected = generate(tiny.model, inputs, num_beams=3)
+    encode = tiny.model.base_model.get_image_features
+    shared = functools.wraps(encode)(lambda *args, **kwargs: output)
+    monkeypatch.setattr(tiny.model.base_model, "get_image_features", shared)
+    with vlmfix.wrapped(tiny.model, fixed(tiny.name)):
+        for _ in range(2):
+            assert same(generate(tiny.model, inputs, num_beams=3), expected)
 
 
 # -- a forward outside of generate() ---------------------------------------------------------------
