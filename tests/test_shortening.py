@@ -121,6 +121,20 @@ def test_keeping_all_tokens_is_bit_identical(name: str, beams: int) -> None:
         assert same(kept, plain)
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_keeping_all_tokens_leaves_padding_where_it_is(name: str) -> None:
+    tiny = family(name)
+    inputs = tiny.inputs(batch=2, lengths=[4, 7])
+    for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if key in inputs:
+            inputs[key][0] = inputs[key][0].roll(-3)
+    assert inputs["attention_mask"][0, -3:].tolist() == [0] * 3
+    with torch.no_grad():
+        plain = tiny.model(**inputs).logits
+        with vlmfix.wrapped(tiny.model, RandomTokens(tokens=88)):
+            assert torch.equal(tiny.model(**inputs).logits, plain)
+
+
 # -- half of the tokens ----------------------------------------------------------------------------
 
 
