@@ -135,6 +135,20 @@ def test_keeping_all_tokens_leaves_padding_where_it_is(name: str) -> None:
             assert torch.equal(tiny.model(**inputs).logits, plain)
 
 
+def test_a_ratio_of_one_asks_nobody() -> None:
+    """What is refused where a prompt is cut is not refused here, and images are encoded once."""
+    tiny = build("llava")
+    inputs = tiny.inputs()
+    runs: list[int] = []
+    tiny.model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
+    with torch.no_grad():
+        plain = tiny.model(**inputs, labels=inputs["input_ids"]).loss
+        runs.clear()
+        with vlmfix.wrapped(tiny.model, RandomTokens(ratio=1.0)):
+            assert torch.equal(tiny.model(**inputs, labels=inputs["input_ids"]).loss, plain)
+    assert len(runs) == 1
+
+
 # -- half of the tokens ----------------------------------------------------------------------------
 
 
