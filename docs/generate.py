@@ -324,6 +324,35 @@ def benchmarks(name: str) -> str:
     return "\n".join([*lines, "", *(f"{run}." for run in sorted(runs))]) + "\n"
 
 
+def pruning_speed(name: str) -> str:
+    """One row per arm of a file of `vlmfix bench` whose arms drop visual tokens."""
+    with (ROOT / "docs" / "benchmarks" / name).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = [
+        "| model | dtype | method | visual tokens | prefill, ms | times faster | vision tower, ms "
+        "| first token, ms | times faster | tokens/s over plain | KV cache over plain |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        cells = [row["model"], row["dtype"], row["arm"].split(":")[0]]
+        cells.append(f"{float(row['visual_tokens_kept']):g}")
+        for quantity, over in (("prefill", True), ("tower", False), ("first_token", True)):
+            cells.append(f"{1000 * float(row[f'{quantity}_seconds_p50']):.0f}")
+            if over:
+                slow, middle, fast = (
+                    1 / float(row[f"{quantity}_over_plain_p{p}"]) for p in (80, 50, 20)
+                )
+                cells.append(
+                    "" if row["arm"] == "plain" else f"{middle:.1f} ({slow:.1f}-{fast:.1f})"
+                )
+        cells.append(f"{float(row['tokens_per_second_over_plain_p50']):.2f}")
+        cells.append(f"{float(row['kv_cache_over_plain']):.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    keys = ("device", "threads", "torch", "transformers", "git")
+    runs = {", ".join(f"{key} {row[key]}" for key in keys) for row in rows}
+    return "\n".join([*lines, "", *(f"{run}." for run in sorted(runs))]) + "\n"
+
+
 _KERNEL_ARMS = (
     "eager", "vlmfix plain", "vlmfix var", "vlmfix pai", "vlmfix vhr", "per-head loop var",
 )  # fmt: skip
@@ -363,6 +392,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "benchmarks": benchmarks,
     "measured": measured,
     "kernels": kernels,
+    "pruning_speed": pruning_speed,
 }
 
 

@@ -174,7 +174,7 @@ PANELS = (
     ("pope", "pooled", "accuracy", "value", "POPE accuracy, three splits"),
     ("chair", "caption", "recall", "value", "captions: recall of objects"),
     ("chair", "caption", "chair_i", "value", "captions: CHAIRi, less is better"),
-    ("chair", "same_length", "chair_i", "delta", "the same over base, cut to one length"),
+    ("chair", "same_length", "chair_i", "delta", "CHAIRi over base, both cut to one length"),
 )
 #: Okabe and Ito's colours, which colour-blind readers can tell apart, and marks.
 STYLES = {

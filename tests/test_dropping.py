@@ -118,6 +118,15 @@ def test_keeping_all_tokens_is_bit_identical(name: str, beams: int) -> None:
             assert same(generate(tiny.model, inputs, num_beams=beams), plain)
 
 
+def test_a_ratio_of_one_refuses_no_cache() -> None:
+    tiny = family("llava")
+    inputs = tiny.inputs(batch=2)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    plain = generate(tiny.model, inputs, **static)
+    with vlmfix.wrapped(tiny.model, FastV(ratio=1.0)):
+        assert same(generate(tiny.model, inputs, **static), plain)
+
+
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("layer", [1, 2])
 @pytest.mark.parametrize("name", NAMES)

@@ -72,14 +72,10 @@ def test_every_layer_caches_the_shorter_prompt(row: Row, name: str) -> None:
         report = vlmfix.last_call(tiny.model)
     count = {"llava_next": 80}.get(name, tiny.image_tokens)
     assert report.visual_tokens == ((count // 2, count),) * 3
-    # Newlines of LLaVA-NeXT stay too, so that there a bound is what can be said.
-    length, gone = inputs["input_ids"].shape[1], count - count // 2
-    shorter = length - gone
-    assert (
-        shorter - 8 <= report.prompt_length <= shorter
-        if count == 80
-        else (report.prompt_length == shorter)
-    )
+    # Of LLaVA-NeXT's newlines those go, too, of whose rows nothing is kept.
+    newlines = 8 if name == "llava_next" else 0
+    lost = inputs["input_ids"].shape[1] - report.prompt_length
+    assert 0 <= lost - (count - count // 2) <= newlines
     # The last token that was written is not in the cache.
     assert {layer.get_seq_length() for layer in cache.layers} == {report.prompt_length + 5}
 

@@ -7,6 +7,7 @@ mode on every family.
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 import warnings
 from dataclasses import dataclass, field
@@ -118,6 +119,34 @@ def test_keeping_all_tokens_is_bit_identical(name: str, beams: int) -> None:
             kept = generate(tiny.model, inputs, num_beams=beams)
         assert torch.equal(kept.sequences, plain.sequences)
         assert same(kept, plain)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_keeping_all_tokens_leaves_padding_where_it_is(name: str) -> None:
+    tiny = family(name)
+    inputs = tiny.inputs(batch=2, lengths=[4, 7])
+    for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if key in inputs:
+            inputs[key][0] = inputs[key][0].roll(-3)
+    assert inputs["attention_mask"][0, -3:].tolist() == [0] * 3
+    with torch.no_grad():
+        plain = tiny.model(**inputs).logits
+        with vlmfix.wrapped(tiny.model, RandomTokens(tokens=88)):
+            assert torch.equal(tiny.model(**inputs).logits, plain)
+
+
+def test_a_ratio_of_one_asks_nobody() -> None:
+    """What is refused where a prompt is cut is not refused here, and images are encoded once."""
+    tiny = build("llava")
+    inputs = tiny.inputs()
+    runs: list[int] = []
+    tiny.model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
+    with torch.no_grad():
+        plain = tiny.model(**inputs, labels=inputs["input_ids"]).loss
+        runs.clear()
+        with vlmfix.wrapped(tiny.model, RandomTokens(ratio=1.0)):
+            assert torch.equal(tiny.model(**inputs, labels=inputs["input_ids"]).loss, plain)
+    assert len(runs) == 1
 
 
 # -- half of the tokens ----------------------------------------------------------------------------
@@ -497,6 +526,21 @@ def test_inputs_are_not_changed(name: str) -> None:
         generate(tiny.model, inputs)
     assert inputs.keys() == copies.keys()
     assert all(torch.equal(inputs[key], copies[key]) for key in copies)
+
+
+def test_what_an_encoder_returned_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be somebody's own, who encodes an image once; here no attention in it is read."""
+    tiny = build("llava_onevision")
+    inputs = tiny.inputs(batch=2)
+    output = encoded(tiny, inputs)
+    with vlmfix.wrapped(tiny.model, fixed(tiny.name)):
+        expected = generate(tiny.model, inputs, num_beams=3)
+    encode = tiny.model.base_model.get_image_features
+    shared = functools.wraps(encode)(lambda *args, **kwargs: output)
+    monkeypatch.setattr(tiny.model.base_model, "get_image_features", shared)
+    with vlmfix.wrapped(tiny.model, fixed(tiny.name)):
+        for _ in range(2):
+            assert same(generate(tiny.model, inputs, num_beams=3), expected)
 
 
 # -- a forward outside of generate() ---------------------------------------------------------------

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,14 @@ from torch import Tensor
 import vlmfix.tap
 from vlmfix.errors import BadInput, StateError, UnsupportedModel
 from vlmfix.families import describe_model
-from vlmfix.tap import EncodedImage, Tap, Tower, describe_tower, received_attention
+from vlmfix.tap import (
+    EncodedImage,
+    Tap,
+    Tower,
+    _square_tiles,
+    describe_tower,
+    received_attention,
+)
 
 Inputs = dict[str, Any]
 
@@ -318,6 +326,19 @@ def test_grids() -> None:
     }.items():
         images = read(*case(name))
         assert [(tile.rows, tile.columns) for i in images for tile in i.tiles] == grids
+
+
+def test_squares_of_a_tile_that_is_wider_than_high() -> None:
+    """2 x 6 patches of 4 pixels, 2 x 2 of which are a token: 1 x 3 tokens."""
+    patches = torch.arange(12.0)[None]
+    config = SimpleNamespace(patch_size=4)
+    tower: Any = SimpleNamespace(merge=2, has_cls=False, module=SimpleNamespace(config=config))
+    calls = {5: [(patches, patches[:, 0], torch.stack([patches, -patches], dim=-1))]}
+    (tile,) = _square_tiles(tower, calls, {"pixel_values": torch.zeros(1, 3, 8, 24)})
+    means = [3.5, 5.5, 7.5]
+    assert (tile.rows, tile.columns) == (1, 3)
+    assert tile.received[5].column.tolist() == means
+    assert tile.received[5].key.tolist() == [[mean, -mean] for mean in means]
 
 
 def test_padded_patches_neither_ask_nor_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
