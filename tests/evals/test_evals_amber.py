@@ -16,7 +16,8 @@ from vlmfix.errors import BadInput, MissingDependency
 from vlmfix.evals import nltk_tools
 from vlmfix.evals.amber import Amber, load_questions, score_answers
 from vlmfix.evals.amber_data import AmberData, Lexicon
-from vlmfix.evals.amber_discriminative import AmberDiscriminative, official_figures
+from vlmfix.evals.amber_discriminative import EXACT, AmberDiscriminative, official_figures
+from vlmfix.evals.amber_generative import official_figures as official_descriptions
 from vlmfix.evals.amber_objects import get_similarity, read_objects
 from vlmfix.evals.tasks import Answer, Options
 
@@ -256,6 +257,21 @@ def test_descriptions_without_any_object(tmp_path: Path) -> None:
     assert scored["compat"]["generative"]["chair"] == 0.0
     # The official counter of trials starts at 0.001: 2 / 2.001 of the descriptions are clean.
     assert scored["compat"]["generative"]["hal"] == 0.0
+
+
+def test_official_rounding_of_descriptions() -> None:
+    """Counters of trials start at 0.001: one of one is 99.9, and one clean description 0.1."""
+    sums = {"n": 1, "hallucinated": 0, "named": 1, "imagined": 1, "covered": 1, "truth": 1}
+    found = official_descriptions({**sums, "expected": 1, "hallucinations": 1})
+    assert found == {"chair": 99.9, "cover": 99.9, "hal": 0.1, "cog": 99.9}
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict"),
+    [("Yes", "yes"), ("No", "no"), ("yes", None), ("no", None), ("No.", None), ("", None)],
+)
+def test_the_official_script_takes_two_answers(answer: str, verdict: str | None) -> None:
+    assert EXACT(answer, "yes") == verdict
 
 
 def replies(**changes: str) -> list[dict[str, Any]]:
