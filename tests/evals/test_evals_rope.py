@@ -201,6 +201,13 @@ def test_averages_of_the_reference() -> None:
     assert found["recall_weighted"] == pytest.approx(60)
 
 
+def test_the_reference_compares_letters_where_it_cannot_read() -> None:
+    found = official_figures([[line(TRUTH["a"])], ["Dog"]], list(TRUTH.values()), "default")
+    # Said: dog 4 of 4, cat 1 of 1, and d, o, g, which are true of nothing.
+    assert found["precision_macro"] == pytest.approx(100 * 2 / 5)
+    assert found["precision_micro"] == pytest.approx(100 * 5 / 8)
+
+
 def test_the_default_setting_asks_once_per_image(tmp_path: Path) -> None:
     task = Rope(load_questions(write(tmp_path)), Options())
     first, _ = task.samples
