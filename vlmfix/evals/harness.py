@@ -342,7 +342,13 @@ def _begin(
             )
         for stray in folder.glob(".*.tmp"):
             stray.unlink()
-        return sum(len(merge(folder, job.stem, retry=True)) for job in jobs)
+        kept = [(job.stem, row) for job in jobs for row in merge(folder, job.stem, retry=True)]
+        if strange := sorted({stem for stem, row in kept if row["config"] != digest(config)}):
+            raise BadInput(
+                f"resume: {folder} holds answers that another run gave, in {strange[0]}.jsonl: "
+                "take that file away, and they are asked again"
+            )
+        return len(kept)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in [
         run_file,
