@@ -328,6 +328,21 @@ def test_both_parts_make_the_amber_score(tmp_path: Path) -> None:
     assert scored["compat"]["amber_score"] == round((100 - 50.0 + 88.9) / 2, 1)
 
 
+def test_the_amber_score_draws_pictures_for_both_parts(tmp_path: Path) -> None:
+    """A resample that holds the first picture twice has its questions twice, too."""
+    folder = write(tmp_path, queries=False)
+    first = {1, 3, 4, 5, 6}
+    queries = [
+        {"id": n, "image": f"AMBER_{1 if n in first else 2}.jpg", "query": "?"}
+        for n in range(1, 11)
+    ]
+    (folder / "data" / "query" / "query_all.json").write_text(json.dumps(queries))
+    # All is wrong about the first picture, and nothing about the second.
+    answers = described(["cat"], ["ship"]) + replies(_3="Yes", _4="Yes", _5="No", _6="Yes")
+    score = score_answers(load_questions(folder), answers)["scores"]["amber"]["amber_score"]
+    assert score["ci"] == [0, 1]
+
+
 def test_a_part_that_is_begun_must_be_whole(tmp_path: Path) -> None:
     data = load_questions(write(tmp_path))
     with pytest.raises(BadInput, match="1 of 2 questions have no answer: 2: answer all"):

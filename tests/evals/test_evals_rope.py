@@ -104,6 +104,7 @@ def test_a_label_without_room_above_stands_inside() -> None:
         ("obj1: dog, obj2: Cat, obj3: cell phone, obj4: tie, obj5: bus.",
          ["dog", "cat", "cell phone", "tie", "bus"]),
         ("obj1: dog, obj2 cat, obj3: tie", ["dog", "", "tie", "", ""]),
+        ("obj1: dog,obj2: cat", ["dog", "cat", "", "", ""]),
         ("dog, cat", [""] * 5),
         ("", [""] * 5),
         (line(list("abcdefg")), list("abcde")),
@@ -117,6 +118,7 @@ def test_all_objects_in_one_answer(answer: str, classes: list[str]) -> None:
     ("answer", "name"),
     [
         ("Dog, obj3: cat", "dog"),
+        ("Dog,cat", "dog"),
         ("obj2: dog", "dog"),
         ("dog.\nobj3: cat", "dog"),
         ("'cell phone'", "cell phone"),
@@ -321,6 +323,14 @@ def test_seeds_have_figures_of_their_own(tmp_path: Path) -> None:
     assert scored["scores"]["unseen_mixed"]["accuracy"]["by_seed"] == [1, 0]
     assert scored["scores"]["unseen_mixed"]["macro_f1"]["by_seed"] == [1, 0]
     assert [one["unseen_mixed"]["accuracy"] for one in scored["compat"]] == [100, 0]
+
+
+def test_an_image_without_all_answers_is_none_to_the_reference(tmp_path: Path) -> None:
+    task = RopeStudent(load_questions(write(tmp_path)), Options())
+    samples = task.samples[:-1]
+    scored = task.score(samples, {"base": [Answer(str(s.target)) for s in samples]})["base"]
+    assert scored["counts"]["unseen_mixed"]["n"] == 9
+    assert scored["compat"]["unseen_mixed"]["num_processed_data"] == 1
 
 
 def test_nothing_answered_is_nothing_scored(tmp_path: Path) -> None:
