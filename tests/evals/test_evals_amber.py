@@ -13,7 +13,7 @@ from evals_scripted import Scripted
 from PIL import Image
 
 from vlmfix.errors import BadInput, MissingDependency
-from vlmfix.evals import nltk_tools
+from vlmfix.evals import nltk_tools, to_markdown
 from vlmfix.evals.amber import Amber, load_questions, score_answers
 from vlmfix.evals.amber_data import AmberData, Lexicon
 from vlmfix.evals.amber_discriminative import EXACT, AmberDiscriminative, official_figures
@@ -429,6 +429,8 @@ def test_a_run_of_everything(tmp_path: Path) -> None:
     assert method["delta"]["discriminative"]["mcnemar"]["better"] == 5
     assert base["compat"]["discriminative"]["accuracy"] == 0.0
     assert (entry["engine"], entry["similarity"]) == ("nltk 3.9", "exact")
+    table = to_markdown(json.loads((tmp_path / "out" / "results.json").read_text()))
+    assert "| AMBER % " in table and "| generative | base |" in table
     prompts = {request.sample.sample_id: request.sample.prompt for request in model.requests}
     assert prompts["1"] == "Describe this image."
     assert prompts["3"] == "Is 3?\nAnswer the question using a single word or phrase."
