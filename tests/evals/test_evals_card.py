@@ -246,3 +246,17 @@ def test_folders_that_hold_nothing_to_report(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="is not JSON"):
         report(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_the_table_compares_with_greedy_too(world: Path, tmp_path: Path) -> None:
+    sampled = {"temperature": 1.0, "seeds": 2, "greedy_too": True}
+    results = run(world, tmp_path / "run", ["var"], tasks=["pope"], splits=["random"], **sampled)
+    text = vlmfix.evals.to_markdown(results)
+    entry = results["tasks"]["pope"]
+    lines = text.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("| to greedy | "))
+    rows = {line.split(" | ")[1].strip(): line for line in lines[first : first + 3]}
+    assert set(rows) == set(entry["against_greedy"]) == {"base", "var", "var greedy"}
+    for arm, line in rows.items():
+        delta = entry["against_greedy"][arm]["delta"]["random"]["accuracy"]["value"]
+        assert f"{100 * delta:+.1f}" in line
