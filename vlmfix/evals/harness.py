@@ -397,8 +397,9 @@ def _score(task: Task, runs: Mapping[str, Sequence[Sequence[Answer]]], seed: int
     add_controls(scored, task, samples, answers, drawn, seed)
     for arm, run in runs.items():
         scored[arm]["n_errors"] = sum(answer.error is not None for row in run for answer in row)
-    if NOOP in runs:
-        scored[NOOP]["flags"] += _told_apart(answers[BASE], answers[NOOP])
+    for base, noop in ((BASE, NOOP), (greedy_twin(BASE), greedy_twin(NOOP))):
+        if noop in runs:
+            scored[noop]["flags"] += _told_apart(answers[base], answers[noop])
     images = list(dict.fromkeys(sample.image_id for sample in task.samples))
     excluded = set(everything) - set(answered)
     entry = {
