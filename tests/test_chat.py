@@ -15,7 +15,7 @@ from transformers import TextStreamer
 
 import vlmfix
 from vlmfix import emoji
-from vlmfix.chat import Answer, split_chat
+from vlmfix.chat import Answer, encode_chats, split_chat
 from vlmfix.method import PixelMethod
 
 PROMPT = "Describe the image."
@@ -78,6 +78,20 @@ def test_text_alone_and_several_turns(bundled: Any, pictures: list[Image.Image])
         {"role": "user", "content": "Is there a dog in the image?"},
     ]
     assert _ask(bundled, again) in ("Yes", "No", "Yes.", "No.")
+
+
+def test_an_answer_that_the_chat_begins(bundled: Any, pictures: list[Image.Image]) -> None:
+    """Greedy, the rest of an answer follows from its beginning."""
+    _, processor = bundled
+    chat = _chat(pictures[0])
+    whole = _ask(bundled, chat).split()
+    begun = [*chat, {"role": "assistant", "content": " ".join(whole[:3])}]
+    assert _ask(bundled, [chat, begun])[1].split() == whole[3:]
+    (prompt,) = processor.tokenizer.batch_decode(encode_chats(processor, [begun])["input_ids"])
+    assert prompt.endswith(f"ASSISTANT: {' '.join(whole[:3])}")
+    for empty in ("", []):
+        with pytest.raises(vlmfix.BadInput, match="the answer that the chat begins is empty"):
+            _ask(bundled, [*chat, {"role": "assistant", "content": empty}])
 
 
 def test_details(bundled: Any, pictures: list[Image.Image]) -> None:

@@ -13,10 +13,11 @@ from evals_scripted import Scripted
 from PIL import Image
 
 from vlmfix.errors import BadInput, MissingDependency
-from vlmfix.evals import nltk_tools
+from vlmfix.evals import nltk_tools, to_markdown
 from vlmfix.evals.amber import Amber, load_questions, score_answers
 from vlmfix.evals.amber_data import AmberData, Lexicon
-from vlmfix.evals.amber_discriminative import AmberDiscriminative, official_figures
+from vlmfix.evals.amber_discriminative import EXACT, AmberDiscriminative, official_figures
+from vlmfix.evals.amber_generative import official_figures as official_descriptions
 from vlmfix.evals.amber_objects import get_similarity, read_objects
 from vlmfix.evals.tasks import Answer, Options
 
@@ -218,7 +219,7 @@ def test_what_nouns_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     nltk_tools._tools.cache_clear()
     monkeypatch.setitem(sys.modules, "nltk", None)
     data = load_questions(write(tmp_path))
-    with pytest.raises(MissingDependency, match="pip install nltk && python -m nltk.downloader"):
+    with pytest.raises(MissingDependency, match="pip install .*nltk.* nltk.downloader punkt"):
         Amber(data, Options())
     with pytest.raises(MissingDependency, match="tagging words needs NLTK"):
         score_answers(data, [{"id": n, "response": "A dog."} for n in (1, 2)])
@@ -256,6 +257,21 @@ def test_descriptions_without_any_object(tmp_path: Path) -> None:
     assert scored["compat"]["generative"]["chair"] == 0.0
     # The official counter of trials starts at 0.001: 2 / 2.001 of the descriptions are clean.
     assert scored["compat"]["generative"]["hal"] == 0.0
+
+
+def test_official_rounding_of_descriptions() -> None:
+    """Counters of trials start at 0.001: one of one is 99.9, and one clean description 0.1."""
+    sums = {"n": 1, "hallucinated": 0, "named": 1, "imagined": 1, "covered": 1, "truth": 1}
+    found = official_descriptions({**sums, "expected": 1, "hallucinations": 1})
+    assert found == {"chair": 99.9, "cover": 99.9, "hal": 0.1, "cog": 99.9}
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict"),
+    [("Yes", "yes"), ("No", "no"), ("yes", None), ("no", None), ("No.", None), ("", None)],
+)
+def test_the_official_script_takes_two_answers(answer: str, verdict: str | None) -> None:
+    assert EXACT(answer, "yes") == verdict
 
 
 def replies(**changes: str) -> list[dict[str, Any]]:
@@ -310,6 +326,21 @@ def test_both_parts_make_the_amber_score(tmp_path: Path) -> None:
     assert score["ci"][0] <= score["value"] <= score["ci"][1]
     # CHAIR is 1 / 2.001, that is 50.0; P and R are 4 / 4.001 and 4 / 5.001, that is 100 and 80.
     assert scored["compat"]["amber_score"] == round((100 - 50.0 + 88.9) / 2, 1)
+
+
+def test_the_amber_score_draws_pictures_for_both_parts(tmp_path: Path) -> None:
+    """A resample that holds the first picture twice has its questions twice, too."""
+    folder = write(tmp_path, queries=False)
+    first = {1, 3, 4, 5, 6}
+    queries = [
+        {"id": n, "image": f"AMBER_{1 if n in first else 2}.jpg", "query": "?"}
+        for n in range(1, 11)
+    ]
+    (folder / "data" / "query" / "query_all.json").write_text(json.dumps(queries))
+    # All is wrong about the first picture, and nothing about the second.
+    answers = described(["cat"], ["ship"]) + replies(_3="Yes", _4="Yes", _5="No", _6="Yes")
+    score = score_answers(load_questions(folder), answers)["scores"]["amber"]["amber_score"]
+    assert score["ci"] == [0, 1]
 
 
 def test_a_part_that_is_begun_must_be_whole(tmp_path: Path) -> None:
@@ -398,6 +429,8 @@ def test_a_run_of_everything(tmp_path: Path) -> None:
     assert method["delta"]["discriminative"]["mcnemar"]["better"] == 5
     assert base["compat"]["discriminative"]["accuracy"] == 0.0
     assert (entry["engine"], entry["similarity"]) == ("nltk 3.9", "exact")
+    table = to_markdown(json.loads((tmp_path / "out" / "results.json").read_text()))
+    assert "| AMBER % " in table and "| generative | base |" in table
     prompts = {request.sample.sample_id: request.sample.prompt for request in model.requests}
     assert prompts["1"] == "Describe this image."
     assert prompts["3"] == "Is 3?\nAnswer the question using a single word or phrase."

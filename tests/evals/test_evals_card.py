@@ -82,6 +82,24 @@ def test_one_split_has_its_test(world: Path, tmp_path: Path) -> None:
     assert table.rows[1].cells[0, "accuracy"].p == expected < 1
 
 
+def test_a_pool_has_the_test_of_all_methods_or_of_none(world: Path, tmp_path: Path) -> None:
+    """pai answers as the base does, so its test fits its difference (none); var's does not."""
+
+    def pai_is_base(method: Any, sample: Any) -> Any:
+        return reply(None if method == "pai" else method, sample)
+
+    where = {"data": world, "output": tmp_path / "run"}
+    results = vlmfix.evals.evaluate(
+        ["pope"], FakeModel(pai_is_base), ["var", "pai"], n_images=10, quiet=True, **where  # type: ignore[arg-type]
+    )  # fmt: skip
+    arms = results["tasks"]["pope"]["arms"]
+    test, n = arms["var"]["delta"]["pooled"]["mcnemar"], arms["var"]["counts"]["pooled"]["n"]
+    difference = arms["var"]["delta"]["pooled"]["accuracy"]["value"] * n
+    assert round(difference) != test["better"] - test["worse"]  # so that there is something to see
+    table = one(make_card(read_runs(tmp_path)))
+    assert [row.cells[0, "accuracy"].p for row in table.rows] == [None, None, None]
+
+
 def test_runs_with_equal_settings_share_columns(world: Path, tmp_path: Path) -> None:
     run(world, tmp_path / "a", ["var"])
     run(world, tmp_path / "b", ["pai"])
@@ -228,3 +246,17 @@ def test_folders_that_hold_nothing_to_report(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="is not JSON"):
         report(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_the_table_compares_with_greedy_too(world: Path, tmp_path: Path) -> None:
+    sampled = {"temperature": 1.0, "seeds": 2, "greedy_too": True}
+    results = run(world, tmp_path / "run", ["var"], tasks=["pope"], splits=["random"], **sampled)
+    text = vlmfix.evals.to_markdown(results)
+    entry = results["tasks"]["pope"]
+    lines = text.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("| to greedy | "))
+    rows = {line.split(" | ")[1].strip(): line for line in lines[first : first + 3]}
+    assert set(rows) == set(entry["against_greedy"]) == {"base", "var", "var greedy"}
+    for arm, line in rows.items():
+        delta = entry["against_greedy"][arm]["delta"]["random"]["accuracy"]["value"]
+        assert f"{100 * delta:+.1f}" in line

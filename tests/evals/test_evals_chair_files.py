@@ -11,7 +11,7 @@ from evals_worlds import write_world
 
 from vlmfix.errors import BadInput
 from vlmfix.evals.chair import LENGTH_CAPS, Chair, score_answers
-from vlmfix.evals.chair_files import choose_captions, load_captions, read_image_ids
+from vlmfix.evals.chair_files import choose_captions, image_id_of, load_captions, read_image_ids
 from vlmfix.evals.chair_objects import mentions
 from vlmfix.evals.coco import CocoData
 from vlmfix.evals.tasks import Answer, Options
@@ -35,6 +35,12 @@ def test_captions_under_any_names(tmp_path: Path, row: dict[str, Any]) -> None:
     assert choose_captions(rows) == [(391895, "A man.")]
     scored = score_answers(TRUTH, rows)
     assert (scored["counts"]["caption"]["recalled"], scored["n_images"]) == (1, 1)
+
+
+def test_the_id_of_an_image_is_the_last_twelve_digits_of_its_name() -> None:
+    """OPERA takes six, which is the same for COCO and not for larger sets."""
+    assert image_id_of("v3_7000123456789.jpg", "here") == 123456789
+    assert image_id_of("images/000000000007.png", "here") == image_id_of(7, "here") == 7
 
 
 def test_of_repeated_captions_the_last_counts_and_a_warning_says_so() -> None:

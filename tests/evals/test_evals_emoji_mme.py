@@ -97,9 +97,9 @@ def test_no_wording_gives_the_answer_away(emoji: EmojiMme) -> None:
             assert labels == {"yes": 15, "no": 15}, (subset, wording)
     yes = [{"image": q.image, "question": q.text, "answer": "Yes"} for q in emoji.questions]
     scored = score_answers(emoji, yes)
-    assert scored["total"]["value"] == 4 * 50
+    assert scored["scores"]["total"]["score"]["value"] == 4 * 50
     right = [{**row, "answer": q.label} for row, q in zip(yes, emoji.questions, strict=True)]
-    assert score_answers(emoji, right)["total"]["value"] == 800
+    assert score_answers(emoji, right)["scores"]["total"]["score"]["value"] == 800
 
 
 def test_the_questions_are_the_same_in_every_run(emoji: EmojiMme) -> None:

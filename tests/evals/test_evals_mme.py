@@ -60,7 +60,7 @@ def test_scores_by_hand(tmp_path: Path) -> None:
     assert found["existence"] == 75 + 50
     assert found["count"] == 50 + 50
     assert found["position"] == found["color"] == 200
-    assert scored["total"]["value"] == 125 + 100 + 400
+    assert scored["scores"]["total"]["score"]["value"] == 125 + 100 + 400
     assert scored["counts"]["existence"]["both"] == 1
 
 
@@ -162,7 +162,7 @@ def test_answers_of_the_official_tool(tmp_path: Path) -> None:
         text = "\n".join(f"{x}\tYes,\tit is" for x in lines)
         (out / f"LaVIN_{subset}.txt").write_text(text)
     scored = score_answers(data, load_answers(out))
-    assert scored["total"]["value"] == 4 * 50
+    assert scored["scores"]["total"]["score"]["value"] == 4 * 50
     (out / "LaVIN_count.txt").write_text(lines[0])
     with pytest.raises(BadInput, match="line 1 has no fourth field, the answer"):
         load_answers(out)
@@ -178,9 +178,9 @@ def test_a_run_compares_the_method_with_the_base(tmp_path: Path) -> None:
     model = Scripted(reply)
     entry = model.run("mme", write_lists(tmp_path / "mme"), tmp_path / "out")
     base, method = entry["arms"]["base"], entry["arms"]["var"]
-    assert base["total"]["value"] == 50 + 600
-    assert method["total"]["value"] == 800
-    assert method["delta_total"]["value"] == 150
+    assert base["scores"]["total"]["score"]["value"] == 50 + 600
+    assert method["scores"]["total"]["score"]["value"] == 800
+    assert method["delta"]["total"]["score"]["value"] == 150
     assert method["delta"]["existence"]["score"]["value"] == 150
     assert method["delta"]["existence"]["mcnemar"]["better"] == 2
     prompts = {request.sample.prompt for request in model.requests}
@@ -220,4 +220,4 @@ def test_seeds_do_not_mix_their_pairs(tmp_path: Path) -> None:
 def test_nothing_answered_is_nothing_scored(tmp_path: Path) -> None:
     task = Mme(load_questions(write_lists(tmp_path)), Options())
     scored = task.score([], {"base": [], "var": []}, [])
-    assert scored["var"]["scores"] == {} and "total" not in scored["var"]
+    assert scored["var"]["scores"] == {} and "delta" in scored["var"]

@@ -205,6 +205,19 @@ def test_what_cannot_be_resumed(world: Path, tmp_path: Path) -> None:
         run(FakeModel(reply), world, out, resume=True)
 
 
+def test_answers_of_another_run_are_refused(world: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        run(FakeModel(reply), world, tmp_path / name, seed=seed)
+    path = tmp_path / "a" / "samples_pope_var.jsonl"
+    path.write_bytes((tmp_path / "b" / path.name).read_bytes())
+    with pytest.raises(
+        BadInput, match=r"answers that another run gave, in samples_pope_var\.jsonl"
+    ):
+        run(FakeModel(reply), world, tmp_path / "a", resume=True)
+    path.unlink()
+    assert run(FakeModel(reply), world, tmp_path / "a", resume=True)["errors"] == 0
+
+
 def test_resume_starts_a_run_where_there_is_none(world: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("empty", "new"):

@@ -104,6 +104,7 @@ def test_a_label_without_room_above_stands_inside() -> None:
         ("obj1: dog, obj2: Cat, obj3: cell phone, obj4: tie, obj5: bus.",
          ["dog", "cat", "cell phone", "tie", "bus"]),
         ("obj1: dog, obj2 cat, obj3: tie", ["dog", "", "tie", "", ""]),
+        ("obj1: dog,obj2: cat", ["dog", "cat", "", "", ""]),
         ("dog, cat", [""] * 5),
         ("", [""] * 5),
         (line(list("abcdefg")), list("abcde")),
@@ -117,6 +118,7 @@ def test_all_objects_in_one_answer(answer: str, classes: list[str]) -> None:
     ("answer", "name"),
     [
         ("Dog, obj3: cat", "dog"),
+        ("Dog,cat", "dog"),
         ("obj2: dog", "dog"),
         ("dog.\nobj3: cat", "dog"),
         ("'cell phone'", "cell phone"),
@@ -199,6 +201,13 @@ def test_averages_of_the_reference() -> None:
     assert found["precision_micro"] == found["recall_micro"] == pytest.approx(60)
     assert found["precision_weighted"] == pytest.approx(100 * (4 * 1 + 1 / 2) / 5)
     assert found["recall_weighted"] == pytest.approx(60)
+
+
+def test_the_reference_compares_letters_where_it_cannot_read() -> None:
+    found = official_figures([[line(TRUTH["a"])], ["Dog"]], list(TRUTH.values()), "default")
+    # Said: dog 4 of 4, cat 1 of 1, and d, o, g, which are true of nothing.
+    assert found["precision_macro"] == pytest.approx(100 * 2 / 5)
+    assert found["precision_micro"] == pytest.approx(100 * 5 / 8)
 
 
 def test_the_default_setting_asks_once_per_image(tmp_path: Path) -> None:
@@ -314,6 +323,14 @@ def test_seeds_have_figures_of_their_own(tmp_path: Path) -> None:
     assert scored["scores"]["unseen_mixed"]["accuracy"]["by_seed"] == [1, 0]
     assert scored["scores"]["unseen_mixed"]["macro_f1"]["by_seed"] == [1, 0]
     assert [one["unseen_mixed"]["accuracy"] for one in scored["compat"]] == [100, 0]
+
+
+def test_an_image_without_all_answers_is_none_to_the_reference(tmp_path: Path) -> None:
+    task = RopeStudent(load_questions(write(tmp_path)), Options())
+    samples = task.samples[:-1]
+    scored = task.score(samples, {"base": [Answer(str(s.target)) for s in samples]})["base"]
+    assert scored["counts"]["unseen_mixed"]["n"] == 9
+    assert scored["compat"]["unseen_mixed"]["num_processed_data"] == 1
 
 
 def test_nothing_answered_is_nothing_scored(tmp_path: Path) -> None:

@@ -210,6 +210,23 @@ FULL = (
 )
 
 
+def allocate() -> None:
+    """More than any machine has."""
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def test_what_torch_says_when_the_machine_is_full(world: Path, tmp_path: Path) -> None:
+    def full(method: Any, sample: Sample) -> str:
+        if len(model.batches["base"][-1]) > 2:
+            allocate()
+        return reply(method, sample)
+
+    model = FakeModel(full)
+    results = run(model, world, tmp_path / "o", batch_size=7)
+    assert results["errors"] == 0
+    assert results["tasks"]["talk"]["arms"]["base"]["cost"]["halved_batches"] > 0
+
+
 class Small(FakeModel):
     """Has room for two requests."""
 

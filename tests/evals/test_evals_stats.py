@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest, bootstrap
 
 from vlmfix.evals.metrics import Arm, Ratio, counts_table, summarise
 from vlmfix.evals.stats import Resamples, holm, mcnemar, percentile_interval, wilson
@@ -119,3 +120,54 @@ def test_nine_thousand_rows_take_less_than_two_seconds() -> None:
     began = time.process_time()
     summarise(arms, COLUMNS, RATIOS, splits, images, replicates=2000)
     assert time.process_time() - began < 2.0
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 7), (1, 7), (450, 500), (2693, 3000), (7, 7)])
+def test_wilson_is_scipys(k: int, n: int) -> None:
+    theirs = binomtest(k, n).proportion_ci(0.95, method="wilson")
+    assert wilson(k, n) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+
+
+@pytest.mark.parametrize(("better", "worse"), [(38, 59), (0, 5), (3, 3), (1, 0), (120, 80)])
+def test_mcnemar_is_scipys_binomial_test(better: int, worse: int) -> None:
+    base = [False] * better + [True] * worse + [True] * 10
+    method = [True] * better + [False] * worse + [True] * 10
+    assert mcnemar(base, method).p == pytest.approx(binomtest(better, better + worse).pvalue)
+
+
+def test_holm_rejects_what_the_step_down_procedure_rejects() -> None:
+    """By definition: in order, while p_(k) <= alpha / (m - k); the first that is not ends it."""
+    draw = np.random.default_rng(2)
+    for _ in range(200):
+        p_values = (draw.random(draw.integers(1, 9)) ** 3).tolist()
+        for alpha in (0.01, 0.05, 0.3):
+            rejected, order = set(), sorted(range(len(p_values)), key=p_values.__getitem__)
+            for k, index in enumerate(order):
+                if p_values[index] > alpha / (len(p_values) - k):
+                    break
+                rejected.add(index)
+            assert {i for i, p in enumerate(holm(p_values)) if p <= alpha} == rejected
+
+
+def test_clustered_error_is_that_of_cluster_totals() -> None:
+    """scipy's bootstrap of cluster means, and the formula for equal clusters, give our spread."""
+    draw = np.random.default_rng(3)
+    skill = draw.random(500)
+    right = draw.random((500, 6)) < skill[:, None]
+    ours = Resamples(np.repeat(np.arange(500), 6).tolist(), replicates=4000).sums(
+        right.reshape(-1, 1).astype(float)
+    )
+    error = (ours[:, 0] / right.size).std()
+    means = right.mean(axis=1)
+    theirs = bootstrap((means,), np.mean, n_resamples=4000, vectorized=True, rng=4)
+    assert error == pytest.approx(theirs.standard_error, rel=0.05)
+    assert error == pytest.approx(means.std() / np.sqrt(500), rel=0.05)
+    assert error > 1.3 * np.sqrt(right.mean() * (1 - right.mean()) / right.size)
+
+
+def test_five_thousand_images_take_less_than_five_seconds() -> None:
+    """As 5,000 captions do: every image is a cluster, and twelve counts are drawn."""
+    counts = np.random.default_rng(0).random((5000, 12))
+    began = time.process_time()
+    Resamples(range(5000)).sums(counts)
+    assert time.process_time() - began < 2.5

@@ -19,7 +19,7 @@ def test_the_four_scores(golden: Path) -> None:
     places = ("existence", "count", "position", "color")
     found = [scored["scores"][place]["score"]["value"] for place in places]
     assert [f"{value:.2f}" for value in found] == ["185.00", "88.33", "63.33", "75.00"]
-    assert f"{scored['total']['value']:.2f}" == "411.67"
+    assert f"{scored['scores']['total']['score']['value']:.2f}" == "411.67"
     assert [scored["counts"][place]["images"] for place in places] == [30] * 4
 
 

@@ -13,8 +13,9 @@ from vlmfix.errors import BadInput
 from vlmfix.evals.pairing import located
 from vlmfix.evals.rows import Row, few, read_rows, read_text, refuse_repeats, short
 
-__all__ = ["choose_captions", "image_id_of", "load_captions", "read_image_ids"]
+__all__ = ["choose_captions", "image_id_of", "last_captions", "load_captions", "read_image_ids"]
 
+WHAT = "CHAIR captions"
 _ID = re.compile(r"(\d{1,12})$")
 
 
@@ -24,7 +25,28 @@ def load_captions(path: str | Path) -> list[Row]:
     Raises:
         BadInput: as `rows.read_rows`.
     """
-    return read_rows(path, "CHAIR captions")
+    return read_rows(path, WHAT)
+
+
+def last_captions(rows: Sequence[Row]) -> list[Row]:
+    """The last row of every image; a warning says how many others there were.
+
+    Scripts that append to their output write an image again when they are run again.
+
+    Raises:
+        BadInput: a row that names no image.
+    """
+    images = [image_id_of(row.first("image_id", "image"), row.where) for row in rows]
+    last = dict(zip(images, rows, strict=True))
+    if len(last) < len(rows):
+        counts = Counter(images)
+        again = [image for image in last if counts[image] > 1]
+        warnings.warn(
+            f"CHAIR: {len(rows)} captions of {len(last)} images: only the last of each counts "
+            f"(images {few(sorted(again))})",
+            stacklevel=2,
+        )
+    return list(last.values())
 
 
 def choose_captions(
@@ -41,31 +63,16 @@ def choose_captions(
     """
     if repeats not in ("last", "all"):
         raise BadInput(f"CHAIR: repeats={repeats!r}: choose 'last' or 'all'")
+    rows = located(answers, WHAT)
     found = []
-    for row in located(answers, "CHAIR captions"):
+    for row in last_captions(rows) if repeats == "last" else rows:
         if row.values.get("error"):
             raise BadInput(
                 f"{row.where} records a failure ({short(row.values['error'])}): answer it first"
             )
-        image = row.first("image_id", "image")
-        found.append(
-            (
-                image_id_of(image, row.where),
-                row.answer("caption", "response", "answer", "text") or "",
-            )
-        )
-    if repeats == "all":
-        return found
-    last = dict(found)
-    if len(last) < len(found):
-        counts = Counter(image for image, _ in found)
-        again = [image for image in last if counts[image] > 1]
-        warnings.warn(
-            f"CHAIR: {len(found)} captions of {len(last)} images: only the last of each counts "
-            f"(images {few(sorted(again))})",
-            stacklevel=2,
-        )
-    return list(last.items())
+        image = image_id_of(row.first("image_id", "image"), row.where)
+        found.append((image, row.answer("caption", "response", "answer", "text") or ""))
+    return found
 
 
 def image_id_of(value: object, where: str) -> int:

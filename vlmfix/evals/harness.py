@@ -342,7 +342,13 @@ def _begin(
             )
         for stray in folder.glob(".*.tmp"):
             stray.unlink()
-        return sum(len(merge(folder, job.stem, retry=True)) for job in jobs)
+        kept = [(job.stem, row) for job in jobs for row in merge(folder, job.stem, retry=True)]
+        if strange := sorted({stem for stem, row in kept if row["config"] != digest(config)}):
+            raise BadInput(
+                f"resume: {folder} holds answers that another run gave, in {strange[0]}.jsonl: "
+                "take that file away, and they are asked again"
+            )
+        return len(kept)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in [
         run_file,
@@ -391,8 +397,9 @@ def _score(task: Task, runs: Mapping[str, Sequence[Sequence[Answer]]], seed: int
     add_controls(scored, task, samples, answers, drawn, seed)
     for arm, run in runs.items():
         scored[arm]["n_errors"] = sum(answer.error is not None for row in run for answer in row)
-    if NOOP in runs:
-        scored[NOOP]["flags"] += _told_apart(answers[BASE], answers[NOOP])
+    for base, noop in ((BASE, NOOP), (greedy_twin(BASE), greedy_twin(NOOP))):
+        if noop in runs:
+            scored[noop]["flags"] += _told_apart(answers[base], answers[noop])
     images = list(dict.fromkeys(sample.image_id for sample in task.samples))
     excluded = set(everything) - set(answered)
     entry = {

@@ -248,8 +248,8 @@ def score_answers(
         seed: of the bootstrap.
 
     Returns:
-        {"scores", "counts", "flags"} as `metrics.summarise` gives them for one arm; "total": the
-        sum of the four scores, {"value", "ci"}; "n_unparsed"; "strict": the same by the strict
+        {"scores", "counts", "flags"} as `metrics.summarise` gives them for one arm, with the place
+        "total" for the sum of the four scores; "n_unparsed"; "strict": the same by the strict
         parser.
 
     Raises:
@@ -327,9 +327,9 @@ def _score(
         for arm, entry in found.items():
             entry["n_unparsed"] = int(scored[arm].counts[:, COUNTS.index("unparsed")].sum())
             if set(subsets) == set(SUBSETS):
-                entry["total"] = _times_four(entry["scores"]["mean"]["score"])
-                if "delta" in entry:
-                    entry["delta_total"] = _times_four(entry["delta"]["mean"]["score"])
+                for part in (entry["scores"], entry.get("delta")):
+                    if part is not None:
+                        part["total"] = {"score": _times_four(part["mean"]["score"])}
         return found
 
     result, strict = by(parser), by(get_parser("strict"))
@@ -340,7 +340,10 @@ def _score(
 
 def _times_four(mean: Mapping[str, Any]) -> dict[str, Any]:
     """The sum over the subsets, from their mean."""
-    return {"value": 4 * mean["value"], "ci": mean["ci"] and [4 * end for end in mean["ci"]]}
+    total = {"value": 4 * mean["value"], "ci": mean["ci"] and [4 * end for end in mean["ci"]]}
+    if "by_seed" in mean:
+        total |= {"by_seed": [4 * value for value in mean["by_seed"]], "sd": 4 * mean["sd"]}
+    return total
 
 
 class Mme:

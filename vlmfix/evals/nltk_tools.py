@@ -26,8 +26,8 @@ def _tools() -> tuple[Callable[[str], list[tuple[str, str]]], Callable[[str, str
         lemmatise = import_module("nltk.stem").WordNetLemmatizer().lemmatize
     except ImportError as error:
         raise MissingDependency(
-            f"tagging words needs NLTK ({error}): pip install nltk && python -m nltk.downloader "
-            f"{RESOURCES}"
+            f"tagging words needs NLTK ({error}): pip install 'vlmfix[nltk]' && python -m "
+            f"nltk.downloader {RESOURCES}"
         ) from None
 
     def tag(text: str) -> list[tuple[str, str]]:

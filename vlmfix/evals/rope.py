@@ -96,7 +96,8 @@ def read_classes(answer: str, setting: str) -> list[str]:
     """
     if setting == "single":
         return [_name(answer)]
-    parts = answer.strip().split(", ")
+    # No class has a comma in its name, and some models leave out the space.
+    parts = answer.strip().split(",")
     if setting != "default":
         return [_name(parts[0].partition("\n")[0].rpartition(": ")[2])]
     classes = [_name(part.partition(": ")[2]) for part in parts[:OBJECTS]]

@@ -15,7 +15,7 @@ from vlmfix._version import __version__
 from vlmfix.errors import BadInput
 from vlmfix.evals import amber, hallusionbench, mme
 from vlmfix.evals.arms import BASE
-from vlmfix.evals.chair_files import image_id_of
+from vlmfix.evals.chair_files import image_id_of, last_captions
 from vlmfix.evals.controls import add_controls
 from vlmfix.evals.pairing import answer_text, pair
 from vlmfix.evals.parsers import PARSERS, get_parser
@@ -87,7 +87,9 @@ FORMATS: dict[str, Format] = {
     "amber_d": Format(_by(amber.answer_key), parsers=True),
     "amber_g": Format(_by(amber.answer_key)),
     "chair": Format(
-        _by(_image), options=lambda rows: {"image_ids": list(dict.fromkeys(map(_image, rows)))}
+        _by(_image),
+        load=lambda path, what: last_captions(read_rows(path, what)),
+        options=lambda rows: {"image_ids": list(dict.fromkeys(map(_image, rows)))},
     ),
     "hallusionbench": Format(_by(hallusionbench.answer_key)),
     "mme": Format(_by(mme.answer_key), load=lambda path, what: mme.load_answers(path)),
