@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable
 from io import StringIO
@@ -96,18 +95,20 @@ def test_help_is_quick_and_needs_no_torch() -> None:
         "except SystemExit: pass\n"
         "print('torch' in sys.modules)"
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    seconds = time.perf_counter() - start
     assert "generate" in done.stdout
     assert done.stdout.splitlines()[-1] == "False"
-    assert seconds < 0.5 or min(_help_seconds() for _ in range(3)) < 0.5
+    assert min(_help_seconds() for _ in range(3)) < 0.5
 
 
 def _help_seconds() -> float:
-    start = time.perf_counter()
+    """Of the processor: other tests run at the same time."""
+    before = os.times()
     vlmfix("--help")
-    return time.perf_counter() - start
+    after = os.times()
+    return (
+        after.children_user + after.children_system - before.children_user - before.children_system
+    )
 
 
 def test_version() -> None:
