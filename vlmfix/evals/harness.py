@@ -10,7 +10,7 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -55,6 +55,7 @@ def evaluate(
     seeds: int = 1,
     dtype: Any = None,
     device: Any = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Ask the plain model and the model under each method the same items, and compare them.
 
@@ -65,7 +66,8 @@ def evaluate(
 
     Args:
         tasks: names from `vlmfix.evals.TASKS`.
-        model: "emoji", a folder, a hub id, or (model, processor); not wrapped.
+        model: "emoji", a folder, a hub id, or (model, processor). A wrapped model is asked with
+            each method instead of its own, in this thread alone.
         methods: one arm each: a name with options, a list of them (a stack), or a method object.
         data: COCO-format folder or .zip; None takes the bundled evaluation images.
         limit: ask about the first so many selected images only; the results say PARTIAL.
@@ -86,6 +88,8 @@ def evaluate(
         seeds: how many answers are sampled to each item, each with a seed of its own.
         dtype: of the model, if it is loaded here.
         device: of the model, if it is loaded here.
+        progress: called after every batch with (requests done, requests in all, what is running).
+            What it raises ends the run.
 
     Returns:
         What results.json holds. `results["errors"]` counts items without an answer.
@@ -149,7 +153,7 @@ def evaluate(
     }
     image = lru_cache(maxsize=64)(opened.image)
     asks = sum(len(distinct_requests(task.samples)) for task in ready.values())
-    with progress_bar(len(arms) * len(draws) * asks, quiet) as advance:
+    with progress_bar(len(arms) * len(draws) * asks, quiet, progress) as advance:
         for name, task in ready.items():
             gen_kwargs = _decoding(max_new_tokens or task.max_new_tokens, temperature)
             runs = {}
