@@ -49,7 +49,9 @@ def controls_of(name: str) -> tuple[Control, ...]:
 
 def _control(item: dataclasses.Field[Any], hint: Any) -> Control:
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    kinds = [kind for kind in (typing.get_args(hint) if union else (hint,)) if kind != type(None)]
+    kinds = [
+        kind for kind in (typing.get_args(hint) if union else (hint,)) if kind is not type(None)
+    ]
     common = (item.default, item.metadata.get("help", ""))
     optional = union and type(None) in typing.get_args(hint)
     (kind,) = kinds  # a field that may be two things has no one control: give it one type

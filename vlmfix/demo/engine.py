@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import io
 import logging
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from queue import Empty, SimpleQueue
@@ -47,6 +48,7 @@ __all__ = [
     "Pane",
     "Part",
     "Question",
+    "message",
     "read_picture",
 ]
 
@@ -310,12 +312,18 @@ class Engine:
 
     # -- answers ----------------------------------------------------------------------------------
 
-    def answer(self, asked: Question, methods: Sequence[Method | None]) -> Iterator[list[Pane]]:
+    def answer(
+        self,
+        asked: Question,
+        methods: Sequence[Method | None],
+        stop: threading.Event | None = None,
+    ) -> Iterator[list[Pane]]:
         """Write the answers side by side, greedily.
 
         Args:
             asked: what is asked.
             methods: of the panes; None is the plain model.
+            stop: once set, the answers end where they are.
 
         Yields:
             The panes, the same objects every time, whenever something is new, and at the end. An
@@ -327,7 +335,7 @@ class Engine:
         if not 1 <= len(methods) <= MAX_PANES:
             raise BadInput(f"{len(methods)} panes: the demo shows 1 to {MAX_PANES}.")
         panes = [Pane(method) for method in methods]
-        stop = threading.Event()
+        stop = stop or threading.Event()
         threads = [
             threading.Thread(target=self._write, args=(pane, asked, stop), daemon=True)
             for pane in panes
@@ -464,9 +472,14 @@ class Engine:
     # -- measuring --------------------------------------------------------------------------------
 
     def measure(
-        self, methods: Sequence[Method], images: int
+        self, methods: Sequence[Method], images: int, stop: threading.Event | None = None
     ) -> Iterator[tuple[int, int, str] | dict[str, Any]]:
         """POPE on the first bundled images, base and methods, by `vlmfix.evals.evaluate`.
+
+        Args:
+            methods: one arm each, beside the base.
+            images: how many, each with six questions in each of three splits.
+            stop: once set, the run ends after its batch, without results.
 
         Yields:
             (requests done, requests in all, what is running), and at last the results.
@@ -477,12 +490,12 @@ class Engine:
         from vlmfix.evals import evaluate
 
         events: SimpleQueue[Any] = SimpleQueue()
-        stop = threading.Event()
+        stop = stop or threading.Event()
 
         def progress(done: int, steps: int, label: str) -> None:
             events.put((done, steps, label))
             if stop.is_set():
-                raise _Stopped
+                raise BadInput("stopped; there are no results.")
             with module_state(self.model):
                 self.turns.pass_on()
 
@@ -535,8 +548,6 @@ def read_picture(source: str | bytes) -> Image.Image:
     Raises:
         BadInput: not an image, a damaged one, or more than `MAX_PIXELS`.
     """
-    import io
-
     if isinstance(source, str) and not source.startswith("data:"):
         with open(source, "rb") as file:  # a message must not tell the server's paths
             source = file.read()
