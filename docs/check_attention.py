@@ -7,6 +7,7 @@ the attention maps of the rows that wrote it are read by `vlmfix.attention_map` 
 caption. What counts is the share of the attention to the image that lies inside the boxes of that
 object, over the share that a uniform map would put there. The control puts the same maps over the
 boxes of another image's word, which is what a liking for the middle of images alone would give.
+Every head's map over the image sums to 1, and the mean over heads is that of such maps.
 
 Writes docs/results/attention/in_boxes.csv and in_boxes.png; needs the extra `eval` (matplotlib).
 """
@@ -160,9 +161,7 @@ def ratios(seen: list[Seen]) -> list[dict[str, Any]]:
 def draw(rows: list[dict[str, str]], digest: str) -> None:
     """Ratio by layer: own boxes, control, and single heads as dots."""
     figure, axes = plt.subplots(figsize=(6.4, 3.6), dpi=120, layout="constrained")
-    axes.axhline(1, color="0.4", linewidth=0.8, linestyle="--")
-    axes.text(0.02, 1, "a uniform map", fontsize=8, va="bottom", color="0.3",
-              transform=axes.get_yaxis_transform())  # fmt: skip
+    axes.axhline(1, color="0.4", linewidth=0.8, linestyle="--", label="a uniform map")
     for boxes, colour, mark, shift in (
         ("own", "#0072B2", "o", -0.08), ("of another image", "#707070", "s", 0.08),
     ):  # fmt: skip

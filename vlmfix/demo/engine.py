@@ -227,15 +227,16 @@ class Engine:
             self._running += 1
         before = self.name
         try:
-            del self.model, self.processor, self.info
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            try:
-                self._take(name.strip())
-            except BaseException:
-                self._take(before)
-                raise
+            with self.turns.turn():
+                del self.model, self.processor, self.info
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                try:
+                    self._take(name.strip())
+                except BaseException:
+                    self._take(before)
+                    raise
         finally:
             with self._lock:
                 self._running -= 1
@@ -277,7 +278,8 @@ class Engine:
         if picture is None:
             raise BadInput("there is no picture: choose an example or upload one.")
         asked = Question(read_picture(picture), text, max_new_tokens)
-        self._check_length(asked)
+        with self.turns.turn():  # a tokenizer has room for one writer at a time
+            self._check_length(asked)
         return asked
 
     def _check_length(self, asked: Question) -> None:
@@ -370,14 +372,14 @@ class Engine:
             ):
                 if pane.method is not None:
                     pane.note = pane.method.prepared(self.info, self.model).idle()
-                settings = {"do_sample": False, "num_beams": 1}
                 vlmfix.generate(
                     self.model,
                     self.processor,
                     asked.chat,
                     max_new_tokens=asked.max_new_tokens,
+                    do_sample=False,
+                    num_beams=1,
                     streamer=_Streamer(self, pane, passes, stop),
-                    **settings,
                 )
                 if pane.method is not None:
                     pane.report = vlmfix.last_call(self.model)
