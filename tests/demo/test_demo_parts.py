@@ -94,11 +94,13 @@ class Pieces:
 
 
 def test_words_know_the_tokens_that_write_them_and_the_objects_they_name() -> None:
-    tokenizer = Pieces("A", " hot", " do", "g,", " a", " CHAIR", ".", "")
-    words = split_words(range(8), tokenizer)
-    assert [word.text for word in words] == ["A", "hot", "dog,", "a", "CHAIR."]
-    assert [word.tokens for word in words] == [(0,), (1,), (2, 3), (4,), (5, 6)]
-    assert [word.objects for word in words] == [(), ("hot dog",), ("hot dog",), (), ("chair",)]
+    tokenizer = Pieces("A", " hot", " do", "g,", " a", " “", "CHAIR", ".", " !", "")
+    words = split_words(range(10), tokenizer)
+    assert [word.text for word in words] == ["A", "hot", "dog,", "a", "“CHAIR.", "!"]
+    # Punctuation is part of the word that is shown, and no place to look from.
+    assert [word.tokens for word in words] == [(0,), (1,), (2, 3), (4,), (6,), (8,)]
+    objects = [(), ("hot dog",), ("hot dog",), (), ("chair",), ()]
+    assert [word.objects for word in words] == objects
 
 
 def words(text: str) -> list[Word]:

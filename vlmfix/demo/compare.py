@@ -36,6 +36,8 @@ element.addEventListener('click', (event) => {
   if (word) trigger('word', {pane: Number(word.dataset.pane), word: Number(word.dataset.word)});
 });
 """
+#: On a narrow page the answers are out of sight.
+_TO_ANSWERS = "() => { if (innerWidth < 700) document.querySelector('#message').scrollIntoView(); }"
 
 
 @dataclass
@@ -74,6 +76,7 @@ class Compare:
                 self.panes = gr.HTML(js_on_load=ON_LOAD, elem_id="panes")
                 self.legend = gr.HTML(elem_id="legend")
         self.stop.click(desk.stop, queue=False, **QUIET)
+        self.go.click(None, None, None, js=_TO_ANSWERS, **QUIET)
 
     def _question(self) -> None:
         self.picture = gr.Image(
@@ -94,6 +97,9 @@ class Compare:
             api_visibility="private",
         )
         self.prompt = gr.Textbox(PROMPTS[0], label="Prompt", lines=2, elem_id="prompt")
+        with gr.Row():
+            self.go = gr.Button("Run", variant="primary", min_width=80, elem_id="run")
+            self.stop = gr.Button("Stop", min_width=80, elem_id="stop")
         gr.Examples(
             [[prompt] for prompt in PROMPTS],
             [self.prompt],
@@ -101,9 +107,6 @@ class Compare:
             elem_id="prompts",
             api_visibility="private",
         )
-        with gr.Row():
-            self.go = gr.Button("Run", variant="primary", min_width=80, elem_id="run")
-            self.stop = gr.Button("Stop", min_width=80, elem_id="stop")
         counts = list(range(2, MAX_PANES + 1))
         self.count = gr.Radio(counts, value=SHOWN, label="Panes", elem_id="count")
         self.length = gr.Slider(

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from queue import Empty, SimpleQueue
+from string import punctuation
 from typing import Any
 
 import torch
@@ -133,7 +134,7 @@ class Look:
     """Where the rows that wrote one word looked, plain and under a method.
 
     Attributes:
-        word: as written.
+        word: without punctuation around it.
         layers: the L layers.
         heads: H.
         parts: of the picture, a LLaVA-NeXT image has two.
@@ -444,7 +445,9 @@ class Engine:
                 grids = {arm: own[image].grids()[view].mean(2) for arm, own in maps.items()}
                 parts.append(Part(box, grids))
         first = maps["base"][0]
-        return Look(word.text, first.layers, self.info.num_heads, parts, _note(method))
+        return Look(
+            word.text.strip(punctuation), first.layers, self.info.num_heads, parts, _note(method)
+        )
 
     def _boxes(self, picture: Image.Image, images: int) -> list[Box]:
         """Where in the picture lies what the vision tower gets as one image."""

@@ -64,4 +64,5 @@ def _forest(results: Mapping[str, Any]) -> str:
         path = Path(folder) / "forest.png"
         forest_plot(results, path)
         with Image.open(path) as picture:
-            return pages.figures([(picture.copy(), "Forest plot: difference to the base")])
+            shown = [(picture.copy(), "Forest plot: difference to the base")]
+            return pages.figures(shown, "plot")

@@ -153,8 +153,13 @@ def progress(done: int, steps: int, label: str) -> str:
     )
 
 
-def figures(pictures: Sequence[tuple[Image, str]]) -> str:
-    """Pictures beside each other, each with a caption."""
+def figures(pictures: Sequence[tuple[Image, str]], kind: str = "cells") -> str:
+    """Pictures beside each other, each with a caption.
+
+    Args:
+        pictures: each with what it shows.
+        kind: "cells", whose edges stay sharp, or "plot".
+    """
     parts = []
     for picture, caption in pictures:
         buffer = io.BytesIO()
@@ -164,7 +169,7 @@ def figures(pictures: Sequence[tuple[Image, str]]) -> str:
             f'<figure><img src="data:image/png;base64,{data}" alt="{escape(caption)}">'
             f"<figcaption>{escape(caption)}</figcaption></figure>"
         )
-    return f'<div class="figures">{"".join(parts)}</div>'
+    return f'<div class="figures {kind}">{"".join(parts)}</div>'
 
 
 def about(model: str, fits: Mapping[str, str | None]) -> str:

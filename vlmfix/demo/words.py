@@ -25,7 +25,7 @@ class Word:
 
     Attributes:
         text: as written, punctuation included.
-        tokens: indices of the answer's tokens that write it.
+        tokens: indices of the answer's tokens that write it, without those of punctuation around it.
         objects: COCO objects that it names, or takes part in naming, by CHAIR's rules.
     """
 
@@ -53,7 +53,10 @@ def split_words(ids: Sequence[int], tokenizer: Any) -> list[Word]:
     named = mentions(lower)
     words = []
     for found in re.finditer(r"\S+", text):
+        core = re.search(r"\w(.*\w)?", found[0])
         start, stop = found.span()
+        if core:
+            start, stop = start + core.start(), start + core.end()
         tokens = [at for at, (low, high) in enumerate(spans) if low < stop and high > start]
         objects = [
             name
