@@ -25,7 +25,7 @@ class Word:
 
     Attributes:
         text: as written, punctuation included.
-        tokens: indices of the answer's tokens that write it, without those of punctuation around it.
+        tokens: indices of the answer's tokens that write it; punctuation around it has its own.
         objects: COCO objects that it names, or takes part in naming, by CHAIR's rules.
     """
 
