@@ -23,7 +23,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Seconds that anything may take; a busy machine has a slow page.
-PATIENCE = 120
+PATIENCE = 60
 
 
 @dataclass
@@ -160,7 +160,7 @@ class Browser:
     def example(self, number: int) -> None:
         """Choose a bundled picture, from 0."""
         before = self.sources()
-        self.all("#examples button")[number].click()
+        self.all("#examples button.example")[number].click()
         self.until(lambda: self.sources() and self.sources() != before, "the example")
 
     def sources(self) -> list[str]:

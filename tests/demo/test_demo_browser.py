@@ -14,8 +14,10 @@ pytest.importorskip("selenium")
 
 from browsing import Browser, Server, served
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support import expected_conditions
 
 import vlmfix
+from vlmfix.emoji import model_path
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
 
@@ -187,6 +189,57 @@ def test_bad_input_is_a_message_and_the_next_request_works(
     assert page.complaints() == []
 
 
+def test_four_panes_with_options_and_one_that_cannot_run(window: Open) -> None:
+    page = window()
+    page.example(1)
+    page.all('#count input[type="radio"]')[2].click()
+    page.until(lambda: page.find("#method-4").is_displayed(), "a fourth pane")
+    page.choose("#method-3", "fastv")
+    page.find("#options-3 button").click()
+    tokens = "#option-3-fastv-tokens textarea"
+    page.until(lambda: page.find(tokens).is_displayed(), "the options of fastv")
+    page.find(tokens).send_keys("8", Keys.TAB)
+    for _ in range(2):  # passing through the other options leaves them as they are
+        page.driver.switch_to.active_element.send_keys(Keys.TAB)
+    page.choose("#method-4", "head_pursuit (see About)")
+    page.run()
+    page.done()
+    assert page.text('#panes .pane[data-pane="2"] h3') == "fastv:tokens=8"
+    assert "needs the heads of a concept" in page.text('#panes .pane[data-pane="3"] .error')
+    assert page.words(1) and page.words(2) and not page.words(3)
+    assert page.complaints() == []
+
+
+def test_a_visitor_may_change_the_model_where_that_is_allowed(tmp_path: Path) -> None:
+    with served(tmp_path / "log", "--allow-model-choice") as server:
+        page = Browser(server.url, tmp_path)
+        try:
+            page.example(0)
+            page.run()
+            page.done()
+            before = page.words(0)
+            page.tab("About")
+            field = page.until(lambda: page.find("#model textarea, #model input"), "the field")
+            for name, says in ((tmp_path, "no config.json"), (model_path(), "is loaded")):
+                field.send_keys(Keys.CONTROL, "a")
+                field.send_keys(str(name))
+                page.find("#load-model").click()
+                page.until(lambda says=says: says in page.text("#model-message"), says)
+            page.tab("Attention")
+            page.until(lambda: page.all("#attention-words .word"), "the words")[3].click()
+            changed = "the model has changed since"
+            page.until(lambda: changed in page.text("#attention-message"), "a message")
+            page.tab("Compare")
+            old = page.find("#panes .panes")
+            page.run()
+            page.until(lambda: expected_conditions.staleness_of(old)(page.driver), "new answers")
+            page.done()
+            assert page.words(0) == before
+        finally:
+            page.close()
+    assert "Traceback" not in server.log.read_text()
+
+
 def test_a_text_file_does_not_get_into_the_page(window: Open, tmp_path: Path) -> None:
     page = window()
     path = tmp_path / "notes.txt"
@@ -242,6 +295,19 @@ def test_the_page_works_without_a_mouse(window: Open) -> None:
     assert ring != "none"
     page.driver.switch_to.active_element.send_keys(Keys.ENTER)
     page.until(lambda: len(page.all("#figures img")) == 3, "the maps")
+    at = "return document.activeElement.closest('#attention-words') && document.activeElement.title"
+    page.until(lambda: page.driver.execute_script(at) is not None, "the focus on the word")
+    page.driver.switch_to.active_element.send_keys(Keys.TAB, Keys.ENTER)
+    second = page.words(0)[1]
+    page.until(lambda: f"“{second}”" in page.text("#attention-message"), "the next word")
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_every_button_has_a_name(window: Open, width: int) -> None:
+    page = window(width)
+    page.example(0)
+    page.run()
+    page.done()
     nameless = [
         button.get_attribute("outerHTML")
         for button in page.all('button:not([tabindex="-1"])')

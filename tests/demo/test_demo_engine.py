@@ -6,6 +6,7 @@ import io
 import logging
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,11 +21,13 @@ from vlmfix.demo.engine import (
     Engine,
     Pane,
     Question,
+    _Streamer,
     message,
     read_picture,
 )
 from vlmfix.emoji import example_images
 from vlmfix.errors import BadInput, StateError
+from vlmfix.evals.models import PassCounter
 from vlmfix.images import load_image
 
 PROMPT = "Please describe this image in detail."
@@ -175,6 +178,24 @@ def test_a_method_that_can_change_nothing_says_so(engine: Engine, asked: Questio
     with pytest.warns(UserWarning, match="will change nothing"):
         (pane,) = written(engine, asked, "var")
     assert pane.note is not None and "no sink channels" in pane.note
+
+
+def test_positions_that_a_family_keeps_on_a_module_are_carried_along() -> None:
+    """M-RoPE families leave `rope_deltas` of the last prompt on the model; others come between."""
+    model = torch.nn.Linear(1, 1)
+    model.rope_deltas = "mine"
+
+    class Others:
+        def pass_on(self) -> None:
+            model.rope_deltas = "of another prompt"
+
+    pane, passes = Pane(None), PassCounter()
+    engine: Any = SimpleNamespace(model=model, turns=Others())
+    streamer = _Streamer(engine, pane, passes, threading.Event())
+    streamer.put(torch.tensor([[1, 2, 3]]))
+    passes.rows = 1
+    streamer.put(torch.tensor([7]))
+    assert (pane.tokens, pane.passes, model.rope_deltas) == ([7], 1, "mine")
 
 
 # -- what is refused -------------------------------------------------------------------------------

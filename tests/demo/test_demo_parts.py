@@ -29,9 +29,7 @@ def test_every_field_has_a_control_and_untouched_controls_make_the_default(name:
     assert [control.name for control in controls] == [item.name for item in fields]
     assert [control.help for control in controls] == [item.metadata["help"] for item in fields]
     assert make_method(name, {c.name: c.default for c in controls}) == load_class(row)()
-    # What the page hands over: None for an empty number, "" for an empty text or choice.
-    shown = {c.name: "" if c.default is None and c.kind in ("choice", "text", "list") else c.default
-             for c in controls}  # fmt: skip
+    shown = {c.name: "" if c.default is None else c.default for c in controls}
     assert make_method(name, shown) == load_class(row)()
 
 
@@ -56,6 +54,9 @@ def test_kinds_of_controls() -> None:
 def test_what_is_filled_in_becomes_the_method() -> None:
     assert make_method("pai", {"alpha": 0.5, "start_layer": None}).spec() == "pai:alpha=0.5"
     assert make_method("fastv", {"layer": 3.0, "tokens": 8}).spec() == "fastv:tokens=8;layer=3"
+    assert make_method("pai", {"alpha": " 0.5", "end_layer": "4"}).spec() == (
+        "pai:alpha=0.5;end_layer=4"
+    )
     vhr = make_method("vhr", {"reinforced_layers": "1, 3", "prune_outliers": False})
     assert vhr.spec() == "vhr:reinforced_layers=1/3;prune_outliers=False"
     text = "One word; or two, please."
@@ -75,6 +76,8 @@ def test_an_empty_number_is_none_only_where_the_option_may_be() -> None:
 def test_values_that_a_method_cannot_take_are_refused() -> None:
     with pytest.raises(BadInput, match="out of range"):
         make_method("var", {"rho": 7})
+    with pytest.raises(BadInput, match="alpha='much' is not of the type float"):
+        make_method("pai", {"alpha": "much"})
     with pytest.raises(BadInput, match="sink_channels"):
         make_method("var", {"sink_channels": "one/two"})
 

@@ -34,6 +34,8 @@ __all__ = ["build", "serve"]
 #: Requests that run at once, taking turns at the model, and that wait in line for that.
 AT_ONCE, LINE = 4, 32
 LARGEST_FILE = "20mb"
+#: Visitors whose last answers are kept, each with a picture of at most MAX_PIXELS.
+SESSIONS = 50
 #: Seconds after which an uploaded file goes, and between two looks for such.
 _OLD = 3600
 
@@ -153,7 +155,7 @@ def serve(
             ssr_mode=False,
             pwa=False,
             max_file_size=LARGEST_FILE,
-            state_session_capacity=200,
+            state_session_capacity=SESSIONS,
             # Fonts of the system: nothing is fetched from anywhere.
             theme=gr.themes.Default(primary_hue="blue", font=plain, font_mono=mono),
             css_paths=Path(__file__).with_name("demo.css"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -29,11 +28,30 @@ PROMPTS = (
 FIRST = ("vhr", "pai", "vcd")
 SHOWN = 3
 
-#: Words are buttons; gradio is told which of them was clicked.
+#: Words are buttons; gradio is told which of them was clicked. The click draws the words anew, on
+#: another tab maybe: the keyboard goes on from the one that is pressed.
 ON_LOAD = """
 element.addEventListener('click', (event) => {
   const word = event.target.closest('button.word');
   if (word) trigger('word', {pane: Number(word.dataset.pane), word: Number(word.dataset.word)});
+});
+const resume = () => {
+  let tries = 0;
+  const timer = setInterval(() => {
+    const word = element.querySelector('button.word[aria-pressed]');
+    if (word && !word.offsetParent && ++tries < 40) return;
+    clearInterval(timer);
+    const at = document.activeElement;
+    if (word && (!at || at === document.body || !at.offsetParent)) word.focus();
+  }, 50);
+};
+watch('value', resume);
+resume();
+"""
+_EXAMPLE = """
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('button.example');
+  if (button) trigger('example', {number: Number(button.dataset.number)});
 });
 """
 #: On a narrow page the answers are out of sight.
@@ -89,13 +107,12 @@ class Compare:
         )
         # gradio would decode the image, and fail on it, before we can refuse it.
         self.picture.preprocess = _as_uploaded
-        gr.Examples(
-            [[str(path)] for path in _example_files(self._desk.folder)],
-            [self.picture],
-            label="EmojiCOCO",
+        examples = gr.HTML(
+            pages.examples([picture for _, picture in example_images(EXAMPLES)]),
+            js_on_load=_EXAMPLE,
             elem_id="examples",
-            api_visibility="private",
         )
+        examples.example(self._example, None, self.picture, **QUIET)
         self.prompt = gr.Textbox(PROMPTS[0], label="Prompt", lines=2, elem_id="prompt")
         with gr.Row():
             self.go = gr.Button("Run", variant="primary", min_width=80, elem_id="run")
@@ -113,6 +130,14 @@ class Compare:
             8, 256, 96, step=8, label="Longest answer, in tokens", elem_id="length"
         )
 
+    def _example(self, event: gr.EventData) -> str:
+        """The file of a bundled picture."""
+        name, picture = example_images(EXAMPLES)[int(event.number)]
+        path = self._desk.folder / name
+        if not path.exists():
+            picture.save(path)
+        return str(path)
+
     def _slot(self, at: int) -> Slot:
         number = at + 2
         groups, options = {}, {}
@@ -127,7 +152,8 @@ class Compare:
                 for row in list_methods():
                     with gr.Column(visible=row.name == FIRST[at]) as groups[row.name]:
                         options[row.name] = {
-                            control.name: _component(control) for control in controls_of(row.name)
+                            control.name: _component(control, f"option-{number}-{row.name}")
+                            for control in controls_of(row.name)
                         }
         method.change(
             lambda name: [gr.update(visible=name == other) for other in groups],
@@ -191,9 +217,18 @@ def _as_uploaded(payload: Any) -> str | None:
     return None if payload is None else str(payload.path or payload.url)
 
 
-def _component(control: Control) -> Any:
-    """What a control is on the page."""
-    common = {"label": control.name, "info": control.help}
+def _component(control: Control, place: str) -> Any:
+    """What a control is on the page.
+
+    Args:
+        control: what it is.
+        place: pane and method, the beginning of its id.
+    """
+    common: dict[str, Any] = {
+        "label": control.name,
+        "info": control.help,
+        "elem_id": f"{place}-{control.name}",
+    }
     if control.kind == "flag":
         return gr.Checkbox(value=control.default, **common)
     if control.kind == "choice":
@@ -201,18 +236,10 @@ def _component(control: Control) -> Any:
         if control.optional:
             choices.insert(0, ("(default)", ""))
         return gr.Dropdown(choices, value=control.default or "", **common)
-    if control.kind in ("whole", "number"):
+    if control.kind in ("whole", "number") and not control.optional:
         precision = 0 if control.kind == "whole" else None
         return gr.Number(value=control.default, precision=precision, **common)
-    default = control.default
-    shown = "/".join(map(str, default)) if isinstance(default, tuple) else default or ""
-    return gr.Textbox(value=shown, **common)
-
-
-def _example_files(folder: Path) -> list[Path]:
-    """The first bundled pictures, as files for gradio to serve."""
-    files = []
-    for name, picture in example_images(EXAMPLES):
-        files.append(folder / name)
-        picture.save(files[-1])
-    return files
+    default = "" if control.default is None else control.default
+    shown = "/".join(map(str, default)) if isinstance(default, tuple) else default
+    # Numbers that may be empty, too: a number field of gradio makes 0 of nothing.
+    return gr.Textbox(value=str(shown), placeholder="default", **common)

@@ -86,8 +86,8 @@ def make_method(name: str, values: Mapping[str, Any]) -> Method:
 def _read(method: str, control: Control, value: Any) -> Any:
     if value is None or (isinstance(value, str) and not value.strip()):
         return None if control.optional else control.default
-    if control.kind == "list" and isinstance(value, str):
-        # The registry reads lists as on the command line, where commas part options.
+    if isinstance(value, str) and control.kind in ("list", "whole", "number"):
+        # The registry reads text as on the command line, where commas part options.
         text = value.replace(",", "/").replace(" ", "")
         return getattr(build(f"{method}:{control.name}={text}"), control.name)
     if control.kind == "number":

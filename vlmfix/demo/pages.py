@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vlmfix.call import CallReport
     from vlmfix.demo.engine import Pane
 
-__all__ = ["about", "alert", "figures", "legend", "panes", "progress", "status"]
+__all__ = ["about", "alert", "examples", "figures", "legend", "panes", "progress", "status"]
 
 
 def panes(
@@ -83,6 +83,8 @@ def _answer(
 def _facts(pane: Pane) -> str:
     """Speed and length of an answer in one line."""
     tokens = len(pane.tokens)
+    if pane.error and not tokens:
+        return ""
     speed = f"{tokens / pane.seconds:.0f} tokens/s" if tokens and pane.seconds else "waiting"
     facts = [f"{tokens} tokens", speed, f"{pane.passes} passes", f"{pane.seconds:.2f} s"]
     if pane.finish == "length":
@@ -160,16 +162,28 @@ def figures(pictures: Sequence[tuple[Image, str]], kind: str = "cells") -> str:
         pictures: each with what it shows.
         kind: "cells", whose edges stay sharp, or "plot".
     """
-    parts = []
-    for picture, caption in pictures:
-        buffer = io.BytesIO()
-        picture.save(buffer, format="PNG")
-        data = base64.b64encode(buffer.getvalue()).decode()
-        parts.append(
-            f'<figure><img src="data:image/png;base64,{data}" alt="{escape(caption)}">'
-            f"<figcaption>{escape(caption)}</figcaption></figure>"
-        )
+    parts = [
+        f'<figure><img src="{_data_url(picture)}" alt="{escape(caption)}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        for picture, caption in pictures
+    ]
     return f'<div class="figures {kind}">{"".join(parts)}</div>'
+
+
+def examples(pictures: Sequence[Image]) -> str:
+    """The bundled pictures as buttons."""
+    parts = [
+        f'<button type="button" class="example" data-number="{number}">'
+        f'<img src="{_data_url(picture)}" alt="EmojiCOCO picture {number + 1}"></button>'
+        for number, picture in enumerate(pictures)
+    ]
+    return f'<p class="legend">EmojiCOCO</p><div class="examples">{"".join(parts)}</div>'
+
+
+def _data_url(picture: Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def about(model: str, fits: Mapping[str, str | None]) -> str:
