@@ -4,7 +4,7 @@
 
 .DEFAULT_GOAL := help
 # demo, evals, kernels and methods are also folders here, so every target is declared phony.
-.PHONY: help setup eval eval-full test test-full check demo bench fmt clean
+.PHONY: help setup eval eval-full test test-full check demo browser bench fmt clean
 
 BASE_PYTHON ?= python3
 # Processes that run the tests, a file of them at a time; each has one thread. 0: none but pytest itself.
@@ -17,6 +17,7 @@ SOURCES := vlmfix tests docs
 ifeq ($(origin PYTHON),undefined)
 PYTHON := .venv/bin/python
 FOR_EVAL := .venv/.vlmfix-eval
+FOR_DEMO := .venv/.vlmfix-demo
 FOR_DEV := .venv/.vlmfix-dev
 endif
 
@@ -42,8 +43,11 @@ check: $(FOR_DEV)  ## lint, format and types
 	$(PYTHON) -m ruff format --check $(SOURCES)
 	$(PYTHON) -m mypy
 
-demo: $(FOR_EVAL)  ## the demo in the browser
+demo: $(FOR_DEMO)  ## the demo in the browser
 	$(PYTHON) -m vlmfix demo
+
+browser:  ## install Chromium (Debian, Ubuntu), with which `make test` tests the demo, too
+	apt-get install -y --no-install-recommends chromium chromium-driver fonts-dejavu-core
 
 bench: $(FOR_EVAL)  ## speed of decoding, wrapped over plain
 	$(PYTHON) -m vlmfix bench

@@ -381,6 +381,28 @@ def kernels(name: str) -> str:
     return "\n".join([*lines, "", *(f"{run}." for run in sorted(runs))]) + "\n"
 
 
+def in_boxes() -> str:
+    """Attention inside the boxes of the named object, by layer, from check_attention.py."""
+    with (RESULTS / "attention" / "in_boxes.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = ["| layer | ratio | control | words above 1 | single heads |", "|---|---|---|---|---|"]
+    for layer in sorted({int(row["layer"]) for row in rows}):
+        here = [row for row in rows if int(row["layer"]) == layer]
+        own, control = ([r for r in here if r["head"] == "mean" and r["boxes"] == boxes][0]
+                        for boxes in ("own", "of another image"))  # fmt: skip
+        heads = [float(row["ratio"]) for row in here if row["head"] != "mean"]
+        cells = ["{ratio} ({low} to {high})".format(**_rounded(row)) for row in (own, control)]
+        cells += [f"{100 * float(own['words_above_uniform']):.0f} %"]
+        cells += [f"{min(heads):.2f} to {max(heads):.2f}"]
+        lines.append(f"| {layer} | {' | '.join(cells)} |")
+    facts = f"{rows[0]['words']} words in {rows[0]['images']} images; 95 % intervals over images."
+    return "\n".join([*lines, "", facts]) + "\n"
+
+
+def _rounded(row: dict[str, str]) -> dict[str, str]:
+    return {key: f"{float(row[key]):.2f}" for key in ("ratio", "low", "high")}
+
+
 PARTS: dict[str, Callable[..., str]] = {
     "methods": methods,
     "method": method,
@@ -393,6 +415,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "measured": measured,
     "kernels": kernels,
     "pruning_speed": pruning_speed,
+    "in_boxes": in_boxes,
 }
 
 

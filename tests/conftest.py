@@ -35,12 +35,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, by name, what needs a GPU where there is none."""
-    if torch.cuda.is_available():
-        return
+    """Skip, by name, what needs a GPU or a browser where there is none."""
+    absent = {}
+    if not torch.cuda.is_available():
+        absent["gpu"] = "needs CUDA"
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        absent["browser"] = "needs chromium and chromedriver (make browser)"
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+        for marker, reason in absent.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

@@ -279,8 +279,26 @@ def test_no_task() -> None:
     refused("eval", says="chair")
 
 
-def test_the_demo_is_not_there_yet() -> None:
-    refused("demo", says="generate")
+def test_the_demo_lets_nobody_from_outside_choose_models() -> None:
+    for host in ("0.0.0.0", "192.168.1.5", "example.org"):
+        refused("demo", "--allow-model-choice", "--host", host, says="works on 127.0.0.1 only")
+
+
+def test_the_demo_of_a_model_that_is_not_there(tmp_path: Path) -> None:
+    refused("demo", tmp_path, says="no config.json in the folder")
+
+
+def test_the_demo_without_gradio() -> None:
+    code = (
+        "import sys; sys.modules['gradio'] = None; sys.argv = ['vlmfix', 'demo']\n"
+        "from vlmfix.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "pip install 'vlmfix[demo]'" in done.stderr
 
 
 def test_the_list_of_tasks() -> None:

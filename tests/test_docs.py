@@ -18,6 +18,7 @@ from vlmfix.registry import list_methods
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "docs" / "results" / "pruning" / "kept.csv"
+IN_BOXES = ROOT / "docs" / "results" / "attention" / "in_boxes.csv"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -59,9 +60,10 @@ def test_tables_that_are_not_those_of_the_runs_are_named(
     }
 
 
-def test_picture_of_pruning_was_drawn_from_its_table() -> None:
-    with Image.open(KEPT.with_suffix(".png")) as picture:
-        assert picture.info[KEPT.name] == hashlib.sha256(KEPT.read_bytes()).hexdigest()
+@pytest.mark.parametrize("table", [KEPT, IN_BOXES], ids=["kept", "in_boxes"])
+def test_a_picture_was_drawn_from_its_table(table: Path) -> None:
+    with Image.open(table.with_suffix(".png")) as picture:
+        assert picture.info[table.name] == hashlib.sha256(table.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("name", [row.name for row in list_methods()])
@@ -89,8 +91,8 @@ def test_quickstart_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> No
     assert printed.startswith("The ") and edited is not None and int(edited[1]) > 0
 
 
-def test_both_commands_of_the_readme_are_targets() -> None:
+def test_the_commands_of_the_readme_are_targets() -> None:
     readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
-    for command in ("make eval", "make test"):
+    for command in ("make eval", "make test", "make demo"):
         assert command in readme
         assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE)

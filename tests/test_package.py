@@ -138,8 +138,8 @@ ALLOWED = {
     "methods": {"core", "leaf"},
     "evals": {"evals", "methods", "core", "leaf", "kernels", "emoji"},
     "integrations": {"integrations", "evals", "methods", "core", "leaf", "emoji"},
-    "app": {"app", "evals", "methods", "core", "leaf", "kernels", "emoji"},
-    "demo": {"demo", "app", "evals", "methods", "core", "leaf", "kernels", "emoji"},
+    "app": {"app", "demo", "evals", "methods", "core", "leaf", "kernels", "emoji"},
+    "demo": {"demo", "evals", "methods", "core", "leaf", "emoji"},
 }
 LEAVES = {"_version", "errors", "machine"}
 

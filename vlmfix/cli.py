@@ -548,12 +548,32 @@ def bench_command(
 
 
 @app.command("demo")
-def demo_command() -> None:
-    """The demo in the browser (not in this version)."""
-    raise BadInput(
-        f"the demo is not in vlmfix {__version__}; "
-        "`vlmfix generate emoji:1 'Describe the image.' --method var --compare` shows base and "
-        "method side by side in the terminal"
+def demo_command(
+    model: opt.ModelArgument = "emoji",
+    host: opt.Host = "127.0.0.1",
+    port: opt.Port = None,
+    allow_model_choice: opt.AllowModelChoice = False,
+    open_browser: opt.OpenBrowser = False,
+    dtype: opt.Dtype = None,
+    device: opt.Device = None,
+    threads: opt.Threads = None,
+) -> None:
+    """Serve the demo to the browser: base and methods side by side, maps, a quick evaluation."""
+    from vlmfix.demo.app import serve
+
+    _quiet_transformers()
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    serve(
+        model,
+        host=host,
+        port=port,
+        allow_model_choice=allow_model_choice,
+        open_browser=open_browser,
+        dtype=dtype,
+        device=device,
     )
 
 

@@ -198,3 +198,10 @@ BenchTokens = Annotated[int, Option("--new-tokens", min=4, help="Tokens per turn
 CsvFile = Annotated[Path | None, Option("--output", help="Append the rows to this csv file.")]
 Quick = Annotated[bool, Option("--quick", help="Small and short; the numbers mean little.")]
 BenchThreads = Annotated[int, Option(min=1, help="Torch threads on the CPU.")]
+
+Host = Annotated[str, Option(help="Address to listen on; beyond loopback others can use it.")]
+Port = Annotated[int | None, Option(min=1, max=65535, help="The first free one from 7860.")]
+AllowModelChoice = Annotated[
+    bool, Option("--allow-model-choice", help="Visitors may load models; on loopback only.")
+]
+OpenBrowser = Annotated[bool, Option("--open", help="Open the page in the browser.")]

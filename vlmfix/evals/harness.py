@@ -9,7 +9,7 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -82,6 +82,7 @@ def evaluate(
     resume: bool = False,
     dtype: Any = None,
     device: Any = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Ask the plain model and the model under each method the same items, and compare them.
 
@@ -96,7 +97,8 @@ def evaluate(
 
     Args:
         tasks: names from `vlmfix.evals.TASKS`.
-        model: "emoji", a folder, a hub id, or (model, processor); not wrapped.
+        model: "emoji", a folder, a hub id, or (model, processor). A wrapped model is asked with
+            each method instead of its own, in this thread alone.
         methods: one arm each: a name with options, a list of them (a stack), or a method object.
         data: folder or file in the format of the tasks (COCO for pope and chair); or a mapping from
             task to its own, where "*" stands for all other tasks. None, and tasks that the mapping
@@ -135,6 +137,8 @@ def evaluate(
             answers stay, errors are asked again. An empty or new folder starts a run.
         dtype: of the model, if it is loaded here.
         device: of the model, if it is loaded here; with several processes, a GPU each.
+        progress: called after every batch with (requests done, requests in all, what is running).
+            What it raises ends the run.
 
     Returns:
         What results.json holds, in every process. `results["errors"]` counts items without an
@@ -232,7 +236,7 @@ def evaluate(
     if not quiet:
         kept = f", {found} of them from before" if found else ""
         print(f"answers go to {folder}{kept}; what is ended goes on with --resume", file=sys.stderr)
-    with progress_bar(left, quiet) as advance:
+    with progress_bar(left, quiet, progress) as advance:
         for job in jobs:
             task = ready[job.task]
             common = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from vlmfix.evals.arms import plain
@@ -106,8 +106,10 @@ class FirstToken:
 class TransformersModel:
     """A loaded model and its processor; methods are applied by `vlmfix.wrapped`.
 
+    A model that is wrapped already stays so: methods are applied by `vlmfix.using`.
+
     Args:
-        model: a vision-language model, not wrapped.
+        model: a vision-language model.
         processor: its processor.
         name: how the results call it.
     """
@@ -131,11 +133,18 @@ class TransformersModel:
 
     def check(self, methods: Sequence[Any]) -> None:
         """Wrap and unwrap once per method, so that what cannot work fails before any answer."""
-        import vlmfix
-
         for method in methods:
-            with vlmfix.wrapped(self._model, method):
+            with self._under(method):
                 pass
+
+    def _under(self, method: Any | None) -> AbstractContextManager[Any]:
+        """The model with a method, or plain; a wrapped model in this thread only."""
+        import vlmfix
+        from vlmfix.session import SESSION
+
+        if SESSION in self._model.__dict__:
+            return vlmfix.using(self._model, method)
+        return nullcontext() if method is None else vlmfix.wrapped(self._model, method)
 
     def describe(self, method: Any | None) -> Any:
         """The methods of a stack with all options as they run here; None for the plain model."""
@@ -162,8 +171,7 @@ class TransformersModel:
         yes_no = None
         if wants_p_yes:
             yes_no = yes_no_tokens(getattr(self._processor, "tokenizer", self._processor))
-        state = nullcontext() if method is None else vlmfix.wrapped(self._model, method)
-        with state, count_passes(self._model) as counter:
+        with self._under(method), count_passes(self._model) as counter:
 
             def answer(batch: Sequence[Request], noise: int) -> list[Answer]:
                 counter.reset()

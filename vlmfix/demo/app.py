@@ -1,0 +1,177 @@
+"""The page as a whole, and the server."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Read by gradio when it is imported: it would ask the network for its newest version otherwise.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+try:
+    import gradio as gr
+except ImportError as error:
+    from vlmfix.errors import MissingDependency
+
+    raise MissingDependency("the demo needs gradio: pip install 'vlmfix[demo]'.") from error
+import torch
+
+from vlmfix.demo import pages
+from vlmfix.demo.attention import MEAN, Attention, heads, layers
+from vlmfix.demo.compare import Compare
+from vlmfix.demo.desk import QUIET, Desk
+from vlmfix.demo.engine import Engine, message
+from vlmfix.demo.measure import Measure
+from vlmfix.demo.tokens import Tokens
+from vlmfix.errors import BadInput
+
+__all__ = ["build", "serve"]
+
+#: Requests that run at once, taking turns at the model, and that wait in line for that.
+AT_ONCE, LINE = 4, 32
+LARGEST_FILE = "20mb"
+#: Visitors whose last answers are kept, each with a picture of at most MAX_PIXELS.
+SESSIONS = 50
+#: Seconds after which an uploaded file goes, and between two looks for such.
+_OLD = 3600
+
+
+def build(engine: Engine, allow_model_choice: bool = False) -> gr.Blocks:
+    """The page of an engine.
+
+    Args:
+        engine: holds the model.
+        allow_model_choice: whether a visitor may load another one.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="vlmfix-demo-")
+    desk = Desk(engine, Path(folder.name))
+    with gr.Blocks(title="vlmfix", analytics_enabled=False, delete_cache=(_OLD, _OLD)) as page:
+        page.vlmfix_folder = folder  # lives as long as the page
+        gr.Markdown("# vlmfix\nOne question to a vision-language model, plain and with methods.")
+        with gr.Tabs() as tabs:
+            with gr.Tab("Compare", id="compare"):
+                compare = Compare(desk)
+            with gr.Tab("Attention", id="attention"):
+                attention = Attention(desk, compare.run, tabs)
+            with gr.Tab("Tokens", id="tokens"):
+                Tokens(desk, compare.picture, compare.prompt)
+            with gr.Tab("Measure", id="measure"):
+                Measure(desk, compare)
+            with gr.Tab("About", id="about"):
+                about = gr.HTML(pages.about(engine.name, desk.fits), elem_id="about-methods")
+                if allow_model_choice:
+                    _model_choice(desk, compare, attention, about)
+        for begin in (compare.go.click, compare.prompt.submit):
+            answered = begin(compare.answer, compare.inputs, compare.outputs, **QUIET)
+            answered.then(attention.begin, compare.run, attention.begun, **QUIET)
+        attention.listen(compare.panes)
+        attention.listen(attention.words)
+        page.unload(desk.stop)
+    page.queue(max_size=LINE, default_concurrency_limit=AT_ONCE)
+    return page
+
+
+def _model_choice(desk: Desk, compare: Compare, attention: Attention, about: gr.HTML) -> None:
+    """Where a visitor changes the model, for everybody."""
+    with gr.Row():
+        name = gr.Textbox(
+            desk.engine.name, label="Model: emoji, a folder or a hub id", elem_id="model"
+        )
+        load = gr.Button("Load", elem_id="load-model")
+    told = gr.HTML(elem_id="model-message")
+    methods = [slot.method for slot in compare.slots]
+
+    def change(name: str) -> dict[Any, Any]:
+        engine = desk.engine
+        try:
+            engine.change_model(name or "")
+        except Exception as error:
+            return {told: pages.alert(message(error))}
+        desk.examine()
+        return {
+            told: pages.status(f"{engine.name} is loaded."),
+            about: pages.about(engine.name, desk.fits),
+            attention.layer: gr.update(choices=layers(engine), value=MEAN),
+            attention.head: gr.update(choices=heads(engine), value=MEAN),
+            **{method: gr.update(choices=desk.choices()) for method in methods},
+        }
+
+    load.click(change, name, [told, about, attention.layer, attention.head, *methods], **QUIET)
+
+
+def serve(
+    model: str = "emoji",
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    allow_model_choice: bool = False,
+    open_browser: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+    block: bool = True,
+    told: Callable[[str], None] = print,
+) -> gr.Blocks:
+    """Load a model and serve the page until interrupted.
+
+    Args:
+        model: "emoji", a local folder or a hub id. No code of a checkpoint is ever run.
+        host: the address to listen on; beyond loopback everybody in the network can ask the model.
+        port: the first free one from 7860 if absent.
+        allow_model_choice: visitors may load other models; on loopback only.
+        open_browser: open the page in the browser of this machine.
+        dtype: of the model.
+        device: of the model.
+        block: return when interrupted; else at once, with the server running.
+        told: gets the address as a line.
+
+    Raises:
+        BadInput: a host or port that cannot be used, or a choice of models beyond loopback.
+        VlmfixError: the model cannot be loaded.
+    """
+    if allow_model_choice and not _is_loopback(host):
+        raise BadInput(
+            f"--allow-model-choice on {host}: whoever can open the page could have this machine "
+            "download and load models. It works on 127.0.0.1 only; give --model instead."
+        )
+    torch.manual_seed(0)  # of the noise that methods draw: the same answers after a restart
+    page = build(Engine(model, dtype=dtype, device=device), allow_model_choice)
+    plain = [gr.themes.Font(name) for name in ("system-ui", "sans-serif")]
+    mono = [gr.themes.Font(name) for name in ("ui-monospace", "monospace")]
+    try:
+        _, url, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            quiet=True,
+            inbrowser=open_browser,
+            prevent_thread_lock=True,
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            pwa=False,
+            max_file_size=LARGEST_FILE,
+            state_session_capacity=SESSIONS,
+            # Fonts of the system: nothing is fetched from anywhere.
+            theme=gr.themes.Default(primary_hue="blue", font=plain, font_mono=mono),
+            css_paths=Path(__file__).with_name("demo.css"),
+        )
+    except OSError as error:
+        raise BadInput(f"cannot listen on {host}, port {port or 'from 7860'}: {error}") from error
+    told(f"the demo is at {url} (stop it with Ctrl-C)")
+    if block:
+        page.block_thread()
+    return page
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

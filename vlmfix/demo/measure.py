@@ -1,0 +1,68 @@
+"""The tab Measure: a quick POPE on the bundled images, with a paired table and a forest plot."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from vlmfix.demo import pages
+from vlmfix.demo.compare import Compare
+from vlmfix.demo.desk import QUIET, Desk
+from vlmfix.demo.engine import message
+from vlmfix.demo.forest import forest_plot
+from vlmfix.evals import to_markdown
+
+__all__ = ["Measure"]
+
+
+class Measure:
+    """The components of the tab, and what happens in it."""
+
+    def __init__(self, desk: Desk, compare: Compare) -> None:
+        self._desk, self._compare = desk, compare
+        gr.Markdown(
+            "POPE on the first bundled images: is there such an object in the picture? Base and "
+            "the methods set in Compare answer the same questions. Few images give wide intervals."
+        )
+        self.images = gr.Slider(2, 100, 10, step=1, label="Images", elem_id="images")
+        with gr.Row():
+            go = gr.Button("Measure", variant="primary", elem_id="measure-run")
+            stop = gr.Button("Stop", elem_id="measure-stop")
+        self.message = gr.HTML(elem_id="measure-message")
+        self.forest = gr.HTML(elem_id="forest")
+        self.table = gr.Markdown(elem_id="table", elem_classes="table")
+        outputs = [self.message, self.forest, self.table]
+        go.click(self._measure, {self.images} | compare.settings, outputs, **QUIET)
+        stop.click(desk.stop, queue=False, **QUIET)
+
+    def _measure(self, values: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
+        told = pages.status("The questions are made.")
+        yield {self.message: told, self.forest: "", self.table: ""}
+        try:
+            methods = self._compare.methods(values)
+            stop = self._desk.begin(request)
+            for event in self._desk.engine.measure(methods, int(values[self.images]), stop):
+                if isinstance(event, dict):
+                    yield {
+                        self.message: pages.status("Done: differences to the base, paired."),
+                        self.forest: _forest(event),
+                        self.table: to_markdown(event),
+                    }
+                else:
+                    yield {self.message: pages.progress(*event)}
+        except Exception as error:
+            yield {self.message: pages.alert(message(error))}
+
+
+def _forest(results: Mapping[str, Any]) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "forest.png"
+        forest_plot(results, path)
+        with Image.open(path) as picture:
+            shown = [(picture.copy(), "Forest plot: difference to the base")]
+            return pages.figures(shown, "plot")
