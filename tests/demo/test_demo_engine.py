@@ -360,19 +360,6 @@ def test_measuring_what_cannot_run_is_an_error(engine: Engine) -> None:
         drained(engine.measure([method("head_pursuit")], 2))
 
 
-def test_the_forest_plot_draws_every_difference(engine: Engine, tmp_path: Any) -> None:
-    from vlmfix.demo.forest import forest_plot
-
-    _, results = drained(engine.measure([method("vhr"), method("pai")], 2))
-    forest_plot(results, tmp_path / "forest.png")
-    with Image.open(tmp_path / "forest.png") as picture:
-        two = picture.height
-    _, results = drained(engine.measure([method("vhr")], 2))
-    forest_plot(results, tmp_path / "forest.png")
-    with Image.open(tmp_path / "forest.png") as picture:
-        assert picture.height < two
-
-
 # -- the model -------------------------------------------------------------------------------------
 
 

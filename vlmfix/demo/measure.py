@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
+import io
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -14,8 +13,9 @@ from vlmfix.demo import pages
 from vlmfix.demo.compare import Compare
 from vlmfix.demo.desk import QUIET, Desk
 from vlmfix.demo.engine import message
-from vlmfix.demo.forest import forest_plot
 from vlmfix.evals import to_markdown
+from vlmfix.evals.card import make_card
+from vlmfix.evals.plots import draw_forest
 
 __all__ = ["Measure"]
 
@@ -60,9 +60,13 @@ class Measure:
 
 
 def _forest(results: Mapping[str, Any]) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "forest.png"
-        forest_plot(results, path)
-        with Image.open(path) as picture:
-            shown = [(picture.copy(), "Forest plot: difference to the base")]
-            return pages.figures(shown, "plot")
+    """The forest plot of the score card; nothing where no method was measured."""
+    [table] = make_card({"POPE": results})
+    figure = draw_forest(table)
+    if figure is None:
+        return ""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
+    with Image.open(drawn) as picture:
+        shown = [(picture.copy(), "Forest plot: differences to the base")]
+        return pages.figures(shown, "plot")
