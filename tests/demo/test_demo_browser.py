@@ -12,8 +12,9 @@ from PIL import Image
 
 pytest.importorskip("selenium")
 
-from browsing import Browser, Server, served
+from browsing import Browser
 from selenium.webdriver.common.keys import Keys
+from serving import Server, served
 
 import vlmfix
 from vlmfix.emoji import model_path

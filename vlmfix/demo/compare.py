@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
 from vlmfix.demo import pages
 from vlmfix.demo.controls import Control, controls_of, make_method
@@ -17,7 +19,7 @@ from vlmfix.errors import BadInput
 from vlmfix.method import Method
 from vlmfix.registry import list_methods
 
-__all__ = ["ON_LOAD", "Compare"]
+__all__ = ["ON_LOAD", "Compare", "uploaded_file"]
 
 EXAMPLES = 8
 PROMPTS = (
@@ -106,7 +108,7 @@ class Compare:
             elem_id="picture",
         )
         # gradio would decode the image, and fail on it, before we can refuse it.
-        self.picture.preprocess = _as_uploaded
+        self.picture.preprocess = uploaded_file
         examples = gr.HTML(
             pages.examples([picture for _, picture in example_images(EXAMPLES)]),
             js_on_load=_EXAMPLE,
@@ -212,9 +214,14 @@ class Compare:
         }
 
 
-def _as_uploaded(payload: Any) -> str | None:
-    """The path of an uploaded file, or a `data:` URL."""
-    return None if payload is None else str(payload.path or payload.url)
+def uploaded_file(payload: Any) -> str | None:
+    """The path of a file that was uploaded, as gradio's Image hands it over; None for any other.
+
+    gradio checks only payloads that say that they are files, and a request may leave that out.
+    """
+    path = getattr(payload, "path", None)
+    folder = Path(get_upload_folder()).resolve()
+    return path if path and Path(path).resolve().is_relative_to(folder) else None
 
 
 def _component(control: Control, place: str) -> Any:

@@ -260,7 +260,7 @@ class Engine:
         """Check what is asked before the model sees any of it.
 
         Args:
-            picture: path or bytes of an image file, or a `data:` URL.
+            picture: path or bytes of an image file.
             prompt: the text beside it.
             max_new_tokens: longest answer.
 
@@ -548,27 +548,26 @@ def read_picture(source: str | bytes) -> Image.Image:
     """An uploaded picture, upright and in RGB; its size is read before its pixels are.
 
     Args:
-        source: a path, a `data:` URL or the bytes of an image file.
+        source: path or bytes of an image file.
 
     Raises:
         BadInput: not an image, a damaged one, or more than `MAX_PIXELS`.
     """
-    if isinstance(source, str) and not source.startswith("data:"):
+    if isinstance(source, str):
         with open(source, "rb") as file:  # a message must not tell the server's paths
             source = file.read()
-    if isinstance(source, bytes):
-        try:
-            with Image.open(io.BytesIO(source)) as header:
-                width, height = header.size
-        except Exception:
-            width = height = 0  # load_image says what is wrong
-        if width * height > MAX_PIXELS:
-            raise BadInput(
-                f"the picture is too large: {width} x {height} pixels are "
-                f"{width * height / 1e6:.0f} megapixels, and the demo takes up to "
-                f"{MAX_PIXELS // 10**6}, because models look at far fewer and all visitors share "
-                "the memory. Scale it down."
-            )
+    try:
+        with Image.open(io.BytesIO(source)) as header:
+            width, height = header.size
+    except Exception:
+        width = height = 0  # load_image says what is wrong
+    if width * height > MAX_PIXELS:
+        raise BadInput(
+            f"the picture is too large: {width} x {height} pixels are "
+            f"{width * height / 1e6:.0f} megapixels, and the demo takes up to "
+            f"{MAX_PIXELS // 10**6}, because models look at far fewer and all visitors share "
+            "the memory. Scale it down."
+        )
     return vlmfix.load_image(source)
 
 
