@@ -11,9 +11,10 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from vlmfix.demo import pages
+from vlmfix.demo.answers import answer
+from vlmfix.demo.asking import MAX_PANES, Pane, message
 from vlmfix.demo.controls import Control, controls_of, make_method
 from vlmfix.demo.desk import QUIET, Desk, Run
-from vlmfix.demo.engine import MAX_PANES, Pane, message
 from vlmfix.emoji import example_images
 from vlmfix.errors import BadInput
 from vlmfix.method import Method
@@ -202,7 +203,7 @@ class Compare:
                 self.legend: pages.legend(truth),
                 self.run: None,
             }
-            for panes in engine.answer(asked, [None, *methods], self._desk.begin(request)):
+            for panes in answer(engine, asked, [None, *methods], self._desk.begin(request)):
                 words = [engine.words(pane) for pane in panes]
                 yield {self.panes: pages.panes(panes, words, truth)}
         except Exception as error:
