@@ -1,17 +1,10 @@
-"""A demo in a process of its own, and Chromium in front of it."""
+"""Chromium in front of the demo."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,43 +13,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
-
-ROOT = Path(__file__).resolve().parents[2]
-#: Seconds that anything may take; a busy machine has a slow page.
-PATIENCE = 60
-
-
-@dataclass
-class Server:
-    """A running demo: its address, and the file that it writes its log to."""
-
-    url: str
-    log: Path
-
-
-@contextmanager
-def served(log: Path, *options: str) -> Iterator[Server]:
-    """Serve the demo on a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-u", "-m", "vlmfix", "demo", "--port", str(port), "--threads", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with (
-        log.open("w") as file,
-        subprocess.Popen(
-            [*command, *options], env=environment, stdout=file, stderr=subprocess.STDOUT
-        ) as process,
-    ):
-        try:
-            end = time.monotonic() + PATIENCE
-            while "the demo is at" not in log.read_text():
-                assert process.poll() is None and time.monotonic() < end, log.read_text()
-                time.sleep(0.2)
-            yield Server(f"http://127.0.0.1:{port}/", log)
-        finally:
-            process.terminate()
-            process.wait(20)
+from serving import PATIENCE
 
 
 class Browser:

@@ -14,17 +14,19 @@ import torch
 from PIL import Image
 
 import vlmfix
-from vlmfix.demo.controls import make_method
-from vlmfix.demo.engine import (
+from vlmfix.demo.answers import _Streamer, answer
+from vlmfix.demo.asking import (
     MAX_CHARACTERS,
     MAX_PIXELS,
-    Engine,
     Pane,
     Question,
-    _Streamer,
     message,
     read_picture,
 )
+from vlmfix.demo.controls import make_method
+from vlmfix.demo.engine import Engine
+from vlmfix.demo.looks import kept, look
+from vlmfix.demo.measuring import measure
 from vlmfix.emoji import example_images
 from vlmfix.errors import BadInput, StateError
 from vlmfix.evals.models import PassCounter
@@ -55,7 +57,7 @@ def method(name: str | None) -> Any:
 
 
 def written(engine: Engine, asked: Question, *names: str | None) -> list[Pane]:
-    *_, panes = engine.answer(asked, [method(name) for name in names])
+    *_, panes = answer(engine, asked, [method(name) for name in names])
     assert all(pane.done for pane in panes)
     return panes
 
@@ -114,7 +116,7 @@ def test_two_requests_at_once_do_not_meet(
 
 def test_answers_grow_side_by_side(engine: Engine, asked: Question) -> None:
     seen = []
-    for panes in engine.answer(asked, [None, method("vhr"), method("pai")]):
+    for panes in answer(engine, asked, [None, method("vhr"), method("pai")]):
         seen.append([len(pane.tokens) for pane in panes if not pane.done])
     midway = [lengths for lengths in seen if len(lengths) == 3 and min(lengths) > 3]
     assert midway, "no two answers were ever being written at the same time"
@@ -143,7 +145,7 @@ def test_an_error_in_one_pane_leaves_the_others_and_the_model_alone(
     text = engine.tokenizer.decode(base.tokens, skip_special_tokens=True)
     assert text.strip() == alone[None]
     with pytest.raises(BadInput, match="5 panes"):
-        next(engine.answer(asked, [None] * 5))
+        next(answer(engine, asked, [None] * 5))
 
 
 def test_an_unforeseen_error_goes_to_the_log_and_not_to_the_visitor(
@@ -163,14 +165,14 @@ def test_an_unforeseen_error_goes_to_the_log_and_not_to_the_visitor(
 
 def test_a_visitor_who_leaves_ends_the_answers(engine: Engine, asked: Question) -> None:
     long = Question(asked.picture, PROMPT, 256)
-    answers = engine.answer(long, [None, method("vhr")])
+    answers = answer(engine, long, [None, method("vhr")])
     panes = next(panes for panes in answers if all(len(pane.tokens) > 2 for pane in panes))
     answers.close()
     assert all(pane.done and pane.error == "stopped." for pane in panes)
     assert engine.turns.waiting == 0
     stop = threading.Event()
     stop.set()
-    *_, panes = engine.answer(long, [None], stop)
+    *_, panes = answer(engine, long, [None], stop)
     assert panes[0].error == "stopped."
 
 
@@ -263,9 +265,9 @@ def test_a_word_is_looked_at_through_the_rows_that_wrote_it(
     words = [word.text for word in engine.words(base)]
     number = words.index("bear")
     pai = make_method("pai", {"alpha": 2})
-    look = engine.look(asked, base, number, pai)
-    assert (look.word, look.layers, look.heads) == ("bear", tuple(range(6)), 8)
-    (part,) = look.parts
+    seen = look(engine, asked, base, number, pai)
+    assert (seen.word, seen.layers, seen.heads) == ("bear", tuple(range(6)), 8)
+    (part,) = seen.parts
     assert part.box == (0, 0, 112, 112)
     assert list(part.grids) == ["base", "pai:alpha=2.0"]
 
@@ -281,10 +283,10 @@ def test_a_word_is_looked_at_through_the_rows_that_wrote_it(
     assert torch.equal(part.grids["base"], expected)
     assert part.grids["pai:alpha=2.0"][-1].sum() > 1.1 * expected[-1].sum()
     with pytest.raises(BadInput, match="no such word"):
-        engine.look(asked, base, len(words), None)
+        look(engine, asked, base, len(words), None)
     with pytest.raises(BadInput, match="carve answers about an image that it has changed"):
-        engine.look(asked, base, number, method("carve"))
-    assert "acts on logits" in str(engine.look(asked, base, number, method("vcd")).note)
+        look(engine, asked, base, number, method("carve"))
+    assert "acts on logits" in str(look(engine, asked, base, number, method("vcd")).note)
 
 
 def test_maps_lie_over_the_part_that_the_processor_takes(
@@ -298,16 +300,16 @@ def test_maps_lie_over_the_part_that_the_processor_takes(
     wide.paste(load_image("emoji:1").resize((100, 100)), (100, 0))
     asked = engine.question(png(wide), PROMPT, 8)
     (base,) = written(engine, asked, None)
-    (part,) = engine.look(asked, base, 1, None).parts
+    (part,) = look(engine, asked, base, 1, None).parts
     assert part.box == (100, 0, 200, 100)
-    ((box, mask),) = engine.kept(asked, make_method("uniform", {"tokens": 16}))
+    ((box, mask),) = kept(engine, asked, make_method("uniform", {"tokens": 16}))
     assert box == (100, 0, 200, 100)
     assert (mask.shape, int(mask.sum())) == ((8, 8), 16)
 
 
 def test_what_pruning_keeps_needs_a_pruning_method(engine: Engine, asked: Question) -> None:
     with pytest.raises(BadInput, match="no method that prunes"):
-        engine.kept(asked, method("vhr"))
+        kept(engine, asked, method("vhr"))
 
 
 # -- measuring -------------------------------------------------------------------------------------
@@ -319,7 +321,7 @@ def drained(events: Iterator[Any]) -> tuple[list[tuple[int, int, str]], dict[str
 
 
 def test_measuring_is_the_evaluation_of_the_library(engine: Engine) -> None:
-    steps, results = drained(engine.measure([method("vhr")], 2))
+    steps, results = drained(measure(engine, [method("vhr")], 2))
     done = [step[0] for step in steps]
     assert done == sorted(done) and done[-1] == steps[-1][1]
     assert {step[2] for step in steps} == {"pope base", "pope vhr"}
@@ -344,7 +346,7 @@ def elsewhere(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_answers_go_on_while_somebody_measures(
     engine: Engine, asked: Question, alone: dict[str | None, str]
 ) -> None:
-    events = engine.measure([method("spin")], 2)
+    events = measure(engine, [method("spin")], 2)
     next(events)
     base, vhr = written(engine, asked, None, "vhr")
     texts = [engine.tokenizer.decode(p.tokens, skip_special_tokens=True) for p in (base, vhr)]
@@ -357,7 +359,7 @@ def test_answers_go_on_while_somebody_measures(
 
 def test_measuring_what_cannot_run_is_an_error(engine: Engine) -> None:
     with pytest.raises(vlmfix.CalibrationNeeded, match="heads of a concept"):
-        drained(engine.measure([method("head_pursuit")], 2))
+        drained(measure(engine, [method("head_pursuit")], 2))
 
 
 # -- the model -------------------------------------------------------------------------------------

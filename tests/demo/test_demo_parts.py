@@ -11,8 +11,8 @@ import pytest
 
 from vlmfix.call import CallReport
 from vlmfix.demo import pages
+from vlmfix.demo.asking import Pane
 from vlmfix.demo.controls import controls_of, make_method
-from vlmfix.demo.engine import Pane
 from vlmfix.demo.turns import Turns
 from vlmfix.demo.words import Word, differing, split_words
 from vlmfix.errors import BadInput

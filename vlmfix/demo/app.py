@@ -21,10 +21,11 @@ except ImportError as error:
 import torch
 
 from vlmfix.demo import pages
+from vlmfix.demo.asking import message
 from vlmfix.demo.attention import MEAN, Attention, heads, layers
 from vlmfix.demo.compare import Compare
 from vlmfix.demo.desk import QUIET, Desk
-from vlmfix.demo.engine import Engine, message
+from vlmfix.demo.engine import Engine
 from vlmfix.demo.measure import Measure
 from vlmfix.demo.tokens import Tokens
 from vlmfix.errors import BadInput

@@ -10,9 +10,11 @@ import gradio as gr
 
 from vlmfix import viz
 from vlmfix.demo import pages
+from vlmfix.demo.asking import Question, message
 from vlmfix.demo.compare import ON_LOAD
 from vlmfix.demo.desk import QUIET, Desk, Run, enlarged
-from vlmfix.demo.engine import Engine, Look, Question, message
+from vlmfix.demo.engine import Engine
+from vlmfix.demo.looks import Look, look
 from vlmfix.errors import BadInput
 
 __all__ = ["MEAN", "Attention", "heads", "layers"]
@@ -130,23 +132,23 @@ class Attention:
             if run.number != engine.number:
                 raise BadInput("the model has changed since: run it again in Compare.")
             method = run.panes[beside].method if beside else None
-            look = engine.look(run.asked, run.panes[pane], number, method)
+            found = look(engine, run.asked, run.panes[pane], number, method)
         except Exception as error:
             return {
                 self.message: pages.alert(message(error)),
                 self.figures: "",
                 self.look: None,
             }
-        part = part if part < len(look.parts) else 0
-        parts = [(f"part {at + 1}", at) for at in range(len(look.parts))]
+        part = part if part < len(found.parts) else 0
+        parts = [(f"part {at + 1}", at) for at in range(len(found.parts))]
         told = (
-            f"What the rows that wrote “{look.word}” looked at, in the answer of "
-            f"{run.panes[pane].name}, which both read. {look.note or ''}"
+            f"What the rows that wrote “{found.word}” looked at, in the answer of "
+            f"{run.panes[pane].name}, which both read. {found.note or ''}"
         )
         return {
             self.message: pages.status(told),
-            self.figures: _draw(run.asked, look, layer, head, part),
-            self.look: look,
+            self.figures: _draw(run.asked, found, layer, head, part),
+            self.look: found,
             self.part: gr.update(choices=parts, value=part, visible=len(parts) > 1),
         }
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
 from vlmfix.demo import pages
+from vlmfix.demo.answers import answer
+from vlmfix.demo.asking import MAX_PANES, Pane, message
 from vlmfix.demo.controls import Control, controls_of, make_method
 from vlmfix.demo.desk import QUIET, Desk, Run
-from vlmfix.demo.engine import MAX_PANES, Pane, message
 from vlmfix.emoji import example_images
 from vlmfix.errors import BadInput
 from vlmfix.method import Method
 from vlmfix.registry import list_methods
 
-__all__ = ["ON_LOAD", "Compare"]
+__all__ = ["ON_LOAD", "Compare", "uploaded_file"]
 
 EXAMPLES = 8
 PROMPTS = (
@@ -106,7 +109,7 @@ class Compare:
             elem_id="picture",
         )
         # gradio would decode the image, and fail on it, before we can refuse it.
-        self.picture.preprocess = _as_uploaded
+        self.picture.preprocess = uploaded_file
         examples = gr.HTML(
             pages.examples([picture for _, picture in example_images(EXAMPLES)]),
             js_on_load=_EXAMPLE,
@@ -200,7 +203,7 @@ class Compare:
                 self.legend: pages.legend(truth),
                 self.run: None,
             }
-            for panes in engine.answer(asked, [None, *methods], self._desk.begin(request)):
+            for panes in answer(engine, asked, [None, *methods], self._desk.begin(request)):
                 words = [engine.words(pane) for pane in panes]
                 yield {self.panes: pages.panes(panes, words, truth)}
         except Exception as error:
@@ -212,9 +215,14 @@ class Compare:
         }
 
 
-def _as_uploaded(payload: Any) -> str | None:
-    """The path of an uploaded file, or a `data:` URL."""
-    return None if payload is None else str(payload.path or payload.url)
+def uploaded_file(payload: Any) -> str | None:
+    """The path of a file that was uploaded, as gradio's Image hands it over; None for any other.
+
+    gradio checks only payloads that say that they are files, and a request may leave that out.
+    """
+    path = getattr(payload, "path", None)
+    folder = Path(get_upload_folder()).resolve()
+    return path if path and Path(path).resolve().is_relative_to(folder) else None
 
 
 def _component(control: Control, place: str) -> Any:

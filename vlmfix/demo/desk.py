@@ -10,7 +10,8 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from vlmfix.demo.engine import Engine, Pane, Question
+from vlmfix.demo.asking import Pane, Question
+from vlmfix.demo.engine import Engine
 from vlmfix.doctor import examine
 from vlmfix.registry import list_methods
 

@@ -10,9 +10,10 @@ import gradio as gr
 from PIL import Image
 
 from vlmfix.demo import pages
+from vlmfix.demo.asking import message
 from vlmfix.demo.compare import Compare
 from vlmfix.demo.desk import QUIET, Desk
-from vlmfix.demo.engine import message
+from vlmfix.demo.measuring import measure
 from vlmfix.evals import to_markdown
 from vlmfix.evals.card import make_card
 from vlmfix.evals.plots import draw_forest
@@ -46,7 +47,7 @@ class Measure:
         try:
             methods = self._compare.methods(values)
             stop = self._desk.begin(request)
-            for event in self._desk.engine.measure(methods, int(values[self.images]), stop):
+            for event in measure(self._desk.engine, methods, int(values[self.images]), stop):
                 if isinstance(event, dict):
                     yield {
                         self.message: pages.status("Done: differences to the base, paired."),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from vlmfix.call import CallReport
-    from vlmfix.demo.engine import Pane
+    from vlmfix.demo.asking import Pane
 
 __all__ = ["about", "alert", "examples", "figures", "legend", "panes", "progress", "status"]
 

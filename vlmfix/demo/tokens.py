@@ -9,9 +9,10 @@ import gradio as gr
 
 from vlmfix import viz
 from vlmfix.demo import pages
+from vlmfix.demo.asking import message
 from vlmfix.demo.controls import make_method
 from vlmfix.demo.desk import QUIET, Desk, enlarged
-from vlmfix.demo.engine import message
+from vlmfix.demo.looks import kept
 from vlmfix.errors import BadInput
 from vlmfix.registry import list_methods
 
@@ -45,8 +46,8 @@ class Tokens:
             )
         show = gr.Button("Show what stays of the picture in Compare", elem_id="show-tokens")
         told = gr.HTML(elem_id="tokens-message")
-        kept = gr.HTML(elem_id="kept")
-        show.click(self._show, [picture, prompt, pruning, share], [told, kept], **QUIET)
+        masks = gr.HTML(elem_id="kept")
+        show.click(self._show, [picture, prompt, pruning, share], [told, masks], **QUIET)
 
     def _show(
         self, picture: str | None, prompt: str, names: Sequence[str], share: float
@@ -58,7 +59,7 @@ class Tokens:
                 raise BadInput("there is no pruning method: choose at least one.")
             asked = engine.question(picture, prompt, 1)
             for name in names:
-                for box, mask in engine.kept(asked, make_method(name, {"ratio": share})):
+                for box, mask in kept(engine, asked, make_method(name, {"ratio": share})):
                     part = enlarged(asked.picture.crop(box))
                     caption = f"{name}: {int(mask.sum())} of {mask.numel()} visual tokens"
                     shown.append((viz.darken_dropped(part, mask.numpy()), caption))

@@ -1,0 +1,120 @@
+"""What is asked and what is answered, and the limits of it. No model in here."""
+
+from __future__ import annotations
+
+import io
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+import vlmfix
+from vlmfix.errors import BadInput, VlmfixError
+
+if TYPE_CHECKING:
+    from vlmfix.call import CallReport
+    from vlmfix.method import Method
+
+__all__ = [
+    "MAX_CHARACTERS",
+    "MAX_PANES",
+    "MAX_PIXELS",
+    "Pane",
+    "Question",
+    "message",
+    "read_picture",
+]
+
+MAX_PIXELS = 25_000_000
+MAX_CHARACTERS = 4_000
+MAX_PANES = 4
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked.
+
+    Attributes:
+        picture: upright, in RGB.
+        prompt: the text beside it.
+        max_new_tokens: longest answer.
+    """
+
+    picture: Image.Image
+    prompt: str
+    max_new_tokens: int = 96
+
+    @property
+    def chat(self) -> list[dict[str, Any]]:
+        """As `vlmfix.generate` takes it."""
+        content = [{"type": "image", "image": self.picture}, {"type": "text", "text": self.prompt}]
+        return [{"role": "user", "content": content}]
+
+
+@dataclass
+class Pane:
+    """One answer, while it is written and after.
+
+    Attributes:
+        method: None is the plain model.
+        tokens: of the answer so far, the one that ended it included.
+        seconds: that the model worked on it; time spent waiting for others is not in it.
+        passes: rows that went through the decoder, as in `vlmfix eval`: a second stream in the same
+            batch counts as a second pass.
+        done: whether it is finished, or has failed.
+        finish: "eos" or "length".
+        report: what `vlmfix.last_call` says; None for the plain model.
+        note: why the method can change nothing here.
+        error: what went wrong, as a message.
+    """
+
+    method: Method | None
+    tokens: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    passes: int = 0
+    done: bool = False
+    finish: str | None = None
+    report: CallReport | None = None
+    note: str | None = None
+    error: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What the pane is called."""
+        return "base" if self.method is None else self.method.spec()
+
+
+def read_picture(source: str | bytes) -> Image.Image:
+    """An uploaded picture, upright and in RGB; its size is read before its pixels are.
+
+    Args:
+        source: path or bytes of an image file.
+
+    Raises:
+        BadInput: not an image, a damaged one, or more than `MAX_PIXELS`.
+    """
+    if isinstance(source, str):
+        with open(source, "rb") as file:  # a message must not tell the server's paths
+            source = file.read()
+    try:
+        with Image.open(io.BytesIO(source)) as header:
+            width, height = header.size
+    except Exception:
+        width = height = 0  # load_image says what is wrong
+    if width * height > MAX_PIXELS:
+        raise BadInput(
+            f"the picture is too large: {width} x {height} pixels are "
+            f"{width * height / 1e6:.0f} megapixels, and the demo takes up to "
+            f"{MAX_PIXELS // 10**6}, because models look at far fewer and all visitors share "
+            "the memory. Scale it down."
+        )
+    return vlmfix.load_image(source)
+
+
+def message(error: Exception) -> str:
+    """What a visitor is told. What nobody foresaw goes to the log of the server in full."""
+    if isinstance(error, VlmfixError):
+        return str(error)
+    logging.getLogger(__name__).error("the demo failed", exc_info=error)
+    return f"something went wrong ({type(error).__name__}); the log of the server has the details."
