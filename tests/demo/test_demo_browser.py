@@ -255,11 +255,13 @@ def test_nothing_is_wider_than_the_page(window: Open, width: int) -> None:
     page.driver.execute_script("document.querySelector('#run').scrollIntoView()")
     page.run()
     page.done()
-    page.driver.execute_script("document.querySelector('#panes details').open = true")
     script = "return document.documentElement.scrollWidth"
     for name in ("Compare", "Attention", "Tokens", "Measure", "About"):
         page.driver.execute_script("window.scrollTo(0, 0)")
         page.tab(name)
+        page.driver.execute_script(
+            "document.querySelectorAll('details').forEach((part) => { part.open = true; })"
+        )
         time.sleep(0.5)
         assert page.driver.execute_script(script) <= width, name
     shown = io.BytesIO(page.driver.get_screenshot_as_png())
