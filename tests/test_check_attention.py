@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import vlmfix
+from vlmfix.chat import chat_inputs
+
 SCRIPT = Path(__file__).resolve().parents[1] / "docs" / "check_attention.py"
 
 
@@ -34,6 +37,9 @@ def test_ratio_of_maps_that_are_known(script: dict[str, Any]) -> None:
         for image, corner in enumerate(corners)
     ]
     rows = {(row["boxes"], row["head"]): row for row in script["ratios"](seen)}
+    halves = [script["Seen"](one.image, one.maps, one.inside / 2) for one in seen]
+    half = script["ratios"](halves)[0]
+    assert (half["ratio"], half["inside"], half["uniform"]) == (2.5, 0.3125, 0.125)
     assert rows["own", "0"]["ratio"] == 4
     assert (rows["own", "1"]["ratio"], rows["own", "1"]["low"], rows["own", "1"]["high"]) == (
         1,
@@ -55,6 +61,18 @@ def test_words_of_two_images(script: dict[str, Any]) -> None:
         assert one.maps.shape == (6, 8, 8, 8)
         assert np.allclose(one.maps.sum((2, 3)), 1, atol=1e-5)
         assert 0 < one.inside.mean() < 0.3
+    model, processor = vlmfix.load("emoji")
+    text = {"type": "text", "text": script["PROMPT"]}
+    content = [{"type": "image", "image": "emoji:1"}, text]
+    inputs = chat_inputs(model, processor, [[{"role": "user", "content": content}]])
+    generated = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+    length = inputs["input_ids"].shape[1]
+    written = [processor.decode(token).strip() for token in generated[0, length:]]
+    row = length - 1 + written.index("bed")
+    ((direct,),) = vlmfix.attention_map(model, inputs, rows=[row], heads="all", generated=generated)
+    grid = direct.grids()[0][:, :, 0].numpy()
+    assert np.allclose(bed.maps, grid / grid.sum((2, 3), keepdims=True), atol=1e-5)
+    assert not np.allclose(bed.maps, bear.maps, atol=1e-3)
     # The bear sits right of the middle, the bed below it.
     assert bear.inside[2:6, 5:8].sum() / bear.inside.sum() > 0.9
     assert bed.inside[4:8, 5:8].sum() / bed.inside.sum() > 0.9
