@@ -183,7 +183,7 @@ def draw(rows: list[dict[str, str]], digest: str) -> None:
     axes.set_ylim(bottom=0)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8, frameon=False)
     figure.savefig(TARGET.with_suffix(".png"), metadata={TARGET.name: digest})
 
 

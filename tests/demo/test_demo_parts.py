@@ -11,6 +11,7 @@ import pytest
 
 from vlmfix.call import CallReport
 from vlmfix.demo import pages
+from vlmfix.demo.answers import STOPPED
 from vlmfix.demo.asking import Pane
 from vlmfix.demo.controls import controls_of, make_method
 from vlmfix.demo.turns import Turns
@@ -239,3 +240,12 @@ def test_about_cites_every_method() -> None:
         assert f"<b>{row.name}</b>" in html
     assert 'href="https://arxiv.org/abs/2503.03321"' in html
     assert html.count("Not on this model as it is: it has no sinks") == 1
+
+
+def test_answers_that_somebody_stopped_are_not_said_to_be_written() -> None:
+    pytest.importorskip("gradio")
+    from vlmfix.demo.compare import ending
+
+    written, stopped = Pane(None, done=True), Pane(None, done=True, error=STOPPED)
+    assert ending([written, Pane(None, done=True, error="too long")]) == "All answers are written."
+    assert ending([written, stopped]) == "Stopped."

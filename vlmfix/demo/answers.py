@@ -18,7 +18,10 @@ from vlmfix.evals.models import PassCounter, count_passes
 from vlmfix.method import Method
 from vlmfix.surgeon import module_state
 
-__all__ = ["answer"]
+__all__ = ["STOPPED", "answer"]
+
+#: `Pane.error` of an answer that somebody ended.
+STOPPED = "stopped."
 
 #: Seconds between two looks at answers that are being written.
 _PAUSE = 0.05
@@ -132,7 +135,7 @@ def _write(engine: Engine, pane: Pane, asked: Question, stop: threading.Event) -
             ended = pane.tokens[-1:] and pane.tokens[-1] in end_tokens(engine.model, {})
             pane.finish = "eos" if ended else "length"
     except _Stopped:
-        pane.error = "stopped."
+        pane.error = STOPPED
     except Exception as error:
         pane.error = message(error)
     finally:

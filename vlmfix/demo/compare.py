@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from vlmfix.demo import pages
-from vlmfix.demo.answers import answer
+from vlmfix.demo.answers import STOPPED, answer
 from vlmfix.demo.asking import MAX_PANES, Pane, message
 from vlmfix.demo.controls import Control, controls_of, make_method
 from vlmfix.demo.desk import QUIET, Desk, Run
@@ -210,9 +210,16 @@ class Compare:
             yield {self.message: pages.alert(message(error))}
             return
         yield {
-            self.message: pages.status("All answers are written."),
+            self.message: pages.status(ending(panes)),
             self.run: Run(asked, panes, truth, number),
         }
+
+
+def ending(panes: Sequence[Pane]) -> str:
+    """How the answers ended, as one line."""
+    if any(pane.error == STOPPED for pane in panes):
+        return "Stopped."
+    return "All answers are written."
 
 
 def uploaded_file(payload: Any) -> str | None:
