@@ -89,10 +89,11 @@ def look(images: int) -> list[Seen]:
     for start in range(0, len(ids), BATCH):
         batch = ids[start : start + BATCH]
         pictures = [data.image(data.files[image]) for image in batch]
+        asked = {"type": "text", "text": PROMPT}
         chats = [
-            [{"role": "user", "content": [{"type": "image", "image": p}, {"type": "text", "text": PROMPT}]}]  # noqa: E501
-            for p in pictures
-        ]  # fmt: skip
+            [{"role": "user", "content": [{"type": "image", "image": picture}, asked]}]
+            for picture in pictures
+        ]
         inputs = chat_inputs(model, processor, chats)
         with torch.no_grad():
             generated = model.generate(**inputs, max_new_tokens=LONGEST, do_sample=False)

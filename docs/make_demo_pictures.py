@@ -20,8 +20,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "demo"))
 
-from browsing import Browser, Keys  # noqa: E402
-from serving import served  # noqa: E402
+from browsing import Browser, Keys  # noqa: E402 (found through the path above)
+from serving import served  # noqa: E402 (as above)
 
 PICTURES = ROOT / "docs" / "pictures"
 EXAMPLE = 3

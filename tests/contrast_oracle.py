@@ -109,7 +109,7 @@ class Oracle:
             return self._forward(inputs)
 
 
-class _Processor(LogitsProcessor):  # type: ignore[misc]
+class _Processor(LogitsProcessor):
     def __init__(self, oracle: Oracle, rows: tuple[int, ...]) -> None:
         self.oracle, self.rows = oracle, rows
         self.width = max(oracle.rows[row]["input_ids"].shape[1] for row in rows)

@@ -208,6 +208,6 @@ def test_positions_behind_an_image_must_be_known() -> None:
 
 def test_a_prompt_that_ends_with_its_image_is_refused() -> None:
     model, processor = tiny_model("llava"), TinyProcessor(family("llava"))
-    processor.apply_chat_template = lambda chat, **kwargs: "w3 <image>"  # type: ignore[method-assign]
+    processor.apply_chat_template = lambda chat, **kwargs: "w3 <image>"
     with vlmfix.wrapped(model, None), pytest.raises(BadInput, match="ends with its image"):
         look(model, processor, CHATS[:1], LAYERS, 3)

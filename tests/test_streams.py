@@ -406,7 +406,7 @@ def _only_the_base_is_reordered(monkeypatch: pytest.MonkeyPatch) -> None:
     make = vlmfix.streams._with_streams
 
     def with_streams(kind: type[Any]) -> type[Any]:
-        class BaseAlone(make(kind)):  # type: ignore[misc]
+        class BaseAlone(make(kind)):
             def reorder_cache(self, beam_idx: torch.Tensor) -> None:
                 groups, rows = self.streams
                 rest = torch.arange(rows, groups * rows)

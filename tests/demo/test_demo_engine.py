@@ -206,6 +206,7 @@ def test_positions_that_a_family_keeps_on_a_module_are_carried_along() -> None:
 def test_bad_input_is_refused_with_the_way_out(engine: Engine) -> None:
     picture = png(load_image("emoji:1"))
     large = png(Image.new("1", (10_000, 5_000)))
+    limit = MAX_CHARACTERS
     cases = [
         (None, PROMPT, "there is no picture: choose an example or upload one"),
         (large, PROMPT, "10000 x 5000 pixels are 50 megapixels, and the demo takes up to 25"),
@@ -214,7 +215,7 @@ def test_bad_input_is_refused_with_the_way_out(engine: Engine) -> None:
         (picture, "", "the prompt is empty"),
         (picture, None, "the prompt is empty"),
         (picture, "  \n ", "the prompt is empty"),
-        (picture, "word " * 10_000, f"10000 words, 49999 characters. The demo takes up to {MAX_CHARACTERS}"),  # noqa: E501
+        (picture, "word " * 10_000, f"10000 words, 49999 characters. The demo takes up to {limit}"),
     ]  # fmt: skip
     for source, prompt, says in cases:
         with pytest.raises(BadInput) as caught:
@@ -353,7 +354,7 @@ def test_answers_go_on_while_somebody_measures(
     assert [text.strip() for text in texts] == [alone[None], alone["vhr"]]
     with pytest.raises(BadInput, match="change the model when they are done"):
         engine.change_model("emoji")
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     assert engine.turns.waiting == 0
 
 

@@ -178,7 +178,7 @@ def fake_spacy(monkeypatch: pytest.MonkeyPatch, vectors: dict[str, float]) -> li
         loaded.append(name)
         return Model()
 
-    module.load = load  # type: ignore[attr-defined]
+    module.load = load
     monkeypatch.setitem(sys.modules, "spacy", module)
     return loaded
 

@@ -90,7 +90,7 @@ def test_a_pool_has_the_test_of_all_methods_or_of_none(world: Path, tmp_path: Pa
 
     where = {"data": world, "output": tmp_path / "run"}
     results = vlmfix.evals.evaluate(
-        ["pope"], FakeModel(pai_is_base), ["var", "pai"], n_images=10, quiet=True, **where  # type: ignore[arg-type]
+        ["pope"], FakeModel(pai_is_base), ["var", "pai"], n_images=10, quiet=True, **where
     )  # fmt: skip
     arms = results["tasks"]["pope"]["arms"]
     test, n = arms["var"]["delta"]["pooled"]["mcnemar"], arms["var"]["counts"]["pooled"]["n"]

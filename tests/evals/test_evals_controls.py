@@ -126,7 +126,7 @@ def test_a_method_that_sees_better_gains_beyond_the_shift() -> None:
 
 def test_unparsed_answers_are_wrong_but_not_yes() -> None:
     labels = ["yes", "no", "yes", "no"]
-    found = controls(labels, [0.9, 0.1, 0.8, 0.2], ["yes", None, "yes", "no"])  # type: ignore[list-item]
+    found = controls(labels, [0.9, 0.1, 0.8, 0.2], ["yes", None, "yes", "no"])
     matched = found["m"]["prior_matched"]["s"]["accuracy"]
     assert matched["method"]["value"] == 0.75
     assert matched["base"]["value"] == 1.0
@@ -159,13 +159,13 @@ def test_items_and_arms_without_p_yes() -> None:
     verdicts = {"base": method, "m": method, "none": method}
     given = {"base": some, "m": p_yes, "none": [None] * 20}
     more = {"splits": ["s"] * 20, "clusters": range(20), "replicates": 50}
-    found = yes_no_controls(labels, given, verdicts, **more)  # type: ignore[arg-type]
+    found = yes_no_controls(labels, given, verdicts, **more)
     assert set(found) == {"base", "m"}
     assert found["m"]["n_p_yes"] == 19
     nothing = {"base": [None] * 20, "m": [None] * 20}
-    assert yes_no_controls(labels, nothing, verdicts, **more) == {}  # type: ignore[arg-type]
+    assert yes_no_controls(labels, nothing, verdicts, **more) == {}
     without_base = {"base": [None] * 20, "m": p_yes}
-    alone = yes_no_controls(labels, without_base, verdicts, **more)  # type: ignore[arg-type]
+    alone = yes_no_controls(labels, without_base, verdicts, **more)
     assert set(alone) == {"m"} and "prior_matched" not in alone["m"]
 
 
@@ -237,7 +237,7 @@ def test_controls_join_the_scores() -> None:
         "m": [*(Answer(v, p_yes=float(v == "yes")) for v in method), Answer("A cat.")],
     }
     scored: dict[str, Any] = {"base": {"scores": 1}, "m": {"scores": 2}}
-    add_controls(scored, YesNo(), samples, arms)  # type: ignore[arg-type]
+    add_controls(scored, YesNo(), samples, arms)
     assert scored["base"]["scores"] == 1 and scored["base"]["n_p_yes"] == 30
     assert scored["base"]["auc"]["s"]["value"] == pytest.approx(area(labels, p_yes))
     expected = shifted_accuracy(labels, p_yes, method.count("yes"))

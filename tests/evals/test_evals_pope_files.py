@@ -411,7 +411,7 @@ def test_the_tsv_of_vlmevalkit_puts_a_row_into_all_its_categories(tmp_path: Path
     assert found == {"random": [10, 12, 13], "popular": [10, 11, 13], "adversarial": [10, 12]}
     popular = table.splits["popular"].questions
     assert [q.label for q in popular] == ["yes", "no", "yes"]
-    assert [table.image(q.image).getpixel((0, 0))[0] for q in popular] == [7, 7, 8]  # type: ignore[index]
+    assert [table.image(q.image).getpixel((0, 0))[0] for q in popular] == [7, 7, 8]
     assert (
         load_splits(tmp_path / "POPE.tsv").keys() == question_source(tmp_path / "POPE.tsv").keys()
     )

@@ -189,7 +189,7 @@ def test_errors_are_asked_again(world: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_resumed(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "o"
     with pytest.raises(BadInput, match=r"name the run's folder"):
-        run(FakeModel(reply), world, None, resume=True)  # type: ignore[arg-type]
+        run(FakeModel(reply), world, None, resume=True)
     with pytest.raises(BadInput, match="without overwrite"):
         run(FakeModel(reply), world, out, resume=True, overwrite=True)
     out.mkdir()

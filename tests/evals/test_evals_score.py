@@ -263,7 +263,7 @@ def test_scoring_nine_thousand_answers_is_quick(tmp_path: Path) -> None:
     for split in splits:
         q[split] = write(tmp_path / f"{split}.json", asked)
         flags = draw.random(3000) < 0.85
-        rows = answers(asked, lambda i, flags=flags: bool(flags[i]))  # type: ignore[misc]
+        rows = answers(asked, lambda i, flags=flags: bool(flags[i]))
         said = [{**row, "p_yes": float(draw.random())} for row in rows]
         a[split] = write(tmp_path / f"{split}.jsonl", said)
     began = time.process_time()

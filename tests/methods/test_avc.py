@@ -197,7 +197,7 @@ def test_rows_do_not_depend_on_the_batch() -> None:
     generator = torch.Generator().manual_seed(1)
     rows = [torch.rand(4, count, generator=generator) / 50 for count in (6, 33, 0, 12, 576)]
     for scheme in ("zeros", "noise"):
-        method = AttentionalVisionCalibration(alpha=1.0, scheme=scheme, seed=3)  # type: ignore[arg-type]
+        method = AttentionalVisionCalibration(alpha=1.0, scheme=scheme, seed=3)
         (batch,) = method.branches(prompt(rows))
         for index, row in enumerate(rows):
             (alone,) = method.branches(prompt([row]))
@@ -349,7 +349,7 @@ def test_presets_and_options() -> None:
     assert method.prepared(large, tiny.model) == replace(method, alpha=2.5)
     mine = AttentionalVisionCalibration(alpha=0.5)
     assert mine.prepared(large, tiny.model) == mine
-    assert method.prepared(replace(large, vocab_size=128000), tiny.model).alpha == 1.0  # type: ignore[attr-defined]
+    assert method.prepared(replace(large, vocab_size=128000), tiny.model).alpha == 1.0
     assert find("avisc").name == "avc"
     built = build("AvisC:alpha=2;deviations=0.99;scheme=drop;seed=4")
     assert built == AttentionalVisionCalibration(alpha=2.0, deviations=0.99, scheme="drop", seed=4)
@@ -363,4 +363,4 @@ def test_presets_and_options() -> None:
         with pytest.raises(BadInput, match="out of range"):
             AttentionalVisionCalibration(**options)
     with pytest.raises(BadInput, match="must be one of zeros, ones, noise, drop"):
-        AttentionalVisionCalibration(scheme="black")  # type: ignore[arg-type]
+        AttentionalVisionCalibration(scheme="black")

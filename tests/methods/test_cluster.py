@@ -46,7 +46,7 @@ def tokens_of(features: torch.Tensor, number: int = 0) -> VisualTokens:
 
 
 def aggregated(features: torch.Tensor, budget: int, **options: object) -> tuple[Kept, torch.Tensor]:
-    kept = ClusterAggregation(**options).keep(tokens_of(features), budget)  # type: ignore[arg-type]
+    kept = ClusterAggregation(**options).keep(tokens_of(features), budget)
     assert kept.weights is not None
     return kept, kept.weights.double() @ features.double()
 

@@ -184,4 +184,4 @@ def test_options() -> None:
         with pytest.raises(BadInput, match="out of range"):
             MutualInformationDecoding(**options)
     with pytest.raises(BadInput, match="must be 'apc' or 'gate'"):
-        MutualInformationDecoding(rule="both")  # type: ignore[arg-type]
+        MutualInformationDecoding(rule="both")

@@ -154,7 +154,7 @@ def test_budgets_always_sum() -> None:
         saliency = torch.rand(tiles - 1, generator=generator).tolist()
         budget = int(torch.randint(1, sum(counts) + 1, (1,), generator=generator))
         for thumbnail in ("uniform", "keep", "pool"):
-            found = tile_budgets(counts, budget, saliency, whole, thumbnail)  # type: ignore[arg-type]
+            found = tile_budgets(counts, budget, saliency, whole, thumbnail)
             assert sum(found) == budget
             assert all(0 <= share <= count for share, count in zip(found, counts, strict=True))
 
@@ -245,7 +245,7 @@ def test_a_picture_of_one_tile_has_no_region_stage() -> None:
     visual = one_tile(saliency, relevance)
     fused = fuse(stretched(saliency), stretched(relevance), 0.5)
     for region in ("cls_cosine", "uniform"):
-        method = PyramidTokenPruning(region=region, saliency_layer=5)  # type: ignore[arg-type]
+        method = PyramidTokenPruning(region=region, saliency_layer=5)
         assert torch.equal(method.keep(visual, 5).index, largest(fused, 5))
     alone = PyramidTokenPruning(alpha=0.0, saliency_layer=5)
     assert torch.equal(alone.keep(one_tile(saliency, None), 5).index, largest(saliency, 5))
@@ -286,7 +286,7 @@ def test_options() -> None:
     known = PyramidTokenPruning().prepared(info, tiny.model)
     assert (known.instruction_layer, known.saliency_layer) == (2, 1)
     assert known.relevance_layer(info) == 2
-    assert build_method("ptp:alpha=0").prepared(info, tiny.model).relevance_layer(info) is None  # type: ignore[attr-defined]
+    assert build_method("ptp:alpha=0").prepared(info, tiny.model).relevance_layer(info) is None
     for layer in (-1, 3):
         with pytest.raises(BadInput, match=rf"instruction_layer={layer} .*\[0, 1, 2\]"):
             PyramidTokenPruning(instruction_layer=layer).prepared(info, tiny.model)

@@ -119,7 +119,7 @@ def test_options() -> None:
         with pytest.raises(BadInput, match="out of range"):
             VisualContrastiveDecoding(**options)
     for edge in ({"noise_step": 0}, {"noise_step": 999}, {"seed": 2**63 - 1}, {"beta": 1.0}):
-        VisualContrastiveDecoding(**edge)  # type: ignore[arg-type]
+        VisualContrastiveDecoding(**edge)
 
 
 # -- under generate() ------------------------------------------------------------------------------

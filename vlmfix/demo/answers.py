@@ -31,7 +31,7 @@ class _Stopped(Exception):
     """Nobody waits for the answer any more."""
 
 
-class _Streamer(BaseStreamer):  # type: ignore[misc]
+class _Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
     """Takes the tokens of one answer, and passes the model on after each."""
 
     def __init__(

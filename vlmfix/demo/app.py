@@ -136,7 +136,8 @@ def serve(
     if allow_model_choice and not _is_loopback(host):
         raise BadInput(
             f"--allow-model-choice on {host}: whoever can open the page could have this machine "
-            "download and load models. It works on 127.0.0.1 only; give --model instead."
+            "download and load models. It works on 127.0.0.1 only; name the model on the command "
+            "line instead: vlmfix demo MODEL --host ..."
         )
     torch.manual_seed(0)  # of the noise that methods draw: the same answers after a restart
     page = build(Engine(model, dtype=dtype, device=device), allow_model_choice)

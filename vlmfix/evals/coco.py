@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlmfix.errors import BadInput
+from vlmfix.evals.folder import ImageFolder
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -255,19 +256,13 @@ class CocoData:
     def _find(self, file_name: str) -> str | None:
         if self._zip is not None:
             return self._members.get(PurePosixPath(file_name).name)
-        name = PurePosixPath(file_name)
-        if name.is_absolute() or ".." in name.parts:
-            return None
-        for folder in self._folders:
-            if (self.source / folder / name).is_file():
-                return (PurePosixPath(folder) / name).as_posix()
-        return None
+        found = self._pictures.find(file_name)
+        return None if found is None else found.relative_to(self.source).as_posix()
 
     @cached_property
-    def _folders(self) -> list[str]:
-        """Folders of a folder data set that may hold images, two levels deep."""
-        found = [p for pattern in ("*/", "*/*/") for p in sorted(self.source.glob(pattern))]
-        return ["", *(p.relative_to(self.source).as_posix() for p in found if p.is_dir())]
+    def _pictures(self) -> ImageFolder:
+        """The pictures of a folder data set."""
+        return ImageFolder(self.source, ())
 
     def require_images(self, names: Sequence[str]) -> None:
         """Check that the pictures are there, before any work is spent on them.

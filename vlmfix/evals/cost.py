@@ -72,13 +72,13 @@ def peak_memory() -> Iterator[dict[str, float]]:
         cannot be set back), where it counts it at all.
     """
     found: dict[str, float] = {}
-    torch = sys.modules.get("torch")
+    torch: Any = sys.modules.get("torch")
     gpus = torch.cuda.device_count() if torch is not None and torch.cuda.is_initialized() else 0
     for gpu in range(gpus):
-        torch.cuda.reset_peak_memory_stats(gpu)  # type: ignore[union-attr]
+        torch.cuda.reset_peak_memory_stats(gpu)
     yield found
     if gpus:
-        peaks = [torch.cuda.max_memory_allocated(gpu) for gpu in range(gpus)]  # type: ignore[union-attr]
+        peaks = [torch.cuda.max_memory_allocated(gpu) for gpu in range(gpus)]
         found["peak_gpu_mib"] = max(peaks) / MIB
         return
     try:

@@ -259,7 +259,7 @@ def evaluate(
                     answer,
                     recorder,
                     done[job.stem],
-                    lambda n, label=f"{job.task} {job.name}": advance(n, label),  # type: ignore[misc]
+                    lambda n, label=f"{job.task} {job.name}": advance(n, label),  # type: ignore[misc]  # a default binds it
                     seed,
                     job.arm.draws,
                 )

@@ -24,7 +24,7 @@ __all__ = ["GivenModel", "PretrainedModel", "SimpleModel"]
 Messages = list[dict[str, Any]]
 
 
-class GivenModel(lmms):  # type: ignore[misc]
+class GivenModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
     """A model that somebody else loaded; lmms-eval's chat interface.
 
     Args:

@@ -32,7 +32,7 @@ __all__ = ["HarnessTask"]
 _OVERALL = ("pooled", "discriminative")
 
 
-class HarnessTask(ConfigurableMessagesTask):  # type: ignore[misc]
+class HarnessTask(ConfigurableMessagesTask):  # type: ignore[misc]  # lmms-eval is untyped
     """One task of this package, for models with lmms-eval's chat interface.
 
     Args:

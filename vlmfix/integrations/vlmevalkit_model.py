@@ -17,7 +17,7 @@ from vlmfix.integrations.arguments import MAX_NEW_TOKENS, load_wrapped
 __all__ = ["VLMFix"]
 
 
-class VLMFix(BaseModel):  # type: ignore[misc]
+class VLMFix(BaseModel):  # type: ignore[misc]  # VLMEvalKit is untyped
     """One model with methods at work, greedy, with the data set's own prompts.
 
     Args:

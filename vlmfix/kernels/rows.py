@@ -36,7 +36,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTERPRETER_SMS = 4  # so few that small tests have both several runs and runs of several blocks
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]  # triton is untyped
 def _round_to_bfloat16(x: tl.tensor) -> tl.tensor:
     """Float32 rounded to the nearest bfloat16, ties to even, by integer arithmetic.
 
@@ -47,7 +47,7 @@ def _round_to_bfloat16(x: tl.tensor) -> tl.tensor:
     return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]  # triton is untyped
 def _of_group(group: tl.tensor, first: tl.tensor, second: tl.tensor, third: tl.tensor) -> tl.tensor:
     """The number that belongs to a group; 1 for group 0."""
     found = tl.where(group == 1, first, 1.0)
@@ -55,7 +55,7 @@ def _of_group(group: tl.tensor, first: tl.tensor, second: tl.tensor, third: tl.t
     return tl.where(group == 3, third, found)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]  # triton is untyped
 def _tanh(x: tl.tensor) -> tl.tensor:
     """tanh to float32 accuracy; the exponential form alone cancels near 0."""
     decay = tl.exp(-2.0 * tl.abs(x))
@@ -69,7 +69,7 @@ def _tanh(x: tl.tensor) -> tl.tensor:
 
 # Numbers that change from step to step or from prompt to prompt are not specialised: a multiple of
 # 16 would compile once more. Strides of query, key and value are: they decide how wide loads are.
-@triton.jit(  # type: ignore[untyped-decorator]
+@triton.jit(  # type: ignore[untyped-decorator]  # triton is untyped
     do_not_specialize=[
         "groups_batch", "weight_batch", "mask_batch", "mask_head", "mask_query",
         "scaling", "softcap", "keys", "split_keys", "key_heads", "shared", "queries", "blocks",
@@ -209,7 +209,7 @@ def _partials(
     )
 
 
-@triton.jit(  # type: ignore[untyped-decorator]
+@triton.jit(  # type: ignore[untyped-decorator]  # triton is untyped
     do_not_specialize=[
         "keep", "rho", "minimum_visual_mass", "threshold",
         "splits", "all_heads", "shared", "queries",
