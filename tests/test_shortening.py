@@ -783,7 +783,7 @@ def test_a_model_that_takes_no_features_is_refused(monkeypatch: pytest.MonkeyPat
 
     with vlmfix.wrapped(tiny.model, RandomTokens(ratio=0.5)):
         monkeypatch.setattr(tiny.model, "forward", forward)
-        with pytest.raises(UnsupportedModel, match=r"transformers 5\.18"):
+        with pytest.raises(UnsupportedModel, match=r"transformers 5\.21"):
             tiny.model.generate(**tiny.inputs(), **generate_kwargs())
 
 

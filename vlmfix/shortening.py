@@ -202,7 +202,7 @@ def _check(method: TokenMethod, model: Any, kwargs: Mapping[str, Any]) -> None:
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModel(
             f"{type(model).__name__} takes no encoded features in this version of transformers, so "
-            f"{method.name} cannot hand over fewer of them. Use transformers 5.18 or later."
+            f"{method.name} cannot hand over fewer of them. Use transformers 5.21 or later."
         )
     if kwargs.get("labels") is not None:
         raise BadInput(f"{method.name} cuts the prompt, so labels would no longer fit it.")
