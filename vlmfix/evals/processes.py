@@ -5,6 +5,7 @@ They exchange a few facts and never tensors, so gloo serves, on machines with GP
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,6 +23,13 @@ PATIENCE = timedelta(days=7)
 def is_first_process() -> bool:
     """Whether this process speaks for all: rank 0, or the only one."""
     return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+def _leave() -> None:
+    import torch.distributed as distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 class Processes:
@@ -43,6 +51,8 @@ class Processes:
 
             if not distributed.is_initialized():
                 distributed.init_process_group("gloo", timeout=PATIENCE)
+                # Threads of gloo that are left to the end of the interpreter abort it, sometimes.
+                atexit.register(_leave)
             self._group = distributed.new_group(backend="gloo", timeout=PATIENCE)
 
     def device(self) -> str | None:
