@@ -33,9 +33,9 @@ import vlmfix
 from vlmfix import emoji
 from vlmfix.chat import chat_inputs
 from vlmfix.evals.attribution import find_mentions
-from vlmfix.evals.chair_objects import category_of, ground_truth
-from vlmfix.evals.coco import CocoData
-from vlmfix.evals.stats import Resamples, percentile_interval
+from vlmfix.evals.chair.objects import category_of, ground_truth
+from vlmfix.evals.inputs.coco import CocoData
+from vlmfix.evals.scoring.stats import Resamples, percentile_interval
 
 TARGET = Path(__file__).resolve().parent / "results" / "attention" / "in_boxes.csv"
 PROMPT = "Please describe this image in detail."

@@ -359,7 +359,7 @@ _KERNEL_ARMS = (
 
 
 def kernels(name: str) -> str:
-    """Unmasked rows of a file that vlmfix.kernels.bench wrote: medians over the fastest SDPA."""
+    """Unmasked rows of a file that vlmfix.bench.kernels wrote: medians over the fastest SDPA."""
     with (ROOT / "docs" / "benchmarks" / name).open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["masked"] == "False"]
     shapes: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}

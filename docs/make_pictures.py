@@ -36,11 +36,11 @@ from PIL import Image
 
 import vlmfix
 from vlmfix import emoji
+from vlmfix.analysis.viz import draw_maps, draw_tokens, overlay
 from vlmfix.chat import chat_inputs
 from vlmfix.emoji.language import question
-from vlmfix.evals.chair_objects import category_of, ground_truth, mentions
-from vlmfix.evals.coco import CocoData
-from vlmfix.viz import draw_maps, draw_tokens, overlay
+from vlmfix.evals.chair.objects import category_of, ground_truth, mentions
+from vlmfix.evals.inputs.coco import CocoData
 
 TARGET = Path(__file__).resolve().parent / "pictures" / "compare.png"
 MAPS = TARGET.with_name("attention_map.png")

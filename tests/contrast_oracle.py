@@ -19,11 +19,11 @@ from tiny_configs import IMAGE
 from transformers import LogitsProcessor
 
 import vlmfix
-from vlmfix.contrast import Branch, ContrastMethod, Prompt
+from vlmfix.base.contrast import Branch, ContrastMethod, Prompt
+from vlmfix.base.method import AttentionMethod
+from vlmfix.engine.session import SESSION
 from vlmfix.families import describe_model
-from vlmfix.method import AttentionMethod
-from vlmfix.session import SESSION
-from vlmfix.surgeon import module_state
+from vlmfix.families.surgeon import module_state
 
 Inputs = dict[str, Any]
 

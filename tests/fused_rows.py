@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from vlmfix.base.method import AttentionMethod, Plan
 from vlmfix.kernels.reference import attend, attend_rows, mask_scores, row_scores
-from vlmfix.method import AttentionMethod, Plan
 
 
 def both_forms(

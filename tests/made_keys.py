@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from vlmfix.ledger import Ledger
-from vlmfix.method import Keys
+from vlmfix.base.method import Keys
+from vlmfix.engine.ledger import Ledger
 
 
 def make_keys(kinds: torch.Tensor, flags: torch.Tensor | None = None, **fields: Any) -> Keys:

@@ -13,7 +13,7 @@ import torch
 from tiny import FAMILIES, TinyFamily, build
 
 import vlmfix
-from vlmfix.method import Method
+from vlmfix.base.method import Method
 from vlmfix.methods.ad_hh import AdaptiveHeadDeactivation
 from vlmfix.methods.avc import AttentionalVisionCalibration
 from vlmfix.methods.cluster import ClusterAggregation

@@ -9,8 +9,8 @@ from tiny import TinyFamily, generate_kwargs
 from torch import Tensor
 
 import vlmfix
-from vlmfix.method import Method
-from vlmfix.session import SESSION
+from vlmfix.base.method import Method
+from vlmfix.engine.session import SESSION
 
 
 class Answer(NamedTuple):

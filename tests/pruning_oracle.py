@@ -18,7 +18,7 @@ from tiny import TinyFamily
 from tiny_configs import IMAGE
 from torch import Tensor
 
-from vlmfix.pruning import Kept, TokenMethod, VisualTokens
+from vlmfix.base.pruning import Kept, TokenMethod, VisualTokens
 
 Inputs = dict[str, Any]
 Indices = Sequence[Sequence[int]]

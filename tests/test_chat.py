@@ -15,8 +15,8 @@ from transformers import TextStreamer
 
 import vlmfix
 from vlmfix import emoji
+from vlmfix.base.method import PixelMethod
 from vlmfix.chat import Answer, encode_chats, split_chat
-from vlmfix.method import PixelMethod
 
 PROMPT = "Describe the image."
 

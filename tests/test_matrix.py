@@ -13,9 +13,9 @@ from tiny import FAMILIES, build, generate_kwargs
 from transformers import DynamicCache
 
 import vlmfix
-import vlmfix.attention
-from vlmfix.method import AttentionMethod
-from vlmfix.pruning import PruningMethod, TokenMethod
+import vlmfix.engine.attention
+from vlmfix.base.method import AttentionMethod
+from vlmfix.base.pruning import PruningMethod, TokenMethod
 
 cells = pytest.mark.parametrize(("row", "name"), CELLS, ids=IDS)
 
@@ -150,7 +150,7 @@ BESIDE = [
 @pytest.mark.parametrize("row", BESIDE, ids=[row.name for row in BESIDE])
 @pytest.mark.parametrize("pruning", ["hiprune", "ptp", "visionzip"])
 def test_methods_beside_pruning_see_the_shorter_prompt(pruning: str, row: Row) -> None:
-    """tests/test_shortening.py has more families and modes."""
+    """tests/engine/test_shortening.py has more families and modes."""
     tiny = family("llava")
     inputs = prompt(tiny)
     (method,) = [other.strong for other in PRUNING if other.name == pruning]
@@ -342,7 +342,7 @@ def test_auto_takes_the_kernel_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*args: Any, **kwargs: Any) -> None:
         pytest.fail("the kernel ran")
 
-    monkeypatch.setattr(vlmfix.attention.ops, "attend_rows", refuse)
+    monkeypatch.setattr(vlmfix.engine.attention.ops, "attend_rows", refuse)
     with vlmfix.wrapped(tiny.model, "pai:alpha=0.5", impl="auto"):
         _generate(tiny.model, prompt(tiny))
         assert changed(tiny.model) > 0

@@ -16,8 +16,10 @@ from tiny import FAMILIES, build, generate_kwargs
 from transformers import DynamicCache
 
 import vlmfix
-import vlmfix.ledger
-from vlmfix.contrast import ContrastMethod
+import vlmfix.engine.ledger
+from vlmfix.base.contrast import ContrastMethod
+from vlmfix.base.method import AttentionMethod
+from vlmfix.base.pruning import PruningMethod
 from vlmfix.errors import (
     BadInput,
     CompositionError,
@@ -27,9 +29,7 @@ from vlmfix.errors import (
     VlmfixError,
 )
 from vlmfix.families import REFUSED
-from vlmfix.method import AttentionMethod
 from vlmfix.methods.pai import PayAttentionToImage
-from vlmfix.pruning import PruningMethod
 
 STRONG = {row.name: row.strong for row in ROWS}
 #: All that edit attention, one that contrasts logits, one that prunes: a stack takes no more.
@@ -225,7 +225,7 @@ def test_second_turn_on_the_same_cache_equals_one_without(tiny: Any) -> None:
     inputs = tiny.inputs(1)
     for row in ROWS:
         if isinstance(row.strong, PruningMethod):
-            continue  # refused: tests/test_shortening.py, tests/test_dropping.py
+            continue  # refused: tests/engine/test_shortening.py, tests/engine/test_dropping.py
         with vlmfix.wrapped(tiny.model, row.strong):
             cache = DynamicCache(config=tiny.model.config.get_text_config())
             first = tiny.model.generate(**inputs, past_key_values=cache, **generate_kwargs())
@@ -263,7 +263,7 @@ def test_ledger_grows_with_a_long_answer_and_covers_a_static_cache(
             continue
         with vlmfix.wrapped(tiny.model, row.strong):
             expected = tiny.model.generate(**inputs, **kwargs)
-            monkeypatch.setattr(vlmfix.ledger, "_GROWTH", 1)
+            monkeypatch.setattr(vlmfix.engine.ledger, "_GROWTH", 1)
             assert torch.equal(tiny.model.generate(**inputs, **kwargs), expected)
             monkeypatch.undo()
 

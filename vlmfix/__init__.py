@@ -26,12 +26,12 @@ from vlmfix.errors import (
 )
 
 if TYPE_CHECKING:
-    from vlmfix.call import CallReport
+    from vlmfix.analysis.maps import AttentionMap, attention_map
+    from vlmfix.analysis.selection import KeptTokens, visual_tokens
     from vlmfix.chat import Answer, generate
+    from vlmfix.engine.call import CallReport
     from vlmfix.loading import load, load_image
-    from vlmfix.maps import AttentionMap, attention_map
     from vlmfix.registry import MethodInfo, list_methods
-    from vlmfix.selection import KeptTokens, visual_tokens
     from vlmfix.wrapper import last_call, suspended, unwrap, using, wrap, wrapped
 
 __all__ = [
@@ -65,12 +65,12 @@ __all__ = [
 ]
 
 _HOME = {
-    "vlmfix.call": ("CallReport",),
+    "vlmfix.engine.call": ("CallReport",),
     "vlmfix.chat": ("Answer", "generate"),
     "vlmfix.loading": ("load", "load_image"),
-    "vlmfix.maps": ("AttentionMap", "attention_map"),
+    "vlmfix.analysis.maps": ("AttentionMap", "attention_map"),
     "vlmfix.registry": ("MethodInfo", "list_methods"),
-    "vlmfix.selection": ("KeptTokens", "visual_tokens"),
+    "vlmfix.analysis.selection": ("KeptTokens", "visual_tokens"),
     "vlmfix.wrapper": ("last_call", "suspended", "unwrap", "using", "wrap", "wrapped"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

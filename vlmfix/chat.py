@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from vlmfix.engine.frame import Stack
+from vlmfix.engine.session import SESSION, Session
 from vlmfix.errors import BadInput
-from vlmfix.frame import Stack
 from vlmfix.loading import load_image
-from vlmfix.session import SESSION, Session
 
 if TYPE_CHECKING:
     from PIL.Image import Image

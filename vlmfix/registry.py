@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from vlmfix.errors import BadInput, UnknownMethod
 
 if TYPE_CHECKING:
-    from vlmfix.method import Method
+    from vlmfix.base.method import Method
 
 __all__ = ["MethodInfo", "MethodSpec", "build_stack", "describe", "list_methods", "parse_spec"]
 
@@ -115,7 +115,7 @@ METHODS: tuple[MethodInfo, ...] = (
         stage="attention",
         summary="Inhibit or enhance the heads that write a concept, found beforehand.",
         paper="NeurIPS 2025, arXiv 2510.21518",
-        needs=("a list of heads: vlmfix.pursuit.rank_heads",),
+        needs=("a list of heads: vlmfix.analysis.pursuit.rank_heads",),
         aliases=("headpursuit",),
     ),
     MethodInfo(
@@ -418,7 +418,7 @@ def build_stack(methods: MethodSpec) -> tuple[Method, ...]:
         return tuple(build(single) for single in alternatives[0])
     if isinstance(methods, Sequence):
         return tuple(method for item in methods for method in build_stack(item))
-    from vlmfix.method import Method
+    from vlmfix.base.method import Method
 
     if isinstance(methods, Method):
         return (methods,)

@@ -10,15 +10,15 @@ from typing import TypeVar, get_args
 
 import torch
 
-from vlmfix.attention import Implementation
-from vlmfix.call import CallReport
-from vlmfix.contrast import ContrastMethod
+from vlmfix.base.contrast import ContrastMethod
+from vlmfix.base.pruning import LayerTokenMethod, PruningMethod
+from vlmfix.engine.attention import Implementation
+from vlmfix.engine.call import CallReport
+from vlmfix.engine.frame import Stack
+from vlmfix.engine.session import SESSION, Session
 from vlmfix.errors import BadInput, CompositionError, StateError
 from vlmfix.families import ModelInfo, describe_model
-from vlmfix.frame import Stack
-from vlmfix.pruning import LayerTokenMethod, PruningMethod
 from vlmfix.registry import MethodSpec, build_stack
-from vlmfix.session import SESSION, Session
 
 __all__ = ["last_call", "suspended", "unwrap", "using", "wrap", "wrapped"]
 

@@ -29,7 +29,7 @@ from vlmfix.demo.looks import kept, look
 from vlmfix.demo.measuring import measure
 from vlmfix.emoji import example_images
 from vlmfix.errors import BadInput, StateError
-from vlmfix.evals.models import PassCounter
+from vlmfix.evals.running.models import PassCounter
 from vlmfix.images import load_image
 
 PROMPT = "Please describe this image in detail."

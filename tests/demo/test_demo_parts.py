@@ -9,13 +9,13 @@ from html.parser import HTMLParser
 
 import pytest
 
-from vlmfix.call import CallReport
 from vlmfix.demo import pages
 from vlmfix.demo.answers import STOPPED
 from vlmfix.demo.asking import Pane
 from vlmfix.demo.controls import controls_of, make_method
 from vlmfix.demo.turns import Turns
 from vlmfix.demo.words import Word, differing, split_words
+from vlmfix.engine.call import CallReport
 from vlmfix.errors import BadInput
 from vlmfix.registry import list_methods, load_class
 

@@ -11,7 +11,7 @@ import vlmfix.emoji
 from vlmfix.emoji.catalogue import NAMES
 from vlmfix.emoji.dataset import split_scenes
 from vlmfix.emoji.measure import _outliers, main, measure
-from vlmfix.emoji.quick_eval import evaluate, pope_questions
+from vlmfix.emoji.training.quick_eval import evaluate, pope_questions
 
 
 @pytest.fixture(scope="module")

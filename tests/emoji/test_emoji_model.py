@@ -12,7 +12,7 @@ from PIL import Image
 
 import vlmfix.emoji
 from vlmfix.emoji import dataset, draw, language
-from vlmfix.emoji.quick_eval import pope_questions
+from vlmfix.emoji.training.quick_eval import pope_questions
 from vlmfix.errors import BadInput
 
 

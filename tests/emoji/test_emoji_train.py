@@ -15,16 +15,24 @@ import pytest
 import torch
 
 from vlmfix.emoji import draw
-from vlmfix.emoji.batches import BLANK, Batches, class_grid, name_matrix, to_pixels
-from vlmfix.emoji.build import VISUAL_TOKENS, build_processor
 from vlmfix.emoji.catalogue import NAMES
-from vlmfix.emoji.recipe import QUICK, RECIPE
-from vlmfix.emoji.stages import learning_rate_share
-from vlmfix.emoji.train import main, train
+from vlmfix.emoji.training.batches import BLANK, Batches, class_grid, name_matrix, to_pixels
+from vlmfix.emoji.training.build import VISUAL_TOKENS, build_processor
+from vlmfix.emoji.training.recipe import QUICK, RECIPE
+from vlmfix.emoji.training.stages import learning_rate_share
+from vlmfix.emoji.training.train import main, train
 from vlmfix.emoji.world import Item, sample_scene
 from vlmfix.errors import BadInput
 
-COMMAND = [sys.executable, "-m", "vlmfix.emoji.train", "--quick", "--threads", "1", "--output"]
+COMMAND = [
+    sys.executable,
+    "-m",
+    "vlmfix.emoji.training.train",
+    "--quick",
+    "--threads",
+    "1",
+    "--output",
+]
 
 
 @pytest.fixture(scope="module")

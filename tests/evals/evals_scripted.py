@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmfix.evals import evaluate
-from vlmfix.evals.runner import Request
+from vlmfix.evals.running.runner import Request
 from vlmfix.evals.tasks import Answer
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from vlmfix.errors import UnknownMethod
-from vlmfix.evals.runner import Request
+from vlmfix.evals.running.runner import Request
 from vlmfix.evals.tasks import Answer, Sample
 
 NAMES = ["person", "dog", "cat", "car", "cup", "chair", "pizza", "kite"]

@@ -13,12 +13,13 @@ from evals_scripted import Scripted
 from PIL import Image
 
 from vlmfix.errors import BadInput, MissingDependency
-from vlmfix.evals import nltk_tools, to_markdown
-from vlmfix.evals.amber import Amber, load_questions, score_answers
-from vlmfix.evals.amber_data import AmberData, Lexicon
-from vlmfix.evals.amber_discriminative import EXACT, AmberDiscriminative, official_figures
-from vlmfix.evals.amber_generative import official_figures as official_descriptions
-from vlmfix.evals.amber_objects import get_similarity, read_objects
+from vlmfix.evals import to_markdown
+from vlmfix.evals.amber.data import AmberData, Lexicon
+from vlmfix.evals.amber.discriminative import EXACT, AmberDiscriminative, official_figures
+from vlmfix.evals.amber.generative import official_figures as official_descriptions
+from vlmfix.evals.amber.objects import get_similarity, read_objects
+from vlmfix.evals.amber.task import Amber, load_questions, score_answers
+from vlmfix.evals.inputs import nltk_tools
 from vlmfix.evals.tasks import Answer, Options
 
 RELATION: dict[str, list[str]] = {

@@ -19,7 +19,7 @@ from tiny import FAMILIES, TinyFamily, build
 from transformers import PreTrainedTokenizerFast
 
 import vlmfix
-from vlmfix.calibrate import load_calibration
+from vlmfix.analysis.calibrate import load_calibration
 from vlmfix.chat import chat_inputs
 from vlmfix.emoji import model_path
 from vlmfix.errors import BadInput, StateError
@@ -31,9 +31,9 @@ from vlmfix.evals.attribution import (
     find_mentions,
     token_spans,
 )
-from vlmfix.evals.chair import PROMPT
-from vlmfix.evals.chair_objects import category_of, ground_truth, mentions
-from vlmfix.evals.coco import CocoData
+from vlmfix.evals.chair.objects import category_of, ground_truth, mentions
+from vlmfix.evals.chair.task import PROMPT
+from vlmfix.evals.inputs.coco import CocoData
 from vlmfix.families import describe_model
 
 

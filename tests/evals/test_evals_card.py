@@ -15,10 +15,10 @@ from test_evals_score import reply
 
 import vlmfix.evals
 from vlmfix.errors import BadInput
-from vlmfix.evals.card import Table, columns, make_card, read_runs, report, to_markdown
-from vlmfix.evals.plots import draw_chair, draw_forest
+from vlmfix.evals.reporting.card import Table, columns, make_card, read_runs, report, to_markdown
+from vlmfix.evals.reporting.plots import draw_chair, draw_forest
 from vlmfix.evals.score import score
-from vlmfix.evals.stats import holm
+from vlmfix.evals.scoring.stats import holm
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import pytest
 from evals_worlds import write_world
 
 from vlmfix.errors import BadInput
-from vlmfix.evals.chair import Chair, first_words, score_captions, whole_sentences
-from vlmfix.evals.chair_objects import ground_truth, mentions
-from vlmfix.evals.coco import CocoData
+from vlmfix.evals.chair.objects import ground_truth, mentions
+from vlmfix.evals.chair.task import Chair, first_words, score_captions, whole_sentences
+from vlmfix.evals.inputs.coco import CocoData
 from vlmfix.evals.tasks import Answer, Options
 
 

@@ -10,10 +10,10 @@ import pytest
 from evals_worlds import write_world
 
 from vlmfix.errors import BadInput
-from vlmfix.evals.chair import LENGTH_CAPS, Chair, score_answers
-from vlmfix.evals.chair_files import choose_captions, image_id_of, load_captions, read_image_ids
-from vlmfix.evals.chair_objects import mentions
-from vlmfix.evals.coco import CocoData
+from vlmfix.evals.chair.files import choose_captions, image_id_of, load_captions, read_image_ids
+from vlmfix.evals.chair.objects import mentions
+from vlmfix.evals.chair.task import LENGTH_CAPS, Chair, score_answers
+from vlmfix.evals.inputs.coco import CocoData
 from vlmfix.evals.tasks import Answer, Options
 
 TRUTH = {1: frozenset({"dog"}), 2: frozenset({"cup"}), 391895: frozenset({"person"})}

@@ -14,10 +14,10 @@ import pytest
 from evals_worlds import write_world
 
 from vlmfix.errors import BadInput, MissingDependency
-from vlmfix.evals import nltk_tools
-from vlmfix.evals.chair import Chair, score_answers
-from vlmfix.evals.chair_objects import mentions, require_engine
-from vlmfix.evals.coco import CocoData
+from vlmfix.evals.chair.objects import mentions, require_engine
+from vlmfix.evals.chair.task import Chair, score_answers
+from vlmfix.evals.inputs import nltk_tools
+from vlmfix.evals.inputs.coco import CocoData
 from vlmfix.evals.tasks import Options
 
 TAGS = {"bikes": "VBZ", "seated": "VBD", "dogs": "NNS", "orange": "JJ", "fast": "RB", "the": "DT"}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import mannwhitneyu
 
-from vlmfix.evals.controls import add_controls, degenerate, repeats_itself, yes_no_controls
+from vlmfix.evals.scoring.controls import add_controls, degenerate, repeats_itself, yes_no_controls
 from vlmfix.evals.tasks import Answer, Sample
 
 

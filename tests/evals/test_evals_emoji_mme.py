@@ -13,9 +13,9 @@ from vlmfix.emoji.atlas import load_sprites
 from vlmfix.emoji.catalogue import NAMES
 from vlmfix.emoji.colours import COLOURS, absent_colours, colours_of_sprites
 from vlmfix.errors import BadInput
-from vlmfix.evals.coco import CocoData
-from vlmfix.evals.emoji_mme import IMAGES_PER_SUBSET, EmojiMme
-from vlmfix.evals.mme import SUBSETS, Mme, MmeQuestion, score_answers
+from vlmfix.evals.inputs.coco import CocoData
+from vlmfix.evals.mme.emoji import IMAGES_PER_SUBSET, EmojiMme
+from vlmfix.evals.mme.task import SUBSETS, Mme, MmeQuestion, score_answers
 from vlmfix.evals.tasks import DataSource, Options
 
 ENDING = " Please answer yes or no."

@@ -10,9 +10,9 @@ from evals_worlds import write_world
 
 from vlmfix.emoji import evaluation_split
 from vlmfix.errors import BadInput
-from vlmfix.evals.coco import CocoData
-from vlmfix.evals.emoji_rope import SCALE, EmojiRope
-from vlmfix.evals.rope import Rope, RopeSingle, RopeStudent, RopeTeacher, score_answers
+from vlmfix.evals.inputs.coco import CocoData
+from vlmfix.evals.rope.emoji import SCALE, EmojiRope
+from vlmfix.evals.rope.task import Rope, RopeSingle, RopeStudent, RopeTeacher, score_answers
 from vlmfix.evals.tasks import DataSource, Options
 
 

@@ -11,7 +11,7 @@ from evals_scripted import Scripted
 from PIL import Image
 
 from vlmfix.errors import BadInput
-from vlmfix.evals.hallusionbench import (
+from vlmfix.evals.hallusionbench.task import (
     SUFFIX,
     HallusionBench,
     HallusionData,

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vlmfix.errors import BadInput, MissingDependency
-from vlmfix.evals.head_plots import draw_layer_head_map, layer_head_map
+from vlmfix.evals.reporting.head_plots import draw_layer_head_map, layer_head_map
 
 pytest.importorskip("matplotlib")
 

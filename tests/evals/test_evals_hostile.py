@@ -19,15 +19,20 @@ from typing import Any
 import pytest
 
 from vlmfix.errors import BadInput
-from vlmfix.evals import amber, chair, hallusionbench, mme, pope, rope
-from vlmfix.evals.chair_files import load_captions, read_image_ids
-from vlmfix.evals.emoji_rope import EmojiRope
-from vlmfix.evals.mme import MmeQuestion
-from vlmfix.evals.parsers import PARSERS
-from vlmfix.evals.pope_builder import Question
-from vlmfix.evals.pope_files import load_answers as load_pope
-from vlmfix.evals.pope_files import load_questions
-from vlmfix.evals.rows import LONGEST_ANSWER, read_rows
+from vlmfix.evals.amber import task as amber
+from vlmfix.evals.chair import task as chair
+from vlmfix.evals.chair.files import load_captions, read_image_ids
+from vlmfix.evals.hallusionbench import task as hallusionbench
+from vlmfix.evals.inputs.parsers import PARSERS
+from vlmfix.evals.inputs.rows import LONGEST_ANSWER, read_rows
+from vlmfix.evals.mme import task as mme
+from vlmfix.evals.mme.task import MmeQuestion
+from vlmfix.evals.pope import task as pope
+from vlmfix.evals.pope.builder import Question
+from vlmfix.evals.pope.files import load_answers as load_pope
+from vlmfix.evals.pope.files import load_questions
+from vlmfix.evals.rope import task as rope
+from vlmfix.evals.rope.emoji import EmojiRope
 
 
 @dataclass

@@ -10,7 +10,7 @@ from evals_scripted import Scripted
 from PIL import Image
 
 from vlmfix.errors import BadInput
-from vlmfix.evals.mme import (
+from vlmfix.evals.mme.task import (
     SUBSETS,
     Mme,
     MmeData,

@@ -15,11 +15,11 @@ from PIL import Image
 
 import vlmfix
 import vlmfix.evals
-from vlmfix.contrast import Branch, ContrastMethod, Prompt
-from vlmfix.emoji.build import build_model, build_processor
-from vlmfix.emoji.recipe import QUICK
-from vlmfix.evals.models import TransformersModel, count_passes
-from vlmfix.evals.runner import Request
+from vlmfix.base.contrast import Branch, ContrastMethod, Prompt
+from vlmfix.emoji.training.build import build_model, build_processor
+from vlmfix.emoji.training.recipe import QUICK
+from vlmfix.evals.running.models import TransformersModel, count_passes
+from vlmfix.evals.running.runner import Request
 from vlmfix.evals.tasks import Sample
 
 

@@ -9,10 +9,10 @@ import torch
 
 import vlmfix
 from vlmfix import emoji
-from vlmfix.evals.coco import CocoData
-from vlmfix.evals.models import FirstToken, TransformersModel, yes_no_tokens
-from vlmfix.evals.noop import NoOp
-from vlmfix.evals.runner import Request, Turn
+from vlmfix.evals.inputs.coco import CocoData
+from vlmfix.evals.running.models import FirstToken, TransformersModel, yes_no_tokens
+from vlmfix.evals.running.noop import NoOp
+from vlmfix.evals.running.runner import Request, Turn
 from vlmfix.evals.tasks import Sample
 
 

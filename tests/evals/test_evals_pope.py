@@ -13,11 +13,11 @@ from evals_worlds import write_world
 
 from vlmfix.emoji import evaluation_split
 from vlmfix.errors import BadInput
-from vlmfix.evals.coco import CocoData
-from vlmfix.evals.parsers import PARSERS, get_parser
-from vlmfix.evals.pope import Pope, score_answers
-from vlmfix.evals.pope_builder import Question, build_questions, select_images
-from vlmfix.evals.pope_files import load_questions, pair_answers
+from vlmfix.evals.inputs.coco import CocoData
+from vlmfix.evals.inputs.parsers import PARSERS, get_parser
+from vlmfix.evals.pope.builder import Question, build_questions, select_images
+from vlmfix.evals.pope.files import load_questions, pair_answers
+from vlmfix.evals.pope.task import Pope, score_answers
 from vlmfix.evals.tasks import Options
 
 IMAGES = [

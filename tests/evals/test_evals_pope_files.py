@@ -16,10 +16,9 @@ from evals_worlds import write_world
 from PIL import Image
 
 from vlmfix.errors import BadInput
-from vlmfix.evals.chair import Chair
-from vlmfix.evals.coco import CocoData
-from vlmfix.evals.pope import Pope, score_answers
-from vlmfix.evals.pope_files import (
+from vlmfix.evals.chair.task import Chair
+from vlmfix.evals.inputs.coco import CocoData
+from vlmfix.evals.pope.files import (
     answer_splits,
     asked_object,
     load_answers,
@@ -27,7 +26,8 @@ from vlmfix.evals.pope_files import (
     load_splits,
     pair_answers,
 )
-from vlmfix.evals.pope_tables import QuestionTable, open_images, question_source
+from vlmfix.evals.pope.tables import QuestionTable, open_images, question_source
+from vlmfix.evals.pope.task import Pope, score_answers
 from vlmfix.evals.tasks import DataSource, Options
 
 SPLITS = ("random", "popular", "adversarial")

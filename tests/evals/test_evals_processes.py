@@ -16,8 +16,8 @@ from launched_run import LOST_AFTER, evaluate
 from test_evals_resume import figures, records
 
 from vlmfix.errors import BadInput
-from vlmfix.evals.processes import Processes, is_first_process
-from vlmfix.evals.records import read_records
+from vlmfix.evals.running.processes import Processes, is_first_process
+from vlmfix.evals.running.records import read_records
 
 HERE = Path(__file__).parent
 

@@ -16,7 +16,7 @@ from evals_worlds import FakeModel, write_world
 
 import vlmfix.evals
 from vlmfix.errors import BadInput
-from vlmfix.evals.records import differences, merge, read_records
+from vlmfix.evals.running.records import differences, merge, read_records
 from vlmfix.evals.tasks import Sample
 
 HERE = Path(__file__).parent

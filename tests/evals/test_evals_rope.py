@@ -11,7 +11,9 @@ from evals_scripted import Scripted
 from PIL import Image
 
 from vlmfix.errors import BadInput
-from vlmfix.evals.rope import (
+from vlmfix.evals.rope.data import RopeData, draw_boxes
+from vlmfix.evals.rope.official import official_figures
+from vlmfix.evals.rope.task import (
     Rope,
     RopeSingle,
     RopeStudent,
@@ -20,8 +22,6 @@ from vlmfix.evals.rope import (
     read_classes,
     score_answers,
 )
-from vlmfix.evals.rope_data import RopeData, draw_boxes
-from vlmfix.evals.rope_official import official_figures
 from vlmfix.evals.tasks import Answer, Options
 
 TRUTH = {"a": ["dog", "dog", "dog", "dog", "cat"], "b": ["cup", "cell phone", "tie", "bus", "dog"]}

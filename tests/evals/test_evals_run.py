@@ -18,9 +18,9 @@ from evals_worlds import FakeModel, write_world, zip_of
 import vlmfix
 import vlmfix.evals
 from vlmfix.errors import BadInput, UnknownMethod, UnknownTask
-from vlmfix.evals.arms import file_name, named_arms
-from vlmfix.evals.coco import CocoData
-from vlmfix.evals.report import write_json
+from vlmfix.evals.inputs.coco import CocoData
+from vlmfix.evals.reporting.report import write_json
+from vlmfix.evals.running.arms import file_name, named_arms
 from vlmfix.evals.tasks import Answer, Sample
 from vlmfix.methods.pai import PayAttentionToImage
 
@@ -438,7 +438,8 @@ def test_progress_goes_to_stderr(
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, vlmfix.evals, vlmfix.evals.harness, vlmfix.evals.pope, vlmfix.evals.chair;"
+        "import sys, vlmfix.evals, vlmfix.evals.harness;"
+        "import vlmfix.evals.pope.task, vlmfix.evals.chair.task;"
         "print([m for m in ('torch', 'transformers', 'PIL', 'rich') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

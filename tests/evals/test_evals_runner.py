@@ -13,12 +13,12 @@ from evals_worlds import FakeModel, write_world
 
 import vlmfix.evals
 from vlmfix.errors import BadInput
-from vlmfix.evals.coco import CocoData
-from vlmfix.evals.cost import cost, peak_memory
-from vlmfix.evals.metrics import Arm, Ratio, counts_table, summarise
-from vlmfix.evals.noop import NoOp
-from vlmfix.evals.pope_tables import open_images
-from vlmfix.evals.runner import Turn, plan_batches
+from vlmfix.evals.inputs.coco import CocoData
+from vlmfix.evals.pope.tables import open_images
+from vlmfix.evals.running.cost import cost, peak_memory
+from vlmfix.evals.running.noop import NoOp
+from vlmfix.evals.running.runner import Turn, plan_batches
+from vlmfix.evals.scoring.metrics import Arm, Ratio, counts_table, summarise
 from vlmfix.evals.tasks import TASKS, Answer, Column, Options, Sample
 
 

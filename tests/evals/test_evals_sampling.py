@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 import vlmfix
 import vlmfix.evals
-from vlmfix.cli import app
-from vlmfix.emoji.build import build_model, build_processor
-from vlmfix.emoji.recipe import QUICK
+from vlmfix.cli.main import app
+from vlmfix.emoji.training.build import build_model, build_processor
+from vlmfix.emoji.training.recipe import QUICK
 from vlmfix.errors import BadInput
-from vlmfix.evals.metrics import Arm, Ratio, counts_table, summarise
-from vlmfix.evals.runner import noise_seed
-from vlmfix.evals.stats import majority
+from vlmfix.evals.running.runner import noise_seed
+from vlmfix.evals.scoring.metrics import Arm, Ratio, counts_table, summarise
+from vlmfix.evals.scoring.stats import majority
 from vlmfix.evals.tasks import Sample
 
 BATCHES = range(100)

@@ -15,7 +15,7 @@ from evals_worlds import FakeModel, write_world
 
 import vlmfix.evals
 from vlmfix.errors import BadInput, UnknownTask
-from vlmfix.evals.report import to_markdown
+from vlmfix.evals.reporting.report import to_markdown
 from vlmfix.evals.score import FORMATS, score
 from vlmfix.evals.tasks import TASKS, Answer, Sample
 

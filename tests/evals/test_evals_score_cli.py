@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 from test_evals_score import answers, questions, write
 
-from vlmfix.cli import main
+from vlmfix.cli.main import main
 
 
 def command(*arguments: object) -> tuple[int, str, str]:

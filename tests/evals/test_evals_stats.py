@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, bootstrap
 
-from vlmfix.evals.metrics import Arm, Ratio, counts_table, summarise
-from vlmfix.evals.stats import Resamples, holm, mcnemar, percentile_interval, wilson
+from vlmfix.evals.scoring.metrics import Arm, Ratio, counts_table, summarise
+from vlmfix.evals.scoring.stats import Resamples, holm, mcnemar, percentile_interval, wilson
 
 RATIOS = (
     Ratio("accuracy", {"correct": 1}, {"n": 1}, proportion=True),

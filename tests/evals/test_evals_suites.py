@@ -50,7 +50,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         Part(("chair",), {"n_images": 3, "max_new_tokens": 8}),
     )
     monkeypatch.setitem(suites.SUITES, "quick", parts)
-    monkeypatch.setattr("vlmfix.doctor.examine", lambda model: {"methods": ROWS})
+    monkeypatch.setattr("vlmfix.analysis.doctor.examine", lambda model: {"methods": ROWS})
 
 
 def test_a_suite_runs_what_fits_and_writes_one_card(small: None, tmp_path: Path) -> None:

@@ -328,7 +328,7 @@ def test_a_part_of_the_questions_can_be_scored(adapters: Any) -> None:
 def test_amber_needs_its_files_and_reports_known_figures(
     adapters: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vlmfix.evals import amber_discriminative
+    from vlmfix.evals.amber import discriminative as amber_discriminative
 
     monkeypatch.delenv("VLMFIX_DATA", raising=False)
     config = yaml.load((plugin.tasks_folder() / "amber_d.yaml").read_text(), Loader)

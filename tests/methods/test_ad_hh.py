@@ -11,11 +11,11 @@ from made_keys import make_keys
 from matrix import family, logits, prompt
 
 import vlmfix
-from vlmfix.calibrate import Calibration, fingerprint, write
+from vlmfix.analysis.calibrate import Calibration, fingerprint, write
+from vlmfix.engine.ledger import GENERATED, IMAGE, PAD, TEXT
 from vlmfix.errors import BadInput, CalibrationNeeded
 from vlmfix.families import ModelInfo, describe_model
 from vlmfix.kernels.reference import attend
-from vlmfix.ledger import GENERATED, IMAGE, PAD, TEXT
 from vlmfix.methods.ad_hh import AdaptiveHeadDeactivation, drop_text
 from vlmfix.registry import build
 
@@ -156,7 +156,7 @@ def test_presets(structure: dict[str, object], count: int, first: str, last: str
 
 
 def test_heads_of_an_unknown_model_come_from_its_calibration() -> None:
-    from vlmfix.calibrate import cache_folder
+    from vlmfix.analysis.calibrate import cache_folder
 
     tiny = family("llava")
     with pytest.raises(CalibrationNeeded, match="vlmfix attribute MODEL"):

@@ -14,18 +14,19 @@ import tiny_folders
 import torch
 from matrix import family
 from PIL import Image
+from prompts import ask, picture, tiny_model
 from scipy import ndimage
 from scipy.stats import rankdata
-from test_passes import ask, picture, tiny_model
 from tiny_processor import TinyProcessor
 
 import vlmfix
 from vlmfix import emoji
+from vlmfix.analysis.maps import AttentionMap
+from vlmfix.analysis.passes import Look
 from vlmfix.chat import split_chat
 from vlmfix.emoji.language import question
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import describe_model
-from vlmfix.maps import AttentionMap
 from vlmfix.methods.carve import (
     ContrastiveAttentionRefinement,
     Refinement,
@@ -38,7 +39,6 @@ from vlmfix.methods.carve import (
     relevant_mask,
     spread,
 )
-from vlmfix.passes import Look
 
 PUBLISHED: dict[str, Any] = {
     "layers": (0,),

@@ -18,6 +18,7 @@ from pruned import (
 from tiny import FAMILIES, build
 
 import vlmfix
+from vlmfix.base.pruning import Kept, VisualTokens
 from vlmfix.errors import BadInput
 from vlmfix.methods.cluster import (
     ClusterAggregation,
@@ -27,7 +28,6 @@ from vlmfix.methods.cluster import (
     medoids,
     spread_seeds,
 )
-from vlmfix.pruning import Kept, VisualTokens
 from vlmfix.registry import build as build_method
 
 EXAMPLE = torch.tensor([[0.0, 0], [0, 1], [10, 10], [10, 11], [20, 0], [0, 2]])

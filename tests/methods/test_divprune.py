@@ -15,9 +15,9 @@ from pruned import (
 )
 from tiny import FAMILIES, build
 
+from vlmfix.base.pruning import VisualTokens
 from vlmfix.errors import BadInput
 from vlmfix.methods.divprune import DivPrune, most_diverse
-from vlmfix.pruning import VisualTokens
 from vlmfix.registry import build as build_method
 
 EXAMPLE = [[1, 0], [0.99, 0.14], [0, 1], [-1, 0], [0.7, 0.7]]

@@ -1,4 +1,4 @@
-"""FastV: the tokens that a row heeds most, and its options; tests/test_dropping.py has the rest."""
+"""FastV: which tokens a row attends to most, and its options; see tests/engine/test_dropping.py."""
 
 from __future__ import annotations
 

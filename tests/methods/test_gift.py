@@ -13,11 +13,11 @@ from matrix import family, logits, prompt
 from tiny import build
 
 import vlmfix
-from vlmfix import attention
-from vlmfix.calibrate import Calibration, cache_folder, fingerprint, write
+from vlmfix.analysis.calibrate import Calibration, cache_folder, fingerprint, write
+from vlmfix.engine import attention
+from vlmfix.engine.ledger import GENERATED, IMAGE, PAD, TEXT
 from vlmfix.errors import BadInput, StateError
 from vlmfix.families import describe_model
-from vlmfix.ledger import GENERATED, IMAGE, PAD, TEXT
 from vlmfix.methods.gift import GazeShiftFusion, GazeWatcher, fuse, gaze_map, top_heads
 
 # Keys: other, visual 1, visual 2, the question, a generated token.

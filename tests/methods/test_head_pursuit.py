@@ -1,4 +1,4 @@
-"""Head Pursuit's edit: static factors on listed heads; the search is in tests/test_pursuit.py."""
+"""Head Pursuit's edit: static factors on heads; tests/analysis/test_pursuit.py has the search."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tiny import generate_kwargs
 from transformers import DynamicCache
 
 import vlmfix
+from vlmfix.engine.ledger import IMAGE, TEXT
 from vlmfix.errors import BadInput, CalibrationNeeded
 from vlmfix.families import describe_model
-from vlmfix.ledger import IMAGE, TEXT
 from vlmfix.methods.head_pursuit import HeadPursuit, static_factors
 from vlmfix.registry import build
 

@@ -20,6 +20,8 @@ from pruned import (
 from tiny import FAMILIES, build
 from torch import Tensor
 
+from vlmfix.base.pruning import VisualTokens, share_budget
+from vlmfix.engine.tap import Received, Tile
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import describe_model
 from vlmfix.methods.hiprune import (
@@ -29,9 +31,7 @@ from vlmfix.methods.hiprune import (
     default_object_layer,
     neighbor_places,
 )
-from vlmfix.pruning import VisualTokens, share_budget
 from vlmfix.registry import build as build_method
-from vlmfix.tap import Received, Tile
 
 OBJECT = torch.tensor(
     [[0.01, 0.02, 0.03, 0.30], [0.05, 0.04, 0.06, 0.02], [0.07, 0.08, 0.25, 0.03], [0.01] * 4],

@@ -14,14 +14,14 @@ from matrix import family, logits, prompt
 from tiny import build
 
 import vlmfix
+from vlmfix.base.method import lift_scores
+from vlmfix.engine.ledger import IMAGE, PAD, TEXT
+from vlmfix.engine.tap import Received
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import describe_model
-from vlmfix.ledger import IMAGE, PAD, TEXT
-from vlmfix.method import lift_scores
 from vlmfix.methods.imba import PayAttentionToInformedTokens, select_tokens
 from vlmfix.methods.pai import PayAttentionToImage
 from vlmfix.registry import build as build_method
-from vlmfix.tap import Received
 
 STRONG = PayAttentionToInformedTokens(
     alpha=2.0, beta=1.0, local_ratio=0.5, start_layer=0, end_layer=3

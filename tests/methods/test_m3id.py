@@ -11,7 +11,7 @@ from matrix import prompt as padded_prompt
 from tiny import generate_kwargs
 
 import vlmfix
-from vlmfix.contrast import Branch, Prompt
+from vlmfix.base.contrast import Branch, Prompt
 from vlmfix.errors import BadInput
 from vlmfix.families import describe_model
 from vlmfix.methods.m3id import MutualInformationDecoding, growing_weight

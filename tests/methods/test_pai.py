@@ -11,11 +11,11 @@ from matrix import family, logits, prompt
 from transformers import DynamicCache
 
 import vlmfix
+from vlmfix.base.method import lift_scores
+from vlmfix.engine.ledger import IMAGE, PAD, TEXT
 from vlmfix.errors import BadInput
 from vlmfix.families import describe_model
 from vlmfix.kernels.reference import attend, mask_scores
-from vlmfix.ledger import IMAGE, PAD, TEXT
-from vlmfix.method import lift_scores
 from vlmfix.methods.pai import PayAttentionToImage
 
 SCORES = torch.tensor([1.0, 0.5, -2.0, 0.0], dtype=torch.float64).view(1, 1, 1, 4)

@@ -7,12 +7,12 @@ import torch
 from matrix import family, logits, prompt
 
 import vlmfix
-from vlmfix.contrast import Branch, Prompt
+from vlmfix.base.contrast import Branch, Prompt
 from vlmfix.errors import BadInput
 from vlmfix.families import describe_model
+from vlmfix.families.surgeon import module_state, prompt_without_images
 from vlmfix.methods.pai_guidance import ImageGuidance
 from vlmfix.registry import build, build_stack
-from vlmfix.surgeon import module_state, prompt_without_images
 
 
 def row(*values: float) -> torch.Tensor:

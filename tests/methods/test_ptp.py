@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from matrix import family
+from prompts import internvl_prompt
 from pruned import (
     answer,
     check_a_row_without_image,
@@ -16,11 +17,13 @@ from pruned import (
     check_text_only_is_untouched,
     same_answer,
 )
-from test_pictures import internvl_prompt
 from tiny import FAMILIES, build
 from tiny_configs import IMAGE
 
 import vlmfix
+from vlmfix.base.pruning import VisualTokens, largest
+from vlmfix.engine.shortening import _QuestionRows
+from vlmfix.engine.tap import Received, Tile
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import describe_model
 from vlmfix.methods.ptp import (
@@ -30,10 +33,7 @@ from vlmfix.methods.ptp import (
     stretched,
     tile_budgets,
 )
-from vlmfix.pruning import VisualTokens, largest
 from vlmfix.registry import build as build_method
-from vlmfix.shortening import _QuestionRows
-from vlmfix.tap import Received, Tile
 
 TILES = torch.tensor([[1.0, 0, 0], [0.8, 0.6, 0], [0, 1, 0], [0, 0, 1]])
 WHOLE = torch.tensor([1.0, 0.5, 0])

@@ -15,9 +15,9 @@ from pruned import (
 )
 from tiny import FAMILIES, build
 
+from vlmfix.base.pruning import VisualTokens
 from vlmfix.errors import BadInput
 from vlmfix.methods.random_tokens import RandomTokens
-from vlmfix.pruning import VisualTokens
 from vlmfix.registry import build as build_method
 
 

@@ -10,10 +10,10 @@ from matrix import family, logits, prompt
 from tiny import generate_kwargs
 
 import vlmfix
-from vlmfix.contrast import Prompt
-from vlmfix.diffusion import noised
+from vlmfix.base.contrast import Prompt
 from vlmfix.errors import BadInput
 from vlmfix.families import describe_model
+from vlmfix.methods.noise import noised
 from vlmfix.methods.rbd import ReBalancingContrastiveDecoding, significant
 from vlmfix.methods.vcd import VisualContrastiveDecoding
 from vlmfix.registry import build, describe

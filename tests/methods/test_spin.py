@@ -12,10 +12,10 @@ from matrix import family, logits, prompt
 from tiny import FAMILIES, generate_kwargs
 
 import vlmfix
+from vlmfix.engine.ledger import GENERATED, IMAGE, PAD, TEXT, VIDEO
 from vlmfix.errors import BadInput, CompositionError
 from vlmfix.families import describe_model
 from vlmfix.kernels.reference import row_scores
-from vlmfix.ledger import GENERATED, IMAGE, PAD, TEXT, VIDEO
 from vlmfix.methods.spin import ImageGuidedHeadSuppression, suppress
 from vlmfix.registry import build
 

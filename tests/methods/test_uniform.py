@@ -16,10 +16,10 @@ from pruned import (
 from tiny import FAMILIES, build
 
 import vlmfix
+from vlmfix.base.pruning import VisualTokens
+from vlmfix.engine.tap import Tile
 from vlmfix.errors import UnsupportedModel
 from vlmfix.methods.uniform import UniformGrid, grid_size, grid_tokens, spread
-from vlmfix.pruning import VisualTokens
-from vlmfix.tap import Tile
 
 
 def raster(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,10 +11,10 @@ from made_keys import make_keys
 from matrix import family, logits, prompt
 
 import vlmfix
+from vlmfix.engine.ledger import GENERATED, IMAGE, PAD, TEXT, VIDEO
 from vlmfix.errors import BadInput
 from vlmfix.families import describe_model
 from vlmfix.kernels.reference import mask_scores
-from vlmfix.ledger import GENERATED, IMAGE, PAD, TEXT, VIDEO
 from vlmfix.methods.vaf import VisualAmplificationFusion, multiply_scores
 
 SCORES = torch.tensor([1.0, 0.5, -2.0, 0.0], dtype=torch.float64).view(1, 1, 1, 4)

@@ -13,10 +13,10 @@ from tiny import build as build_tiny
 from tiny_configs import IMAGE
 
 import vlmfix
-from vlmfix.contrast import Prompt
-from vlmfix.diffusion import noise_weights, noised
+from vlmfix.base.contrast import Prompt
 from vlmfix.errors import BadInput
 from vlmfix.families import describe_model
+from vlmfix.methods.noise import noise_weights, noised
 from vlmfix.methods.vcd import VisualContrastiveDecoding
 from vlmfix.registry import build
 

@@ -14,11 +14,16 @@ from tiny import FAMILIES, generate_kwargs
 from transformers import DynamicCache
 
 import vlmfix
-from vlmfix.divergence import LastHeads, head_divergence, measure_divergence, prune_outliers
+from vlmfix.analysis.divergence import (
+    LastHeads,
+    head_divergence,
+    measure_divergence,
+    prune_outliers,
+)
+from vlmfix.base.method import Prelude
+from vlmfix.engine.ledger import IMAGE, PAD, TEXT
 from vlmfix.errors import BadInput, CompositionError, StateError
 from vlmfix.families import ModelInfo, describe_model
-from vlmfix.ledger import IMAGE, PAD, TEXT
-from vlmfix.method import Prelude
 from vlmfix.methods.vhr import VisionAwareHeadReinforcement, reinforce
 
 WITH = torch.tensor([[3, 4], [1, 0], [0.5, 0.5], [2, 2]], dtype=torch.float64)

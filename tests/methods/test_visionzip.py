@@ -19,12 +19,12 @@ from pruned import (
 from tiny import FAMILIES, build
 from torch import Tensor
 
+from vlmfix.base.pruning import VisualTokens, largest, share_budget
+from vlmfix.engine.tap import Received, Tile
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import describe_model
 from vlmfix.methods.visionzip import VisionZip, merge_tokens
-from vlmfix.pruning import VisualTokens, largest, share_budget
 from vlmfix.registry import build as build_method
-from vlmfix.tap import Received, Tile
 
 CLS = torch.tensor([0.05, 0.30, 0.02, 0.20, 0.08, 0.03, 0.25, 0.07]).double()
 KEYS = torch.tensor(

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from vlmfix.evals.amber import load_answers, load_questions, score_answers
-from vlmfix.evals.amber_data import AmberData
+from vlmfix.evals.amber.data import AmberData
+from vlmfix.evals.amber.task import load_answers, load_questions, score_answers
 
 # accuracy, precision, recall, F1 of synthetic_discriminative.json by the official script.
 OFFICIAL = {

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from vlmfix.errors import MissingDependency
-from vlmfix.evals.chair import score_answers, score_captions
-from vlmfix.evals.chair_files import load_captions
-from vlmfix.evals.chair_objects import category_of, ground_truth, mentions, require_engine
-from vlmfix.evals.coco import CocoData
+from vlmfix.evals.chair.files import load_captions
+from vlmfix.evals.chair.objects import category_of, ground_truth, mentions, require_engine
+from vlmfix.evals.chair.task import score_answers, score_captions
+from vlmfix.evals.inputs.coco import CocoData
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

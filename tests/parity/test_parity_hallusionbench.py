@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vlmfix.evals.hallusionbench import load_questions, score_answers
+from vlmfix.evals.hallusionbench.task import load_questions, score_answers
 
 
 @pytest.fixture(scope="module")

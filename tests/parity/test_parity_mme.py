@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmfix.evals.mme import MME, Mme, load_answers, load_questions, score_answers
+from vlmfix.evals.mme.task import MME, Mme, load_answers, load_questions, score_answers
 from vlmfix.evals.tasks import Options
 
 

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from vlmfix.evals.parsers import PARSERS
-from vlmfix.evals.pope import score_answers
-from vlmfix.evals.pope_builder import (
+from vlmfix.evals.inputs.parsers import PARSERS
+from vlmfix.evals.pope.builder import (
     STRATEGIES,
     Question,
     build_questions,
     co_occurrence,
     frequency,
 )
-from vlmfix.evals.pope_files import load_questions
+from vlmfix.evals.pope.files import load_questions
+from vlmfix.evals.pope.task import score_answers
 
 
 def edge_rows(golden: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlmfix.evals.stats import Resamples, mcnemar, wilson
+from vlmfix.evals.scoring.stats import Resamples, mcnemar, wilson
 
 
 def test_mcnemar_of_59_and_38() -> None:

@@ -10,13 +10,13 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 import vlmfix
+from vlmfix.base.method import Method
 from vlmfix.chat import end_tokens
 from vlmfix.demo.asking import MAX_PANES, Pane, Question, message
 from vlmfix.demo.engine import Engine
 from vlmfix.errors import BadInput
-from vlmfix.evals.models import PassCounter, count_passes
-from vlmfix.method import Method
-from vlmfix.surgeon import module_state
+from vlmfix.evals.running.models import PassCounter, count_passes
+from vlmfix.families.surgeon import module_state
 
 __all__ = ["STOPPED", "answer"]
 

@@ -13,8 +13,8 @@ import vlmfix
 from vlmfix.errors import BadInput, VlmfixError
 
 if TYPE_CHECKING:
-    from vlmfix.call import CallReport
-    from vlmfix.method import Method
+    from vlmfix.base.method import Method
+    from vlmfix.engine.call import CallReport
 
 __all__ = [
     "MAX_CHARACTERS",

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from vlmfix import viz
+from vlmfix.analysis import viz
 from vlmfix.demo import pages
 from vlmfix.demo.asking import Question, message
 from vlmfix.demo.compare import ON_LOAD

@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 from gradio.utils import get_upload_folder
 
+from vlmfix.base.method import Method
 from vlmfix.demo import pages
 from vlmfix.demo.answers import STOPPED, answer
 from vlmfix.demo.asking import MAX_PANES, Pane, message
@@ -17,7 +18,6 @@ from vlmfix.demo.controls import Control, controls_of, make_method
 from vlmfix.demo.desk import QUIET, Desk, Run
 from vlmfix.emoji import example_images
 from vlmfix.errors import BadInput
-from vlmfix.method import Method
 from vlmfix.registry import list_methods
 
 __all__ = ["ON_LOAD", "Compare", "uploaded_file"]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlmfix.method import Method
+from vlmfix.base.method import Method
 from vlmfix.registry import build, find, load_class
 
 __all__ = ["Control", "controls_of", "make_method"]

@@ -10,9 +10,9 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from vlmfix.analysis.doctor import examine
 from vlmfix.demo.asking import Pane, Question
 from vlmfix.demo.engine import Engine
-from vlmfix.doctor import examine
 from vlmfix.registry import list_methods
 
 __all__ = ["QUIET", "Desk", "Run", "enlarged"]

@@ -23,10 +23,10 @@ from vlmfix.demo.asking import MAX_CHARACTERS, Pane, Question, read_picture
 from vlmfix.demo.turns import Turns
 from vlmfix.demo.words import Word, split_words
 from vlmfix.emoji import evaluation_split
+from vlmfix.engine.session import SESSION
 from vlmfix.errors import BadInput
-from vlmfix.evals.chair_objects import ground_truth
-from vlmfix.evals.coco import CocoData
-from vlmfix.session import SESSION
+from vlmfix.evals.chair.objects import ground_truth
+from vlmfix.evals.inputs.coco import CocoData
 
 __all__ = ["Engine"]
 

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 import vlmfix
+from vlmfix.analysis.geometry import Box, piece_places
+from vlmfix.base.method import Method
 from vlmfix.chat import chat_inputs
 from vlmfix.demo.asking import Pane, Question
 from vlmfix.demo.engine import Engine
+from vlmfix.engine.tap import describe_tower
 from vlmfix.errors import BadInput
-from vlmfix.method import Method
-from vlmfix.places import Box, piece_places
-from vlmfix.tap import describe_tower
 
 __all__ = ["Look", "Part", "kept", "look"]
 

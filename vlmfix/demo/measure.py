@@ -15,8 +15,8 @@ from vlmfix.demo.compare import Compare
 from vlmfix.demo.desk import QUIET, Desk
 from vlmfix.demo.measuring import measure
 from vlmfix.evals import to_markdown
-from vlmfix.evals.card import make_card
-from vlmfix.evals.plots import draw_forest
+from vlmfix.evals.reporting.card import make_card
+from vlmfix.evals.reporting.plots import draw_forest
 
 __all__ = ["Measure"]
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from vlmfix.base.method import Method
 from vlmfix.demo.engine import Engine
 from vlmfix.errors import BadInput
 from vlmfix.evals import evaluate
-from vlmfix.method import Method
-from vlmfix.surgeon import module_state
+from vlmfix.families.surgeon import module_state
 
 __all__ = ["measure"]
 

@@ -15,8 +15,8 @@ from vlmfix.registry import describe, list_methods
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from vlmfix.call import CallReport
     from vlmfix.demo.asking import Pane
+    from vlmfix.engine.call import CallReport
 
 __all__ = ["about", "alert", "examples", "figures", "legend", "panes", "progress", "status"]
 

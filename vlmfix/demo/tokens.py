@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from vlmfix import viz
+from vlmfix.analysis import viz
 from vlmfix.demo import pages
 from vlmfix.demo.asking import message
 from vlmfix.demo.controls import make_method

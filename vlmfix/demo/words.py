@@ -12,7 +12,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from vlmfix.evals.attribution import token_spans
-from vlmfix.evals.chair_objects import mentions
+from vlmfix.evals.chair.objects import mentions
 
 __all__ = ["Word", "differing", "split_words"]
 

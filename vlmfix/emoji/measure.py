@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from vlmfix.emoji import draw, language, model_path
-from vlmfix.emoji.batches import BLANK, class_grid, to_pixels
-from vlmfix.emoji.build import VISUAL_TOKENS
 from vlmfix.emoji.catalogue import NAMES
 from vlmfix.emoji.dataset import split_scenes
-from vlmfix.emoji.tokenizer import IMAGE_TOKEN
+from vlmfix.emoji.training.batches import BLANK, class_grid, to_pixels
+from vlmfix.emoji.training.build import VISUAL_TOKENS
+from vlmfix.emoji.training.tokenizer import IMAGE_TOKEN
 from vlmfix.emoji.world import Scene
 from vlmfix.errors import VlmfixError
 

@@ -15,14 +15,14 @@ from vlmfix.evals.tasks import TASKS
 
 if TYPE_CHECKING:
     from vlmfix.evals.harness import evaluate
-    from vlmfix.evals.report import render, to_markdown
+    from vlmfix.evals.reporting.report import render, to_markdown
 
 __all__ = ["TASKS", "evaluate", "render", "to_markdown"]
 
 _HOME = {
     "evaluate": "vlmfix.evals.harness",
-    "render": "vlmfix.evals.report",
-    "to_markdown": "vlmfix.evals.report",
+    "render": "vlmfix.evals.reporting.report",
+    "to_markdown": "vlmfix.evals.reporting.report",
 }
 
 

@@ -25,20 +25,20 @@ import torch
 from numpy.typing import NDArray
 
 from vlmfix import machine
-from vlmfix.calibrate import calibration_path, load_calibration, store
+from vlmfix.analysis.calibrate import calibration_path, load_calibration, store
+from vlmfix.analysis.teacher_forcing import answer_greedily
+from vlmfix.base.method import AttentionMethod, Keys, Plan
 from vlmfix.chat import chat_inputs
 from vlmfix.errors import BadInput
-from vlmfix.evals.chair import PROMPT
-from vlmfix.evals.chair_objects import ground_truth, mentions
-from vlmfix.evals.coco import CocoData
+from vlmfix.evals.chair.objects import ground_truth, mentions
+from vlmfix.evals.chair.task import PROMPT
 from vlmfix.evals.harness import output_folder, positive
-from vlmfix.evals.head_plots import layer_head_map, require_matplotlib
-from vlmfix.evals.progress import progress_bar
-from vlmfix.evals.report import write_json
-from vlmfix.evals.stats import LEVEL, Resamples, percentile_interval
+from vlmfix.evals.inputs.coco import CocoData
+from vlmfix.evals.reporting.head_plots import layer_head_map, require_matplotlib
+from vlmfix.evals.reporting.report import write_json
+from vlmfix.evals.running.progress import progress_bar
+from vlmfix.evals.scoring.stats import LEVEL, Resamples, percentile_interval
 from vlmfix.families import ModelInfo, describe_model
-from vlmfix.method import AttentionMethod, Keys, Plan
-from vlmfix.teacher_forcing import answer_greedily
 from vlmfix.wrapper import using, wrapped
 
 __all__ = [

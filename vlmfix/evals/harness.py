@@ -20,13 +20,21 @@ from typing import Any
 
 from vlmfix._version import __version__
 from vlmfix.errors import BadInput
-from vlmfix.evals.arms import BASE, NOOP, Arm, decoded_arms, file_name, greedy_twin, named_arms
-from vlmfix.evals.card import make_card, write_card
-from vlmfix.evals.controls import add_controls
-from vlmfix.evals.cost import cost, peak_memory
-from vlmfix.evals.processes import Processes
-from vlmfix.evals.progress import progress_bar
-from vlmfix.evals.records import (
+from vlmfix.evals.reporting.card import make_card, write_card
+from vlmfix.evals.reporting.report import write_json
+from vlmfix.evals.running.arms import (
+    BASE,
+    NOOP,
+    Arm,
+    decoded_arms,
+    file_name,
+    greedy_twin,
+    named_arms,
+)
+from vlmfix.evals.running.cost import cost, peak_memory
+from vlmfix.evals.running.processes import Processes
+from vlmfix.evals.running.progress import progress_bar
+from vlmfix.evals.running.records import (
     Done,
     Recorder,
     answer_of,
@@ -36,8 +44,8 @@ from vlmfix.evals.records import (
     part,
     read_records,
 )
-from vlmfix.evals.report import write_json
-from vlmfix.evals.runner import ModelUnderTest, plan_batches, remaining, run_arm
+from vlmfix.evals.running.runner import ModelUnderTest, plan_batches, remaining, run_arm
+from vlmfix.evals.scoring.controls import add_controls
 from vlmfix.evals.tasks import Answer, DataSource, Options, Task, get_task
 
 __all__ = ["evaluate", "output_folder", "positive"]
@@ -524,7 +532,7 @@ def _open(
 
 
 def _model(model: Any, methods: Sequence[Any], dtype: Any, device: Any) -> ModelUnderTest:
-    from vlmfix.evals.models import TransformersModel
+    from vlmfix.evals.running.models import TransformersModel
 
     if isinstance(model, ModelUnderTest):
         return model

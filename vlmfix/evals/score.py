@@ -13,16 +13,18 @@ from typing import Any
 
 from vlmfix._version import __version__
 from vlmfix.errors import BadInput
-from vlmfix.evals import amber, hallusionbench, mme
-from vlmfix.evals.arms import BASE
-from vlmfix.evals.chair_files import image_id_of, last_captions
-from vlmfix.evals.controls import add_controls
-from vlmfix.evals.pairing import answer_text, pair
-from vlmfix.evals.parsers import PARSERS, get_parser
-from vlmfix.evals.pope_builder import Question
-from vlmfix.evals.pope_files import answer_splits, pair_rows, question_splits
-from vlmfix.evals.pope_tables import QuestionTable
-from vlmfix.evals.rows import Row, few, read_rows, short
+from vlmfix.evals.amber import task as amber
+from vlmfix.evals.chair.files import image_id_of, last_captions
+from vlmfix.evals.hallusionbench import task as hallusionbench
+from vlmfix.evals.inputs.pairing import answer_text, pair
+from vlmfix.evals.inputs.parsers import PARSERS, get_parser
+from vlmfix.evals.inputs.rows import Row, few, read_rows, short
+from vlmfix.evals.mme import task as mme
+from vlmfix.evals.pope.builder import Question
+from vlmfix.evals.pope.files import answer_splits, pair_rows, question_splits
+from vlmfix.evals.pope.tables import QuestionTable
+from vlmfix.evals.running.arms import BASE
+from vlmfix.evals.scoring.controls import add_controls
 from vlmfix.evals.tasks import Answer, Options, Sample, get_task
 
 __all__ = ["ALL_PARSERS", "FORMATS", "Format", "score"]

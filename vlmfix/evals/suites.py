@@ -102,12 +102,12 @@ def run_suite(
         VlmfixError: as `evaluate`.
     """
     import vlmfix
-    from vlmfix.doctor import examine
-    from vlmfix.evals.card import report
+    from vlmfix.analysis.doctor import examine
     from vlmfix.evals.harness import evaluate, output_folder
-    from vlmfix.evals.models import TransformersModel
-    from vlmfix.evals.processes import Processes
-    from vlmfix.evals.report import write_json
+    from vlmfix.evals.reporting.card import report
+    from vlmfix.evals.reporting.report import write_json
+    from vlmfix.evals.running.models import TransformersModel
+    from vlmfix.evals.running.processes import Processes
 
     parts = parts_of(suite, data)
     if clash := sorted({name for part in parts for name in part.options} & set(options)):

@@ -29,17 +29,17 @@ __all__ = [
 ]
 
 TASKS: dict[str, str] = {
-    "amber": "vlmfix.evals.amber:Amber",
-    "amber_d": "vlmfix.evals.amber_discriminative:AmberDiscriminative",
-    "amber_g": "vlmfix.evals.amber_generative:AmberGenerative",
-    "chair": "vlmfix.evals.chair:Chair",
-    "hallusionbench": "vlmfix.evals.hallusionbench:HallusionBench",
-    "mme": "vlmfix.evals.mme:Mme",
-    "pope": "vlmfix.evals.pope:Pope",
-    "rope": "vlmfix.evals.rope:Rope",
-    "rope_single": "vlmfix.evals.rope:RopeSingle",
-    "rope_student": "vlmfix.evals.rope:RopeStudent",
-    "rope_teacher": "vlmfix.evals.rope:RopeTeacher",
+    "amber": "vlmfix.evals.amber.task:Amber",
+    "amber_d": "vlmfix.evals.amber.discriminative:AmberDiscriminative",
+    "amber_g": "vlmfix.evals.amber.generative:AmberGenerative",
+    "chair": "vlmfix.evals.chair.task:Chair",
+    "hallusionbench": "vlmfix.evals.hallusionbench.task:HallusionBench",
+    "mme": "vlmfix.evals.mme.task:Mme",
+    "pope": "vlmfix.evals.pope.task:Pope",
+    "rope": "vlmfix.evals.rope.task:Rope",
+    "rope_single": "vlmfix.evals.rope.task:RopeSingle",
+    "rope_student": "vlmfix.evals.rope.task:RopeStudent",
+    "rope_teacher": "vlmfix.evals.rope.task:RopeTeacher",
 }
 
 

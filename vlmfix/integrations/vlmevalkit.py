@@ -116,7 +116,7 @@ def _module(script: Path) -> ModuleType:
 
 
 def _name(pretrained: str, method: str | None) -> str:
-    from vlmfix.evals.arms import file_name
+    from vlmfix.evals.running.arms import file_name
 
     return file_name(f"vlmfix-{Path(pretrained).name}{'-' + method if method else ''}")
 

@@ -8,12 +8,20 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.calibrate import load_calibration
+from vlmfix.analysis.calibrate import load_calibration
+from vlmfix.analysis.head_list import head_list, head_names, heads_by_layer
+from vlmfix.base.method import (
+    AttentionMethod,
+    FusedEdit,
+    Keys,
+    Plan,
+    Preset,
+    check_range,
+    find_preset,
+)
+from vlmfix.engine.ledger import GENERATED, TEXT
 from vlmfix.errors import CalibrationNeeded
 from vlmfix.families import ModelInfo
-from vlmfix.head_list import head_list, head_names, heads_by_layer
-from vlmfix.ledger import GENERATED, TEXT
-from vlmfix.method import AttentionMethod, FusedEdit, Keys, Plan, Preset, check_range, find_preset
 
 __all__ = ["AdaptiveHeadDeactivation", "drop_text"]
 

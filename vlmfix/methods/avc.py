@@ -8,10 +8,10 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
-from vlmfix.contrast import Branch, ContrastMethod, Prompt, keep_plausible, noise_generator
+from vlmfix.base.contrast import Branch, ContrastMethod, Prompt, keep_plausible, noise_generator
+from vlmfix.base.method import Preset, check_range, find_preset
 from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo
-from vlmfix.method import Preset, check_range, find_preset
 
 __all__ = ["AttentionalVisionCalibration", "choose_layers", "not_blind"]
 

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
+from vlmfix.analysis.geometry import Box, piece_places
+from vlmfix.analysis.passes import Look, look
+from vlmfix.base.method import PixelMethod, Preset, check_range, find_preset
 from vlmfix.chat import split_chat
+from vlmfix.engine.session import SESSION
+from vlmfix.engine.tap import describe_tower
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import ModelInfo
-from vlmfix.method import PixelMethod, Preset, check_range, find_preset
-from vlmfix.passes import Look, look
-from vlmfix.places import Box, piece_places
-from vlmfix.session import SESSION
-from vlmfix.tap import describe_tower
 
 __all__ = [
     "ContrastiveAttentionRefinement",
@@ -163,7 +163,7 @@ class Refinement:
         Raises:
             MissingDependency: matplotlib, which draws the map, is not installed.
         """
-        from vlmfix.viz import overlay
+        from vlmfix.analysis.viz import overlay
 
         pictures = {
             "map": overlay(self.image, self.scores),

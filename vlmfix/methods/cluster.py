@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.contrast import noise_generator
+from vlmfix.base.contrast import noise_generator
+from vlmfix.base.method import check_range
+from vlmfix.base.pruning import Kept, TokenMethod, VisualTokens
 from vlmfix.errors import BadInput
-from vlmfix.method import check_range
-from vlmfix.pruning import Kept, TokenMethod, VisualTokens
 
 __all__ = ["ClusterAggregation", "averages", "k_means", "medoids", "spread_seeds"]
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from vlmfix.pruning import Kept, TokenMethod, VisualTokens
+from vlmfix.base.pruning import Kept, TokenMethod, VisualTokens
 
 __all__ = ["DivPrune", "most_diverse"]
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from vlmfix.base.pruning import LayerTokenMethod
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import ModelInfo
-from vlmfix.pruning import LayerTokenMethod
 
 __all__ = ["FastV"]
 

@@ -9,10 +9,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from vlmfix.calibrate import load_calibration
-from vlmfix.errors import BadInput, StateError
-from vlmfix.families import ModelInfo
-from vlmfix.method import (
+from vlmfix.analysis.calibrate import load_calibration
+from vlmfix.base.method import (
     AttentionMethod,
     Keys,
     Plan,
@@ -22,6 +20,8 @@ from vlmfix.method import (
     check_range,
     find_preset,
 )
+from vlmfix.errors import BadInput, StateError
+from vlmfix.families import ModelInfo
 
 __all__ = ["GazeShiftFusion", "GazeWatcher", "fuse", "gaze_map", "top_heads"]
 

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import torch
 
+from vlmfix.analysis.head_list import head_list, head_names, heads_by_layer
+from vlmfix.base.method import AttentionMethod, Keys, Plan, check_range
 from vlmfix.errors import CalibrationNeeded
 from vlmfix.families import ModelInfo
-from vlmfix.head_list import head_list, head_names, heads_by_layer
-from vlmfix.method import AttentionMethod, Keys, Plan, check_range
 
 __all__ = ["HeadPursuit", "static_factors"]
 
@@ -29,17 +29,19 @@ class HeadPursuit(AttentionMethod):
 
     "Head Pursuit: Probing Attention Specialization in Multimodal Transformers", NeurIPS 2025,
     arXiv 2510.21518. Heads that write a concept (colours, numbers, sentiment) are found offline,
-    for any list of words, by `vlmfix.pursuit.rank_heads`; alpha = -1 turns their words away, 5
-    brings them up. The paper controls concepts with it and does not measure hallucination.
+    for any list of words, by `vlmfix.analysis.pursuit.rank_heads`; alpha = -1 turns their words
+    away, 5 brings them up. The paper controls concepts with it and does not measure hallucination.
 
     The edit is static: it does not depend on the image, so prompts without one are edited too.
     The paper's text leaves open how explained variance is centred and how correlations are summed
-    over samples; see `vlmfix.pursuit.pursue`. The authors' code was not consulted.
+    over samples; see `vlmfix.analysis.pursuit.pursue`. The authors' code was not consulted.
     """
 
     heads: tuple[str, ...] | None = field(
         default=None,
-        metadata={"help": "layer.head names, e.g. 16.29/26.9, from vlmfix.pursuit.rank_heads"},
+        metadata={
+            "help": "layer.head names, e.g. 16.29/26.9, from vlmfix.analysis.pursuit.rank_heads"
+        },
     )
     alpha: float = field(
         default=-1.0, metadata={"help": "factor on the heads: -1 inhibits, 5 enhances, 1 nothing"}
@@ -54,7 +56,8 @@ class HeadPursuit(AttentionMethod):
         if self.heads is None:
             raise CalibrationNeeded(
                 "head_pursuit needs the heads of a concept, which depend on the model and on the "
-                "words. Rank them with vlmfix.pursuit.rank_heads(model, processor, inputs, words) "
+                "words. Rank them with "
+                "vlmfix.analysis.pursuit.rank_heads(model, processor, inputs, words) "
                 "and pass the first ones as heads=(...), such as ('16.29', '26.9')."
             )
         return replace(self, heads=head_names(head_list(self.heads, info, self.name)))

@@ -7,14 +7,21 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
+from vlmfix.base.method import Preset, check_range, find_preset
+from vlmfix.base.pruning import (
+    Kept,
+    TokenMethod,
+    VisualTokens,
+    encoder_layer,
+    largest,
+    share_budget,
+)
+from vlmfix.engine.tap import describe_tower
 from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo
-from vlmfix.method import Preset, check_range, find_preset
-from vlmfix.pruning import Kept, TokenMethod, VisualTokens, encoder_layer, largest, share_budget
-from vlmfix.tap import describe_tower
 
 if TYPE_CHECKING:
-    from vlmfix.tap import Tower
+    from vlmfix.engine.tap import Tower
 
 __all__ = ["HiPrune", "choose_tokens", "default_object_layer", "neighbor_places"]
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from vlmfix.families import ModelInfo
-from vlmfix.method import (
+from vlmfix.base.method import (
     AttentionMethod,
     FusedEdit,
     Keys,
@@ -21,10 +20,11 @@ from vlmfix.method import (
     layer_range,
     lift_scores,
 )
-from vlmfix.tap import describe_tower
+from vlmfix.engine.tap import describe_tower
+from vlmfix.families import ModelInfo
 
 if TYPE_CHECKING:
-    from vlmfix.tap import Received, Tower
+    from vlmfix.engine.tap import Received, Tower
 
 __all__ = ["PayAttentionToInformedTokens", "select_tokens"]
 

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.contrast import Branch, ContrastMethod, Prompt, keep_plausible
+from vlmfix.base.contrast import Branch, ContrastMethod, Prompt, keep_plausible
+from vlmfix.base.method import check_range
 from vlmfix.errors import BadInput
-from vlmfix.method import check_range
 
 __all__ = ["MutualInformationDecoding", "growing_weight"]
 

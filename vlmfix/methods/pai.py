@@ -9,8 +9,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.families import ModelInfo
-from vlmfix.method import (
+from vlmfix.base.method import (
     AttentionMethod,
     FusedEdit,
     Keys,
@@ -21,6 +20,7 @@ from vlmfix.method import (
     layer_range,
     lift_scores,
 )
+from vlmfix.families import ModelInfo
 
 __all__ = ["PayAttentionToImage"]
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import torch
 
-from vlmfix.contrast import Branch, ContrastMethod, Prompt, keep_plausible
-from vlmfix.method import check_range
+from vlmfix.base.contrast import Branch, ContrastMethod, Prompt, keep_plausible
+from vlmfix.base.method import check_range
 
 __all__ = ["ImageGuidance"]
 

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from vlmfix.contrast import noise_generator
-from vlmfix.method import check_range
-from vlmfix.pruning import Kept, TokenMethod, VisualTokens
+from vlmfix.base.contrast import noise_generator
+from vlmfix.base.method import check_range
+from vlmfix.base.pruning import Kept, TokenMethod, VisualTokens
 
 __all__ = ["RandomTokens"]
 

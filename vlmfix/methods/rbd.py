@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import torch
 
-from vlmfix.contrast import Branch, ContrastMethod, Prompt, keep_plausible
-from vlmfix.diffusion import STEPS, noised
+from vlmfix.base.contrast import Branch, ContrastMethod, Prompt, keep_plausible
+from vlmfix.base.method import check_range
 from vlmfix.families import ModelInfo
-from vlmfix.method import check_range
+from vlmfix.methods.noise import STEPS, noised
 
 __all__ = ["ReBalancingContrastiveDecoding", "significant"]
 

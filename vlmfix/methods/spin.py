@@ -9,8 +9,16 @@ from typing import ClassVar, Literal
 
 import torch
 
+from vlmfix.base.method import (
+    AttentionMethod,
+    Keys,
+    Plan,
+    Preset,
+    check_range,
+    find_preset,
+    layer_range,
+)
 from vlmfix.families import ModelInfo
-from vlmfix.method import AttentionMethod, Keys, Plan, Preset, check_range, find_preset, layer_range
 
 __all__ = ["ImageGuidedHeadSuppression", "suppress"]
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from vlmfix.pruning import Kept, TokenMethod, VisualTokens, largest, share_budget
+from vlmfix.base.pruning import Kept, TokenMethod, VisualTokens, largest, share_budget
 
 __all__ = ["UniformGrid", "grid_size", "grid_tokens", "spread"]
 

@@ -8,9 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.families import ModelInfo
-from vlmfix.ledger import TEXT
-from vlmfix.method import (
+from vlmfix.base.method import (
     AttentionMethod,
     FusedEdit,
     Keys,
@@ -20,6 +18,8 @@ from vlmfix.method import (
     find_preset,
     layer_range,
 )
+from vlmfix.engine.ledger import TEXT
+from vlmfix.families import ModelInfo
 
 __all__ = ["VisualAmplificationFusion", "multiply_scores"]
 

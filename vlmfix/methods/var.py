@@ -9,12 +9,20 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.calibrate import load_calibration
+from vlmfix.analysis.calibrate import load_calibration
+from vlmfix.analysis.massive import DEFAULT_FRACTION, magnitude
+from vlmfix.base.method import (
+    AttentionMethod,
+    FusedEdit,
+    Keys,
+    Plan,
+    Preset,
+    check_range,
+    find_preset,
+)
+from vlmfix.engine.ledger import IMAGE, TEXT
 from vlmfix.errors import BadInput, CalibrationNeeded
 from vlmfix.families import ModelInfo
-from vlmfix.ledger import IMAGE, TEXT
-from vlmfix.massive import DEFAULT_FRACTION, magnitude
-from vlmfix.method import AttentionMethod, FusedEdit, Keys, Plan, Preset, check_range, find_preset
 
 __all__ = ["VisualAttentionRedistribution", "redistribute", "rules"]
 
@@ -164,8 +172,8 @@ class VisualAttentionRedistribution(AttentionMethod):
         raise CalibrationNeeded(
             f"var does not know the sink channels of this {info.model_type} model "
             f"({info.num_layers} layers of width {info.hidden_size}). Measure them with "
-            "`vlmfix calibrate MODEL --only sinks` (or vlmfix.calibrate.calibrate(model)), or pass "
-            "sink_channels=(...)."
+            "`vlmfix calibrate MODEL --only sinks` "
+            "(or vlmfix.analysis.calibrate.calibrate(model)), or pass sink_channels=(...)."
         )
 
     def idle(self) -> str | None:

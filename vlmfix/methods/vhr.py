@@ -8,10 +8,18 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.divergence import LastHeads, head_divergence, prune_outliers, select_heads
+from vlmfix.analysis.divergence import LastHeads, head_divergence, prune_outliers, select_heads
+from vlmfix.base.method import (
+    AttentionMethod,
+    Keys,
+    Plan,
+    Prelude,
+    Preset,
+    check_range,
+    find_preset,
+)
 from vlmfix.errors import BadInput, StateError
 from vlmfix.families import ModelInfo
-from vlmfix.method import AttentionMethod, Keys, Plan, Prelude, Preset, check_range, find_preset
 
 __all__ = ["VisionAwareHeadReinforcement", "reinforce"]
 

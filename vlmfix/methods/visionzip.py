@@ -7,13 +7,20 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from vlmfix.base.method import check_range
+from vlmfix.base.pruning import (
+    Kept,
+    TokenMethod,
+    VisualTokens,
+    encoder_layer,
+    largest,
+    share_budget,
+)
+from vlmfix.engine.tap import describe_tower
 from vlmfix.families import ModelInfo
-from vlmfix.method import check_range
-from vlmfix.pruning import Kept, TokenMethod, VisualTokens, encoder_layer, largest, share_budget
-from vlmfix.tap import describe_tower
 
 if TYPE_CHECKING:
-    from vlmfix.tap import Tower
+    from vlmfix.engine.tap import Tower
 
 __all__ = ["VisionZip", "merge_tokens"]
 

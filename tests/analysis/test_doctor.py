@@ -1,0 +1,36 @@
+"""What `vlmfix doctor` says about models that fit, fit partly, or do not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from matrix import family
+from tiny import FAMILIES, build
+
+from vlmfix.analysis.doctor import examine
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_supported_families(name: str) -> None:
+    report = examine(family(name).model)
+    assert report["supported"] and report["reason"] is None
+    assert (report["layers"], report["heads"], report["kv_heads"]) == (3, 4, 2)
+    assert report["attention_layers"] == report["layers"]
+    assert report["image_token_id"] == family(name).image_token_id
+    fits = {row["name"]: row for row in report["methods"]}
+    assert fits["pai"]["fits"] and "alpha=0.2" in fits["pai"]["why"]
+    assert not fits["var"]["fits"] and "vlmfix calibrate" in fits["var"]["why"]
+    json.dumps(report)
+
+
+@pytest.mark.parametrize(("name", "why"), [("mllama", "cross-attention"), ("llama", "text-only")])
+def test_unsupported_models_get_the_reason(name: str, why: str) -> None:
+    report = examine(build(name).model)
+    assert not report["supported"] and why in report["reason"] and report["methods"] == []
+
+
+def test_visual_tokens_are_explained() -> None:
+    said = {name: examine(family(name).model)["visual_tokens"] for name in FAMILIES}
+    assert said["gemma3"] == "4 per image"
+    assert "tiles" in said["llava_next"] and "placeholder" in said["qwen2_5_vl"]

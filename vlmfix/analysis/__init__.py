@@ -1,0 +1,1 @@
+"""What measures or shows a model: maps, kept tokens, calibration, heads."""

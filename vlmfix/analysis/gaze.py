@@ -1,0 +1,157 @@
+"""Where a model's attention to the image moves: what GIFT's layers are chosen by.
+
+Qi, Shang, Spiliopoulou, Pappas: "Capturing Gaze Shifts for Guidance", ICML 2026, arXiv 2510.22067.
+The paper takes its saliency map from the layer with the largest total positive change of visual
+attention while the question is read, and edits the layers in which attention to the image and to
+the question move together. It publishes the layers of three models and no procedure; the second
+rule below is our reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from vlmfix.analysis.teacher_forcing import answer_greedily
+from vlmfix.base.method import Keys, Plan, Watcher
+from vlmfix.errors import UnsupportedModel
+from vlmfix.families import describe_model
+from vlmfix.families.question import find_question
+from vlmfix.wrapper import wrapped
+
+__all__ = ["Gaze", "measure_gaze", "pooled_correlation", "positive_change"]
+
+
+def positive_change(weights: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """How much attention to visual keys rises from each row to the next.
+
+    Args:
+        weights: softmax rows (B, H, R, K) of consecutive positions.
+        visual: (B, K) bool.
+
+    Returns:
+        (B, H, R - 1): sum over visual keys of max(0, row - the row before it), in attention mass.
+    """
+    rise = (weights[:, :, 1:] - weights[:, :, :-1]).clamp_min(0)
+    return (rise * visual[:, None, None, :]).sum(-1)
+
+
+def pooled_correlation(pairs: Sequence[torch.Tensor]) -> float:
+    """Pearson correlation within groups: each (n, 2) is centred, then all are pooled.
+
+    0 where one of the two never varies.
+    """
+    centred = torch.cat([group - group.mean(0) for group in pairs]).double()
+    moments = centred.mT @ centred
+    spread = float((moments[0, 0] * moments[1, 1]).sqrt())
+    return float(moments[0, 1]) / spread if spread > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Gaze:
+    """Attention to the image by layer.
+
+    Attributes:
+        changes: [layer], positive change (see `positive_change`) at a content word of the
+            question, mean over heads and words, in attention mass; 0 without attention.
+        correlations: [layer], correlation of attention to the image with attention to the
+            question (each a mean over heads) over the tokens of an answer; 0 without attention.
+    """
+
+    changes: tuple[float, ...]
+    correlations: tuple[float, ...]
+
+    @property
+    def saliency_layer(self) -> int:
+        """The layer with the largest change."""
+        return max(range(len(self.changes)), key=self.changes.__getitem__)
+
+    @property
+    def moving_together(self) -> tuple[int, ...]:
+        """The layers with a positive correlation: our reading of the paper's rule."""
+        return tuple(layer for layer, value in enumerate(self.correlations) if value > 0)
+
+
+@dataclass(frozen=True, eq=False)
+class _GazeWatcher(Watcher):
+    """Keeps the changes at content rows, and the masses of answer rows.
+
+    Attributes:
+        question, content: (B, L) bool, as `question.find_question` gives them, padded to L.
+        answer: (B, L) bool, tokens of the answers.
+        changes: {layer: [(rows, H)]}.
+        masses: {layer: [(B, R, 2)]}, attention to image and question, mean over heads.
+        rows_seen: {layer: [(B, R)]}, which of the rows in `masses` are tokens of an answer.
+    """
+
+    question: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    content: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    answer: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    changes: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    masses: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    rows_seen: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+    name: ClassVar[str] = "gaze"
+    rows: ClassVar[Literal["predicting", "text"]] = "text"
+
+    def plan(self, keys: Keys) -> Plan | None:
+        return Plan((keys.visual,), [True] * len(keys.kinds))
+
+    def observe_weights(
+        self, layer: int, weights: torch.Tensor, position: int, *plan: torch.Tensor
+    ) -> None:
+        (visual,) = plan
+        device = weights.device
+        rows = slice(position + 1, position + weights.shape[2])  # each beside the one before it
+        change = positive_change(weights, visual).transpose(1, 2)
+        content = self.content[:, rows].to(device)
+        self.changes.setdefault(layer, []).append(change[content].cpu())
+        question = self.question[:, : weights.shape[3]].to(device)
+        kinds = torch.stack((visual, question), dim=-1).to(weights.dtype)
+        masses = weights[:, :, 1:].mean(1) @ kinds
+        self.masses.setdefault(layer, []).append(masses.cpu())
+        self.rows_seen.setdefault(layer, []).append(self.answer[:, rows].cpu())
+
+
+def measure_gaze(
+    model: Any, processor: Any, prompt: Mapping[str, Any], max_new_tokens: int = 64
+) -> Gaze:
+    """Measure a plain model's gaze on prompts with images: a greedy answer each, two forwards.
+
+    Args:
+        model: a supported VLM in eval mode, not wrapped.
+        processor: its processor, which tells the question from the chat template.
+        prompt: arguments of its generate() for a left-padded batch, see `chat.chat_inputs`.
+        max_new_tokens: longest answer, at least 1.
+
+    Raises:
+        UnsupportedModel: no question follows the image; or see `answer_greedily`.
+    """
+    info = describe_model(model)
+    forced = answer_greedily(model, prompt, max_new_tokens)
+    ids = forced.inputs["input_ids"]
+    masks = find_question(processor, info, ids[:, : forced.prompt_length])
+    width = ids.shape[1] - forced.prompt_length
+    if not bool(masks[1].any()):
+        raise UnsupportedModel(
+            f"no text of a question follows the image in the prompts of {type(model).__name__}, so "
+            "there is no gaze to measure. Calibrate the rest with `--only sinks,heads`."
+        )
+    question, content = (torch.nn.functional.pad(mask, (0, width)) for mask in masks)
+    answer = forced.inputs["attention_mask"].bool().clone()
+    answer[:, : forced.prompt_length] = False
+    layers = tuple(sorted(info.attention))
+    watcher = _GazeWatcher(layers, question=question, content=content, answer=answer)
+    with wrapped(model, watcher):
+        forced.read(model)
+    changes, correlations = [0.0] * info.num_layers, [0.0] * info.num_layers
+    for layer in layers:
+        changes[layer] = float(torch.cat(watcher.changes[layer]).mean())
+        masses = torch.cat(watcher.masses[layer], dim=1)
+        rows = torch.cat(watcher.rows_seen[layer], dim=1)
+        pairs = [masses[at][rows[at]] for at in range(len(masses))]
+        correlations[layer] = pooled_correlation(pairs)
+    return Gaze(tuple(changes), tuple(correlations))

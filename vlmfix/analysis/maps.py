@@ -1,0 +1,413 @@
+"""How much attention rows of a prompt, or of an answer, pay to each visual token, as maps.
+
+One extra forward over prompt and answer, in which a watcher looks and nothing is edited that is
+not edited anyway: on a wrapped model the maps show the rows as its methods leave them. No eager
+mode, no full attention matrices. Where a visual token stands in its image follows from the inputs
+and the family's layout (tap.py), so the vision tower is not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from vlmfix.base.method import Watcher
+from vlmfix.chat import end_tokens
+from vlmfix.engine.call import Call
+from vlmfix.engine.frame import Stack, prompt_kinds
+from vlmfix.engine.ledger import PAD, TEXT, VIDEO, Ledger
+from vlmfix.engine.session import SESSION, Session
+from vlmfix.engine.tap import Tower, describe_tower, grid_shapes, packed_index, tile_shape
+from vlmfix.errors import BadInput, UnsupportedModel
+from vlmfix.families import ModelInfo, last_logits
+from vlmfix.families.question import find_question
+from vlmfix.families.surgeon import module_state, real_tokens
+from vlmfix.wrapper import wrapped
+
+__all__ = [
+    "AttentionMap",
+    "Placed",
+    "RowKeeper",
+    "attention_map",
+    "maps_of",
+    "placed_images",
+    "traceable_tower",
+]
+
+#: (tokens, views) of one image, see `AttentionMap.views`.
+Placed = tuple[int, tuple[torch.Tensor, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMap:
+    """The attention that some rows pay to one image.
+
+    Attributes:
+        weights: (L, H, R, n) float32 on the CPU, softmax weights from R rows to the n placeholders
+            of the image, in L layers and H heads (H = 1 for the mean over heads). Over all keys of
+            a row, and not over these alone, weights sum to 1.
+        layers: the L layers.
+        heads: the H heads; None for the mean over all of them.
+        rows: the R rows, as positions in the (padded) prompt and answer.
+        views: each (rows, columns) int64, the placeholder that stands there. Every family has one
+            view per image, but LLaVA-NeXT two: the whole image in one tile, and the image in
+            tiles, put together. A view stretches over the whole image that the tower was given.
+            Newlines are in no view.
+    """
+
+    weights: torch.Tensor
+    layers: tuple[int, ...]
+    heads: tuple[int, ...] | None
+    rows: tuple[int, ...]
+    views: tuple[torch.Tensor, ...]
+
+    def grids(self) -> tuple[torch.Tensor, ...]:
+        """The maps: (L, H, R, rows, columns) for each view; average what you do not need."""
+        return tuple(self.weights[..., view] for view in self.views)
+
+
+def attention_map(
+    model: Any,
+    inputs: Mapping[str, Any],
+    *,
+    rows: Literal["last", "question", "answer"] | Sequence[int] = "last",
+    layers: Sequence[int] | None = None,
+    heads: Literal["mean", "all"] | int = "mean",
+    generated: torch.Tensor | None = None,
+    processor: Any = None,
+) -> list[list[AttentionMap]]:
+    """Read the attention that rows pay to the visual tokens, for each image of each prompt.
+
+    Runs one forward, which leaves nothing behind: outputs of the model and `last_call` are what
+    they were. On a wrapped model the stack of this thread runs (`vlmfix.using`), and rows are seen
+    after its edits. Methods that scale heads change no row.
+
+    Args:
+        model: a supported VLM in eval mode, plain or wrapped.
+        inputs: arguments of its generate() for whole prompts, padded on either side.
+        rows: "last": the last prompt token, which predicts the first token of the answer.
+            "question": the tokens of the user's question (`question.find_question`), or without a
+            processor all text after the last image. "answer": the rows that predicted the tokens
+            of the answer, in their order, the first being the last prompt token. Or positions in
+            the padded prompt and answer, negative from the end, the same for each prompt: text
+            behind an image, or generated.
+        layers: indices of decoder layers with attention; None: all of them.
+        heads: the mean over heads, all of them, or the index of one.
+        generated: (B, L + T) what generate() returned for these inputs: one sequence per prompt,
+            prompt included. An answer ends with the first end token of the generation
+            configuration.
+        processor: the model's processor or tokenizer, which tells the question from the template.
+
+    Returns:
+        A list per prompt of one map per image, in order; prompts without an image have none. An
+        image is what the vision tower gets as one: crops that a processor hands over as images of
+        their own (InternVL, SmolVLM, Idefics3, Gemma 3 with pan and scan) have a map each.
+
+    Raises:
+        BadInput: rows, layers, heads or inputs that cannot be used; videos.
+        UnsupportedModel: a family whose visual tokens cannot be traced to places.
+        StateError: the model is in training mode.
+    """
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or inputs.get("past_key_values") is not None:
+        raise BadInput(
+            "attention_map reads whole prompts: pass input_ids (B, L), and no past_key_values."
+        )
+    with _session(model) as session:
+        info = session.info
+        chosen_layers = _layers(info, layers)
+        chosen_heads = _heads(info, heads)
+        ledger = _ledger(info, inputs, ids)
+        question = None
+        if processor is not None:
+            question = find_question(processor, info, ids)
+            ledger.say_question(*question)
+        full, lengths = _with_answers(model, info, inputs, generated)
+        chosen_rows = _rows(ledger, rows, lengths, full["input_ids"].shape[1])
+        visual = ledger.visual()[:, : full["input_ids"].shape[1]]
+        images = placed_images(traceable_tower(model, info), inputs, visual.sum(1).tolist())
+        watcher = RowKeeper(
+            chosen_layers, wanted=tuple(chosen_rows), visual=visual.cpu(), heads=chosen_heads
+        )
+        call = Call(methods=(), prompt_length=ids.shape[1], rows=len(ids), question=question)
+        stack = Stack((*session.stack.attention, watcher), info)
+        more: dict[str, Any] = {"use_cache": False, "return_dict": True, **last_logits(model, 1)}
+        with session.apart(stack, call), module_state(model), torch.no_grad():
+            model(**{**full, **more})
+    return [
+        list(maps_of(watcher, sample, own, chosen_layers, chosen_heads))
+        for sample, own in enumerate(images)
+    ]
+
+
+@contextmanager
+def _session(model: Any) -> Iterator[Session]:
+    """The session of a wrapped model, or one of a plain model for as long as this takes."""
+    if SESSION in getattr(model, "__dict__", {}):
+        yield model.__dict__[SESSION]
+    else:
+        with wrapped(model, None):
+            yield model.__dict__[SESSION]
+
+
+@dataclass(frozen=True, eq=False)
+class RowKeeper(Watcher):
+    """Keeps the weights of wanted rows on visual keys.
+
+    Attributes:
+        wanted: per sample, positions of its rows.
+        visual: (B, K) bool.
+        heads: the heads to keep; None: their mean.
+        kept: {(layer, sample): (H, rows, n) per piece of the prompt}, rows ascending.
+    """
+
+    wanted: tuple[tuple[int, ...], ...] = ()
+    visual: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
+    heads: tuple[int, ...] | None = None
+    kept: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
+
+    name: ClassVar[str] = "attention_map"
+    rows: ClassVar[Literal["predicting", "text"]] = "text"
+
+    def observe_weights(
+        self, layer: int, weights: torch.Tensor, position: int, *plan: torch.Tensor
+    ) -> None:
+        # Pieces overlap by their first row, which is never one of the text rule's on its own.
+        seen = range(position + 1, position + weights.shape[2])
+        for sample, wanted in enumerate(self.wanted):
+            here = [row - position for row in sorted(set(wanted)) if row in seen]
+            if here:
+                keys = self.visual[sample].nonzero().flatten().to(weights.device)
+                part = weights[sample][:, here][..., keys]
+                part = part.mean(0, keepdim=True) if self.heads is None else part[list(self.heads)]
+                self.kept.setdefault((layer, sample), []).append(part.float().cpu())
+
+
+def maps_of(
+    watcher: RowKeeper,
+    sample: int,
+    images: Sequence[Placed],
+    layers: tuple[int, ...],
+    heads: tuple[int, ...] | None,
+) -> Iterator[AttentionMap]:
+    """The maps of one prompt."""
+    if not images:
+        return
+    asked = watcher.wanted[sample]
+    ascending = sorted(set(asked))
+    order = [ascending.index(row) for row in asked]
+    kept = [torch.cat(watcher.kept[layer, sample], dim=1)[:, order] for layer in layers]
+    sizes = [tokens for tokens, _ in images]
+    for weights, (_, views) in zip(
+        torch.split(torch.stack(kept), sizes, dim=-1), images, strict=True
+    ):
+        yield AttentionMap(weights.contiguous(), layers, heads, asked, views)
+
+
+# -- what is asked for -----------------------------------------------------------------------------
+
+
+def _layers(info: ModelInfo, layers: Sequence[int] | None) -> tuple[int, ...]:
+    known = tuple(sorted(info.attention))
+    if layers is None:
+        return known
+    if not layers or not set(layers) <= set(known):
+        raise BadInput(
+            f"layers={list(layers)}: give layers with attention of this model, from 0: "
+            f"{list(known)}."
+        )
+    return tuple(layers)
+
+
+def _heads(info: ModelInfo, heads: Literal["mean", "all"] | int) -> tuple[int, ...] | None:
+    if heads == "mean":
+        return None
+    if heads == "all":
+        return tuple(range(info.num_heads))
+    if isinstance(heads, str) or not 0 <= heads < info.num_heads:
+        raise BadInput(
+            f"heads={heads!r}: give 'mean', 'all' or the index of one, from 0 to "
+            f"{info.num_heads - 1}."
+        )
+    return (heads,)
+
+
+def _ledger(info: ModelInfo, inputs: Mapping[str, Any], ids: torch.Tensor) -> Ledger:
+    """What each position of the prompts is."""
+    kinds = prompt_kinds(info, ids, 0, dict(inputs))
+    if bool((kinds == VIDEO).any()):
+        raise BadInput(
+            "the prompt holds a video, whose tokens are no map over one image. Ask about its "
+            "frames as images."
+        )
+    ledger = Ledger(len(ids), ids.shape[1], ids.device)
+    ledger.write(0, kinds, ids.shape[1])
+    if not bool(ledger.visual().any()):
+        raise BadInput(
+            "no prompt has an image: pass pixel values, and input_ids with the placeholders that "
+            "the model's processor writes."
+        )
+    return ledger
+
+
+def _with_answers(
+    model: Any, info: ModelInfo, inputs: Mapping[str, Any], generated: torch.Tensor | None
+) -> tuple[dict[str, Any], list[int] | None]:
+    """Arguments of a forward over prompts and answers, and the length of each answer."""
+    ids = inputs["input_ids"]
+    batch, length = ids.shape
+    if generated is None:
+        return dict(inputs), None
+    new = generated.shape[-1] - length
+    prompts = generated[..., :length]
+    if new < 1 or prompts.shape != ids.shape or not bool((prompts == ids).all()):
+        raise BadInput(
+            f"generated has shape {tuple(generated.shape)}: give one sequence per prompt of "
+            f"input_ids {tuple(ids.shape)}, the prompt first, as generate() returns it without "
+            "num_return_sequences."
+        )
+    ends = torch.tensor(sorted(end_tokens(model, {})), device=ids.device, dtype=ids.dtype)
+    ended = torch.isin(generated[:, length:], ends).cumsum(1)
+    # Up to the first end token, with it.
+    real = torch.nn.functional.pad(ended[:, :-1], (1, 0)) == 0
+    prompt = real_tokens(ids, inputs.get("attention_mask"))
+    full = {**inputs, "input_ids": generated}
+    full["attention_mask"] = torch.cat((prompt, real), dim=1).long()
+    # Of PaliGemma's types, 0 is the prefix, which attends in both directions, 1 the causal rest.
+    causal = int(info.sees_whole_prompt)
+    for name, value in (("token_type_ids", causal), ("mm_token_type_ids", 0)):
+        if inputs.get(name) is not None:
+            full[name] = torch.nn.functional.pad(inputs[name], (0, new), value=value)
+    return full, real.sum(1).tolist()
+
+
+def _rows(
+    ledger: Ledger,
+    rows: Literal["last", "question", "answer"] | Sequence[int],
+    lengths: list[int] | None,
+    width: int,
+) -> list[tuple[int, ...]]:
+    """Per prompt, the positions of its rows; none where it has no image."""
+    length = ledger.prompt_length
+    visual = ledger.visual()[:, :length]
+    behind = (ledger.kinds[:, :length] == TEXT) & (visual.cumsum(1) > 0)
+    with_image = visual.any(1).tolist()
+    last = ledger.last_prompt.tolist()
+    found: list[tuple[int, ...]] = []
+    for sample, has_image in enumerate(with_image):
+        answer = lengths[sample] if lengths else 0
+        allowed = {*behind[sample].nonzero().flatten().tolist(), *range(length, length + answer)}
+        if not has_image:
+            found.append(())
+            continue
+        if rows == "last":
+            asked = [last[sample]]
+        elif rows == "question":
+            asked = ledger.question[sample].nonzero().flatten().tolist()
+        elif rows == "answer":
+            if not answer:
+                raise BadInput("rows='answer' needs generated=, what generate() returned.")
+            asked = [last[sample], *range(length, length + answer - 1)]
+        elif isinstance(rows, (str, int)):
+            raise BadInput(
+                f"rows={rows!r}: give 'last', 'question', 'answer' or a list of positions."
+            )
+        else:
+            asked = [row + width if row < 0 else row for row in rows]
+        wrong = [row for row in asked if row not in allowed]
+        if wrong or not asked:
+            raise BadInput(_no_row(ledger, rows, sample, wrong, width))
+        found.append(tuple(asked))
+    return found
+
+
+def _no_row(ledger: Ledger, rows: Any, sample: int, wrong: list[int], width: int) -> str:
+    """Why the rows of a prompt cannot be read."""
+    way_out = "Give rows of text behind an image, or of an answer with generated=."
+    if not wrong:
+        return f"rows={rows!r} names no row of prompt {sample}: no such text follows its image."
+    row = wrong[0]
+    if not 0 <= row < width:
+        return f"row {row} is outside of prompt {sample}, which is {width} wide. {way_out}"
+    kind = int(ledger.kinds[sample, row]) if row < ledger.prompt_length else PAD
+    what = {PAD: "padding", TEXT: "text before any image"}.get(kind, "a visual token")
+    return f"row {row} of prompt {sample} is {what}. {way_out}"
+
+
+# -- where the tokens are --------------------------------------------------------------------------
+
+
+def traceable_tower(model: Any, info: ModelInfo) -> Tower:
+    try:
+        return describe_tower(model, info)
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"no map can be drawn over its images: {error}") from error
+
+
+def placed_images(tower: Tower, inputs: Mapping[str, Any], counts: list[int]) -> list[list[Placed]]:
+    """Where the visual tokens of whole prompts lie in their images.
+
+    Args:
+        tower: the model's.
+        inputs: arguments of its generate().
+        counts: image placeholders of each prompt.
+
+    Returns:
+        A list per prompt of the placeholders and the views of each image.
+
+    Raises:
+        BadInput: inputs that lack what tells it, or placeholders that the images do not fill.
+    """
+    names = {"tiles": "pixel_values", "packed": "image_sizes", "patches": "image_grid_thw"}
+    missing = [n for n in ("pixel_values", names[tower.layout]) if inputs.get(n) is None]
+    if missing:
+        raise BadInput(
+            f"the inputs lack {', '.join(missing)}, which tells where a visual token is. Pass what "
+            "the model's processor returns."
+        )
+    images = iter(_shapes(tower, inputs, sum(counts)))
+    found: list[list[Placed]] = []
+    for sample, count in enumerate(counts):
+        own: list[Placed] = []
+        while (left := count - sum(tokens for tokens, _ in own)) > 0:
+            image = next(images, None)
+            if image is None or image[0] > left:
+                raise BadInput(
+                    f"prompt {sample} has {count} placeholders, which its images do not fill. Pass "
+                    "images and prompts as one call of the model's processor returns them."
+                )
+            own.append(image)
+        found.append(own)
+    return found
+
+
+def _shapes(tower: Tower, inputs: Mapping[str, Any], total: int) -> Iterator[Placed]:
+    """The images of a batch, in order."""
+    if tower.layout == "patches":
+        for rows, columns in grid_shapes(tower, inputs["image_grid_thw"]):
+            yield _whole(rows, columns)
+        return
+    height, width = inputs["pixel_values"].shape[-2:]
+    rows, columns = tile_shape(tower, height, width)
+    tokens = rows * columns
+    if tower.layout == "tiles":
+        # Some families pad with empty images, so that placeholders tell their number.
+        for _ in range(total // tokens):
+            yield _whole(rows, columns)
+        return
+    for size in inputs["image_sizes"]:
+        tiles, index = packed_index(tower, size, tokens)
+        views = [torch.arange(tokens).view(rows, columns)]
+        if tiles > 1:  # then lines of the tiles put together, each with a newline at its end
+            line = int((index[tokens:] == -1).nonzero()[0]) + 1
+            places = torch.arange(tokens, len(index)).view(-1, line)
+            views.append(places[:, :-1])
+        yield len(index), tuple(views)
+
+
+def _whole(rows: int, columns: int) -> Placed:
+    return rows * columns, (torch.arange(rows * columns).view(rows, columns),)

@@ -1,0 +1,246 @@
+"""Which visual tokens a pruning method keeps, and where they lie in their images.
+
+The function is called `visual_tokens`, and a module of that name would take its place as an
+attribute of the package; hence the name of this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vlmfix.analysis.maps import Placed, placed_images
+from vlmfix.base.pruning import LayerTokenMethod, PruningMethod, TokenMethod
+from vlmfix.engine.call import Call
+from vlmfix.engine.frame import Stack
+from vlmfix.engine.session import SESSION, Session
+from vlmfix.engine.shortening import ask
+from vlmfix.engine.tap import describe_tower
+from vlmfix.errors import BadInput, UnsupportedModel
+from vlmfix.families import last_logits, vision_arguments
+from vlmfix.families.question import find_question
+from vlmfix.families.surgeon import module_state
+from vlmfix.registry import MethodSpec
+from vlmfix.wrapper import using, wrapped
+
+__all__ = ["KeptTokens", "visual_tokens"]
+
+
+@dataclass(frozen=True, eq=False)
+class KeptTokens:
+    """What a pruning method keeps of one image.
+
+    Visual tokens are counted in the order of the prompt. Newlines (LLaVA-NeXT) are none: they stay
+    with the rows of which something is kept.
+
+    Attributes:
+        index: (k,) int64, ascending: the visual tokens that stay.
+        count: n, the visual tokens that there are.
+        budget: how many the method was to keep; with one that drops tokens between layers (FastV),
+            of all placeholders of the prompt.
+        weights: (k, n) float32, what each kept token is made of, for methods that merge; None: of
+            itself.
+        views: each (rows, columns) int64, the visual token that stands there. Every family has one
+            view per image, but LLaVA-NeXT two: the whole image in one tile, and the image in
+            tiles, put together; an image that a method sees as a picture of several tiles has one
+            for each. () for families whose tokens cannot be traced to places.
+    """
+
+    index: torch.Tensor
+    count: int
+    budget: int
+    weights: torch.Tensor | None
+    views: tuple[torch.Tensor, ...]
+
+    def masks(self) -> tuple[torch.Tensor, ...]:
+        """(rows, columns) bool for each view: which of its tokens stay."""
+        return tuple(torch.isin(view, self.index) for view in self.views)
+
+    def groups(self) -> tuple[torch.Tensor, ...]:
+        """For each kept token, ascending, the (j,) int64 tokens that it is made of."""
+        if self.weights is None:
+            return tuple(self.index[:, None])
+        return tuple(row.nonzero().flatten() for row in self.weights)
+
+
+def visual_tokens(
+    model: Any,
+    inputs: Mapping[str, Any],
+    method: MethodSpec = None,
+    *,
+    processor: Any = None,
+) -> list[list[KeptTokens]]:
+    """Ask a pruning method what it keeps of each image of each prompt.
+
+    The images are encoded; the prompts run only where the method looks at a decoder layer (`ptp`,
+    `fastv`). Outputs of the model and `last_call` are what they were.
+
+    Args:
+        model: a supported VLM in eval mode, plain or wrapped.
+        inputs: arguments of its generate() for whole prompts.
+        method: see `wrap`. None: what runs on a wrapped model in this thread.
+        processor: the model's processor or tokenizer, which tells the question from the template,
+            for methods that read it.
+
+    Returns:
+        A list per prompt of what is kept of each image, in order; prompts without an image have
+        none. An image is what the vision tower gets as one: crops that a processor hands over as
+        images of their own have an entry each, unless the method prunes whole pictures (`ptp`).
+
+    Raises:
+        BadInput: no image, videos, inputs that cannot be used, or no pruning method.
+        UnsupportedModel: a model that the method cannot prune.
+        StateError: the model is in training mode.
+    """
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or inputs.get("past_key_values") is not None:
+        raise BadInput(
+            "visual_tokens reads whole prompts: pass input_ids (B, L), and no past_key_values."
+        )
+    with _session(model, method) as session:
+        pruning = _pruning(session)
+        placeholders = torch.isin(ids, ids.new_tensor(session.info.image_token_ids))
+        if inputs.get("pixel_values") is None or not bool(placeholders.any()):
+            raise BadInput(
+                "no prompt has an image: pass pixel_values, and input_ids with the placeholders "
+                "that the model's processor writes."
+            )
+        question = None if processor is None else find_question(processor, session.info, ids)
+        images = _images(session, inputs, placeholders.sum(1).tolist())
+        if isinstance(pruning, TokenMethod):
+            return _reduced(session, pruning, inputs, question, images)
+        assert isinstance(pruning, LayerTokenMethod)
+        return _dropped(session, pruning, inputs, placeholders, images)
+
+
+@contextmanager
+def _session(model: Any, method: MethodSpec) -> Iterator[Session]:
+    """The session of a model on which the method runs, wrapped for as long as this takes."""
+    is_wrapped = SESSION in getattr(model, "__dict__", {})
+    if is_wrapped and method is None:
+        yield model.__dict__[SESSION]
+        return
+    with using(model, method) if is_wrapped else wrapped(model, method):
+        yield model.__dict__[SESSION]
+
+
+def _pruning(session: Session) -> PruningMethod:
+    methods = session.stack.methods
+    found = next((method for method in methods if isinstance(method, PruningMethod)), None)
+    if found is None:
+        raise BadInput(
+            f"the stack {list(session.stack.specs())} holds no method that prunes visual tokens. "
+            "Name one, as in vlmfix.visual_tokens(model, inputs, 'hiprune'), or wrap the model "
+            "with one; `vlmfix methods` has those of stage tokens."
+        )
+    return found
+
+
+def _images(
+    session: Session, inputs: Mapping[str, Any], counts: list[int]
+) -> list[list[Placed]] | None:
+    """Per prompt, where the placeholders of its images lie; None where it cannot be told."""
+    try:
+        tower = describe_tower(session.model, session.info)
+    except UnsupportedModel:
+        return None
+    return placed_images(tower, inputs, counts)
+
+
+def _reduced(
+    session: Session,
+    method: TokenMethod,
+    inputs: Mapping[str, Any],
+    question: tuple[torch.Tensor, torch.Tensor] | None,
+    images: list[list[Placed]] | None,
+) -> list[list[KeptTokens]]:
+    """What stays before the language model."""
+    asked = ask(session, method, dict(inputs), question)
+    assert asked is not None  # there are pixels
+    found: list[list[KeptTokens]] = [[] for _ in asked.placeholders]
+    tiles = None if images is None else [iter(own) for own in images]
+    for reduction, owner in zip(asked.reductions, asked.owners, strict=True):
+        views: list[torch.Tensor] = []
+        held = 0
+        while tiles is not None and held < reduction.count:  # a picture holds several tiles
+            tokens, own = next(tiles[owner])
+            views += [held + view for view in own]
+            held += tokens
+        weights = None if reduction.weights is None else reduction.weights.cpu()
+        budget = method.budget(reduction.size[1])
+        kept = _kept(reduction.positions.cpu(), reduction.count, budget, weights, views)
+        found[owner].append(kept)
+    return found
+
+
+def _dropped(
+    session: Session,
+    method: LayerTokenMethod,
+    inputs: Mapping[str, Any],
+    placeholders: torch.Tensor,
+    images: list[list[Placed]] | None,
+) -> list[list[KeptTokens]]:
+    """What stays between layers: the prompts run once."""
+    model: Any = session.model
+    call = Call(methods=(), prompt_length=placeholders.shape[1], rows=len(placeholders))
+    more: dict[str, Any] = {"use_cache": False, "return_dict": True, **last_logits(model, 1)}
+    stack = Stack((method,), session.info)
+    with session.apart(stack, call), module_state(model), torch.no_grad():
+        model(**{**inputs, **more})
+    kept = placeholders if call.kept is None else call.kept
+    if images is None:
+        images = _unplaced(model, inputs, placeholders.sum(1).tolist())
+    found = []
+    for own, mine, stays in zip(images, placeholders, kept, strict=True):
+        budget = method.budget(int(mine.sum()))
+        parts = stays[mine].cpu().split([tokens for tokens, _ in own])
+        found.append(
+            [
+                _kept(part.nonzero().flatten(), tokens, budget, None, list(views))
+                for part, (tokens, views) in zip(parts, own, strict=True)
+            ]
+        )
+    return found
+
+
+def _unplaced(model: Any, inputs: Mapping[str, Any], counts: list[int]) -> list[list[Placed]]:
+    """Per prompt, the placeholders of its images, without views: as the encoder returns them."""
+    with torch.no_grad():
+        vision = vision_arguments(model, inputs)
+        output = model.base_model.get_image_features(**vision, return_dict=True)
+    features = iter(output.pooler_output)
+    found: list[list[Placed]] = []
+    for count in counts:
+        own: list[Placed] = []
+        while sum(tokens for tokens, _ in own) < count:
+            own.append((len(next(features)), ()))
+        found.append(own)
+    return found
+
+
+def _kept(
+    positions: torch.Tensor,
+    count: int,
+    budget: int,
+    weights: torch.Tensor | None,
+    views: list[torch.Tensor],
+) -> KeptTokens:
+    """What stays of an image with `count` placeholders, from the (k,) that stay of these."""
+    # What stands in no view is a newline.
+    every = torch.arange(count)
+    real = torch.cat([view.flatten() for view in views]).sort().values if views else every
+    number = torch.full((count,), -1)
+    number[real] = every[: len(real)]
+    tokens = number[positions]
+    own = tokens >= 0
+    return KeptTokens(
+        index=tokens[own],
+        count=len(real),
+        budget=budget,
+        weights=None if weights is None else weights[own][:, real],
+        views=tuple(number[view] for view in views),
+    )

@@ -1,0 +1,1 @@
+"""Speed and memory, baseline and method in one run."""

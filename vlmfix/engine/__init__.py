@@ -1,0 +1,1 @@
+"""What runs methods inside generate() and forward(): hooks, stages, and their state."""

@@ -1,0 +1,203 @@
+"""Visual tokens dropped between two decoder layers: later layers see, and cache, fewer of them.
+
+The layer before shows what the last prompt token attends to; at the next one the hidden states of
+the prompt are cut to what a method keeps, and from there on each layer gets positions and masks for
+these alone. The first layer's cache stays whole, and it is the one that transformers counts by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+from vlmfix.engine.ledger import PAD
+from vlmfix.engine.watchers import LastRow
+from vlmfix.errors import BadInput, CompositionError
+
+if TYPE_CHECKING:
+    from vlmfix.base.pruning import LayerTokenMethod
+    from vlmfix.engine.frame import Frame
+
+__all__ = ["Dropped", "check_prompt", "enter_layer", "last_row_watcher"]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What the layers from `first` on keep of the prompts of one cache.
+
+    Attributes:
+        first: the first of these layers.
+        index: (B, P) int64: the places in the prompt of the P columns that stay, ascending behind
+            those that only fill up.
+        filler: (B, P) bool: columns that only fill up a row with fewer tokens; nobody sees them.
+        length: L, columns of the prompt.
+    """
+
+    first: int
+    index: torch.Tensor
+    filler: torch.Tensor
+    length: int
+
+    def places(self, total: int) -> torch.Tensor:
+        """(B, P + total - L): the columns that stay of `total`; all behind the prompt do."""
+        behind = torch.arange(self.length, total, device=self.index.device)
+        return torch.cat([self.index, behind.expand(len(self.index), -1)], dim=1)
+
+
+def last_row_watcher(method: LayerTokenMethod, frame: Frame) -> LastRow:
+    """Sees what the method chooses by."""
+    layer = method.first_layer(frame.stack.info) - 1
+    return LastRow((layer,), row=frame.ledger.prompt_length - 1)
+
+
+def check_prompt(method: LayerTokenMethod, frame: Frame, kwargs: Mapping[str, Any]) -> None:
+    """Refuse, before a prompt runs, what cannot be cut in the middle.
+
+    Raises:
+        CompositionError: a cache whose layers must be equally long, or a prompt in chunks.
+        BadInput: a prompt that is padded on the right.
+    """
+    cache, length = kwargs.get("past_key_values"), frame.ledger.prompt_length
+    if frame.queries < length:
+        raise CompositionError(
+            f"{method.name} must see the whole prompt at once, but this forward holds "
+            f"{frame.queries} of its {length} tokens (chunked prefill, or a later turn over a "
+            "cache). Generate without prefill_chunk_size or past_key_values."
+        )
+    if isinstance(cache, Cache):
+        wrong = {type(x).__name__ for x in cache.layers if type(x) is not DynamicLayer}
+        if wrong or cache.offloading:
+            raise CompositionError(
+                f"{method.name} leaves layers with fewer keys than others, which "
+                f"{', '.join(sorted(wrong)) or 'an offloaded cache'} cannot hold. Generate with a "
+                "dynamic cache, or prune before the language model (hiprune, ...)."
+            )
+    if bool((frame.ledger.kinds[:, length - 1] == PAD).any()):
+        raise BadInput(
+            f"{method.name} looks at the last column of a prompt, which is padded. Pad on the left."
+        )
+
+
+def enter_layer(
+    frame: Frame, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments of a decoder layer for the columns that stay; None: as they are."""
+    method, ledger = frame.stack.drops, frame.ledger
+    if method is None:
+        return None
+    first = method.first_layer(frame.stack.info)
+    if frame.past == 0 and layer == first and method in ledger.seen:  # there is an image
+        ledger.dropped = _drop(method, frame, layer)
+    dropped: Dropped | None = ledger.dropped
+    if dropped is None or layer < dropped.first:
+        return None
+    changed = dict(kwargs)
+    total = frame.past + frame.queries
+    places = dropped.places(total)
+    rows = None
+    if frame.past == 0:  # the prompt, and whatever follows it without a cache
+        rows = places
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if layer == dropped.first:
+            hidden = _take(hidden, places)
+        args = (hidden, *args[1:]) if args else args
+        if not args:
+            changed["hidden_states"] = hidden
+        positions = kwargs.get("position_embeddings")
+        if positions is not None:
+            changed["position_embeddings"] = tuple(_take(x, places) for x in positions)
+        if kwargs.get("position_ids") is not None:
+            ids = kwargs["position_ids"]
+            changed["position_ids"] = _take(ids[..., None], places)[..., 0]
+    filler = torch.nn.functional.pad(dropped.filler, (0, places.shape[1] - dropped.filler.shape[1]))
+    mask = kwargs.get("attention_mask")
+    changed["attention_mask"] = _cut_mask(mask, places, rows, filler)
+    return args, changed
+
+
+def _choose(
+    method: LayerTokenMethod, attention: torch.Tensor, visual: torch.Tensor
+) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """Ask a method which visual tokens of every prompt stay.
+
+    Args:
+        method: prepared.
+        attention: (B, L) float32, what the last prompt token pays to each token.
+        visual: (B, L) bool, which of them are visual tokens.
+
+    Returns:
+        (B, L) bool, the visual tokens that stay; and how many of how many do, for each prompt that
+        has some.
+    """
+    kept, sizes = visual.clone(), []
+    for row, mine in enumerate(visual):
+        count = int(mine.sum())
+        if not count:
+            continue
+        budget = method.budget(count)
+        sizes.append((budget, count))
+        if budget < count:
+            chosen = torch.zeros(count, dtype=torch.bool, device=visual.device)
+            chosen[method.keep(attention[row, mine], budget)] = True
+            kept[row, mine] = chosen
+    return kept, sizes
+
+
+def _drop(method: LayerTokenMethod, frame: Frame, layer: int) -> Dropped | None:
+    """What stays of every prompt; None if everything does."""
+    ledger, call = frame.ledger, frame.call
+    length = ledger.prompt_length
+    visual = ledger.visual()[:, :length]
+    kept, sizes = _choose(method, ledger.seen[method][layer - 1].to(visual.device), visual)
+    copies = len(visual) // (call.rows or len(visual))  # beams and returned sequences agree
+    call.visual_tokens, call.kept = tuple(sizes[::copies]), kept[::copies]
+    if torch.equal(kept, visual):
+        return None
+    keep = (ledger.kinds[:, :length] != PAD) & (kept | ~visual)
+    width = int(keep.sum(1).max())
+    index = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, length - width :]
+    return Dropped(layer, index, ~keep.gather(1, index), length)
+
+
+def _take(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """(..., B or 1, Q, D) at places (B, P) -> (..., B, P, D)."""
+    places = places.to(values.device)
+    values = values.expand(*values.shape[:-3], len(places), *values.shape[-2:])
+    index = places[..., None].expand(*values.shape[:-2], places.shape[1], values.shape[-1])
+    return values.gather(-2, index)
+
+
+def _cut_mask(
+    mask: torch.Tensor | None,
+    places: torch.Tensor,
+    rows: torch.Tensor | None,
+    filler: torch.Tensor,
+) -> torch.Tensor | None:
+    """A mask (B, 1, Q, K), bool or additive, for the columns at `places`, and rows if given.
+
+    Every row sees at least itself: one that sees nothing gives NaN in some implementations.
+    """
+    if mask is None:
+        if not bool(filler.any()):
+            return None
+        visible = ~filler[:, None, None, :]
+        if rows is None:
+            return visible
+        causal = torch.ones(rows.shape[1], rows.shape[1], dtype=torch.bool, device=rows.device)
+        own = torch.eye(rows.shape[1], dtype=torch.bool, device=rows.device)
+        return (visible & causal.tril()) | own
+    if rows is not None:
+        index = rows[:, None, :, None].to(mask.device)
+        mask = mask.gather(2, index.expand(-1, mask.shape[1], -1, mask.shape[3]))
+    index = places[:, None, None, :].to(mask.device)
+    mask = mask.gather(3, index.expand(-1, mask.shape[1], mask.shape[2], -1))
+    hidden = filler[:, None, None, :].to(mask.device)
+    if rows is not None:
+        hidden = hidden & ~torch.eye(rows.shape[1], dtype=torch.bool, device=mask.device)
+    return mask.masked_fill(
+        hidden, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    )

@@ -1,0 +1,255 @@
+"""What edits do to attention rows: the primitives behind the attention function.
+
+One path serves the rows of a prefill, those of a decode step and those that a watcher sees: scores,
+head factors from scores, score edits, mask, softmax, weight edits, values. Plain torch throughout;
+attention.py says which rows, and when the fused kernel takes over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+
+from vlmfix.base.method import AttentionMethod, FusedEdit, Plan
+from vlmfix.kernels import reference
+
+if TYPE_CHECKING:
+    from vlmfix.engine.frame import Frame
+
+__all__ = [
+    "Chosen",
+    "Edit",
+    "HeadFactors",
+    "Inputs",
+    "Step",
+    "as_bool",
+    "count",
+    "edited_rows",
+    "edited_weights",
+    "row_count",
+]
+
+
+class Inputs(NamedTuple):
+    """What transformers hands to an attention function.
+
+    query is (B, H, Q, D), key and value (B, Hkv, K, D); the mask is None, bool (True: visible) or
+    additive, (B, 1 or H, Q or 1, at least K).
+    """
+
+    module: torch.nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    kwargs: dict[str, Any]
+
+    @property
+    def keys(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def scaling(self) -> float:
+        scaling: float | None = self.kwargs.get("scaling")
+        return self.query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    def samples(self, start: int, stop: int) -> Inputs:
+        """The same for some of the B rows of the batch."""
+        cut = slice(start, stop)
+        mask = self.mask if self.mask is None or len(self.mask) == 1 else self.mask[cut]
+        return self._replace(
+            query=self.query[cut], key=self.key[cut], value=self.value[cut], mask=mask
+        )
+
+    def keys_from(self, first: int) -> Inputs:
+        """The same without the keys before `first`, which no row sees."""
+        if not first:
+            return self
+        mask = self.mask if self.mask is None else self.mask[..., first : self.keys]
+        key, value = self.key[:, :, first:], self.value[:, :, first:]
+        return self._replace(key=key, value=value, mask=mask)
+
+    def visible(self, first: int, rows: int) -> torch.Tensor | None:
+        """The mask of the rows from `first`: sliced, or built where transformers leaves it out."""
+        if self.mask is not None:
+            mask = self.mask[..., : self.keys]
+            return mask if mask.shape[2] == 1 else mask[:, :, first : first + rows]
+        causal = self.kwargs.get("is_causal")
+        if causal is None:
+            causal = getattr(self.module, "is_causal", True)
+        if self.query.shape[2] == 1 or not causal:
+            return None
+        # transformers leaves the mask out only where queries and keys both start at position 0.
+        position = torch.arange(first, first + rows, device=self.query.device)
+        key = torch.arange(self.keys, device=self.query.device)
+        return (key[None, :] <= position[:, None])[None, None]
+
+    def scores(self, query: torch.Tensor) -> torch.Tensor:
+        """Scaled scores (B, H, R, K) of some of the rows, before the mask."""
+        return reference.row_scores(query, self.key, self.scaling, self.kwargs.get("softcap"))
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One method at one layer of one prompt; the flags say which functions it overrides."""
+
+    method: AttentionMethod
+    plan: Plan
+    scores: bool
+    weights: bool
+    score_scale: bool
+    heads: bool
+    sees_weights: bool
+    sees_heads: bool
+
+    @classmethod
+    def of(cls, method: AttentionMethod, plan: Plan) -> Edit:
+        names = (
+            "edit_scores", "edit_weights", "score_scale", "head_scale",
+            "observe_weights", "observe_heads",
+        )  # fmt: skip
+        return cls(method, plan, *(method.overrides(name) for name in names))
+
+    @property
+    def edits_rows(self) -> bool:
+        return self.scores or self.weights or self.score_scale
+
+    @property
+    def scales_heads(self) -> bool:
+        return self.heads or self.plan.heads is not None
+
+    @property
+    def live(self) -> bool:
+        """Whether any row of the batch has something to edit here."""
+        return any(self.plan.samples)
+
+    def tensors(self, offset: int, keys: int) -> tuple[torch.Tensor, ...]:
+        """The plan's tensors for the keys that this call sees, then its constants."""
+        sliced = tuple(tensor[:, offset : offset + keys] for tensor in self.plan.tensors)
+        return (*sliced, *self.plan.constants)
+
+
+class HeadFactors(NamedTuple):
+    """Factors on the heads of a layer that hold for a prompt: (B, 1, H, 1), as outputs want them.
+
+    `changed` (B, 1, H) bool says where they are not 1.
+    """
+
+    values: torch.Tensor
+    changed: torch.Tensor
+
+    @classmethod
+    def of(cls, factors: torch.Tensor, dtype: torch.dtype) -> HeadFactors:
+        """From (B, H)."""
+        values = factors.to(dtype)[:, None, :, None]
+        return cls(values, values[..., 0] != 1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One edit of a layer, ready for the row of a decode step.
+
+    Attributes:
+        edit: the method and its plan.
+        tensors: the plan's tensors for the keys of this step, and its constants.
+        fused: the same row edit for the fused kernel, for the keys of this step.
+        factors: head factors that hold for this prompt.
+        counter: int64 scalar that takes the number of edited rows; None where a frame counts.
+    """
+
+    edit: Edit
+    tensors: tuple[torch.Tensor, ...]
+    fused: FusedEdit | None
+    factors: HeadFactors | None
+    counter: torch.Tensor | None
+
+
+def count(layer: int, frame: Frame | None, step: Step | None, rows: torch.Tensor | int) -> None:
+    """Add edited rows: to the call, or to the step's counter inside a compiled graph."""
+    if frame is not None:
+        frame.call.count(layer, rows)
+    elif step is not None and step.counter is not None:
+        step.counter.add_(rows.sum() if isinstance(rows, torch.Tensor) else rows)
+
+
+def as_bool(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask as bool with True = visible; additive masks are 0 there."""
+    return mask if mask is None or mask.dtype == torch.bool else mask == 0
+
+
+#: A step (None in a prefill), its edit, the tensors of its plan, and the rows (B, R) that it edits
+#: (None: all of them).
+Chosen: TypeAlias = (
+    "Sequence[tuple[Step | None, Edit, tuple[torch.Tensor, ...], torch.Tensor | None]]"
+)
+
+
+def edited_rows(
+    layer: int,
+    frame: Frame | None,
+    edits: Chosen,
+    inputs: Inputs,
+    query: torch.Tensor,
+    visible: torch.Tensor | None,
+) -> torch.Tensor:
+    """Edited attention for the rows in `query` (B, H, R, D) -> (B, R, H, D)."""
+    weights, factors = edited_weights(layer, frame, edits, inputs, query, visible)
+    output = reference.attend(weights, inputs.value)
+    if factors is not None:
+        output = output * factors[..., None].to(output.dtype)
+    return output.transpose(1, 2)
+
+
+def edited_weights(
+    layer: int,
+    frame: Frame | None,
+    edits: Chosen,
+    inputs: Inputs,
+    query: torch.Tensor,
+    visible: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Softmax rows (B, H, R, K) after every edit, and factors (B, H, R) on the head outputs."""
+    scores = inputs.scores(query)
+    factors: torch.Tensor | None = None
+    for step, edit, plan, chosen in edits:
+        if edit.score_scale:
+            # A sliding layer's cache drops what its mask would hide: both must look the same.
+            shown = as_bool(visible)
+            seen = scores if shown is None else scores.masked_fill(~shown, 0.0)
+            scale = edit.method.score_scale(seen, *plan)
+            if chosen is not None:
+                scale = torch.where(chosen[:, None, :], scale, torch.ones_like(scale))
+            factors = scale if factors is None else factors * scale
+            count(layer, frame, step, scale != 1)
+    for step, edit, plan, chosen in edits:
+        if edit.scores:
+            edited = edit.method.edit_scores(scores, *plan)
+            scores = edited if chosen is None else _where(chosen, edited, scores)
+            count(layer, frame, step, row_count(edit, chosen, query))
+    weights = torch.softmax(reference.mask_scores(scores, visible), dim=-1)
+    for step, edit, plan, chosen in edits:
+        if edit.weights:
+            edited, changed = edit.method.edit_weights(weights, *plan)
+            if chosen is not None:
+                edited = _where(chosen, edited, weights)
+                changed = changed & chosen[:, None, :]
+            weights = edited
+            count(layer, frame, step, changed)
+    return weights, factors
+
+
+def _where(rows: torch.Tensor, edited: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
+    return torch.where(rows[:, None, :, None], edited, plain)
+
+
+def row_count(edit: Edit, chosen: torch.Tensor | None, query: torch.Tensor) -> int:
+    """Edited rows x heads of a score edit: rows of samples that have something to edit."""
+    heads, rows = query.shape[1], query.shape[2]
+    if chosen is None:
+        return sum(edit.plan.samples) * heads * rows
+    per_sample = chosen.sum(1).tolist()
+    pairs = zip(edit.plan.samples, per_sample, strict=True)
+    return heads * int(sum(count for live, count in pairs if live))

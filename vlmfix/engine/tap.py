@@ -1,0 +1,715 @@
+"""Reading the attention of chosen vision-tower layers, without changing what the tower returns.
+
+Methods that weigh or drop visual tokens by what the image encoder itself looks at (IMBA, HiPrune,
+VisionZip) need, per patch, how much attention it receives in one or two layers, or its key there.
+A `Tap` computes that beside the tower's own attention: no eager mode, no more than 64 MiB of
+attention rows at once, and the tower's output stays bit for bit the same. It then says which visual
+token each value belongs to.
+
+How: the chosen attention modules get a copy of their configuration that names a function
+registered here, which reads queries and keys and then calls the attention that was there before;
+`get_image_features` is shadowed on the model, so that a tap knows where an encoding starts and
+ends, what its images are, and how many visual tokens came out. Videos are encoded unread.
+
+Families and how their patches become visual tokens (`_FAMILIES`):
+
+    LLaVA, PaliGemma                  one patch, one token; the class token, if any, is left out
+    LLaVA-NeXT                        the same per tile, then unpadded, with a newline per row
+    InternVL, SmolVLM, Idefics3,
+    Aya Vision, Gemma 3               a square of patches (pixel shuffle, average pooling)
+    Qwen2-VL, Qwen2.5-VL, Qwen3-VL,
+    GLM-4V                            a square of patches, images of any size, several in a row
+
+Everything else is refused (`_REFUSED` has reasons): where a token is a mixture of patches, as
+behind a Q-Former, a perceiver or an interpolation, no value can be given to it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import math
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, NoReturn
+
+import torch
+from transformers import AttentionInterface
+
+from vlmfix.engine.attention import AttentionOutput, base_attention, in_python
+from vlmfix.errors import BadInput, StateError, UnsupportedModel
+from vlmfix.families import ModelInfo
+from vlmfix.kernels import reference
+
+__all__ = [
+    "EncodedImage",
+    "Received",
+    "Tap",
+    "Tile",
+    "Tower",
+    "describe_tower",
+    "grid_shapes",
+    "packed_index",
+    "received_attention",
+    "tile_shape",
+]
+
+NAME = "vlmfix_tap"  # the name under which transformers dispatches to _tapped_attention
+SLOT = "_vlmfix_tap"  # where an attention module keeps its _Slot
+_CHUNK_BYTES = 64 * 2**20  # attention rows are computed in chunks of at most this many bytes
+
+Layout = Literal["tiles", "packed", "patches"]
+
+
+class _Family(NamedTuple):
+    """How a family encodes images; read from its configuration, never from a checkpoint's name.
+
+    layout: "tiles" (B, channels, height, width), each one image; "packed": such tiles, several to
+        an image, put together by the model's pack_image_features; "patches": the patches of all
+        images on one axis, in squares that become one token, with a grid per image.
+    merge: configuration -> side of the square of patches that becomes one visual token.
+    towers: the `model_type`s of the vision tower that were checked; empty: the family has its own.
+    whole: which of the tiles of a picture, where they fill one run of placeholders, is the picture
+        as a whole at low resolution; None: pictures are one tile, or text parts their tiles.
+    """
+
+    layout: Layout
+    merge: Callable[[Any], int]
+    towers: tuple[str, ...] = ()
+    whole: Literal["first", "last"] | None = None
+
+
+def _one(config: Any) -> int:
+    return 1
+
+
+def _spatial_merge(config: Any) -> int:
+    return int(config.vision_config.spatial_merge_size)
+
+
+def _pooled(config: Any) -> int:
+    # Gemma3MultiModalProjector: average pooling down to mm_tokens_per_image.
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return int(side // math.isqrt(config.mm_tokens_per_image))
+
+
+_PLAIN_TOWERS = ("clip_vision_model", "siglip_vision_model")
+_QWEN = _Family("patches", _spatial_merge)
+
+_FAMILIES: dict[str, _Family] = {
+    "llava": _Family("tiles", _one, _PLAIN_TOWERS),
+    "paligemma": _Family("tiles", _one, _PLAIN_TOWERS),
+    "llava_next": _Family("packed", _one, _PLAIN_TOWERS, whole="first"),
+    "internvl": _Family("tiles", lambda config: round(1 / config.downsample_ratio), whole="last"),
+    "gemma3": _Family("tiles", _pooled, _PLAIN_TOWERS),
+    "smolvlm": _Family("tiles", lambda config: int(config.scale_factor)),
+    "idefics3": _Family("tiles", lambda config: int(config.scale_factor)),
+    "aya_vision": _Family("tiles", lambda config: int(config.downsample_factor), _PLAIN_TOWERS),
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN,
+    "glm4v": _QWEN,
+}
+
+_REFUSED: dict[str, str] = {
+    "llava_onevision": "it interpolates the features of large images between patches",
+    "idefics2": "a perceiver mixes all patches into each visual token",
+    "mistral3": "its tower encodes all images of a batch as one sequence, behind a block mask",
+    "gemma3n": "its tower is a convolutional network",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Tower:
+    """The vision tower of one model.
+
+    Attributes:
+        model_type: the model's family.
+        layers: its attention modules, in order.
+        full_attention: indices of the layers in which every patch attends to its whole image; the
+            others attend within windows, so that values of different windows do not compare.
+        feature_layer: the layer, of those with full attention, whose output the projector gets, or
+            the last one before it.
+        has_cls: whether a class token comes before the patches.
+        merge: side of the square of patches that becomes one visual token.
+        layout, whole: see `_Family`.
+        module: the tower itself.
+        host: the module whose `get_image_features` runs it.
+    """
+
+    model_type: str
+    layers: tuple[torch.nn.Module, ...] = field(repr=False)
+    full_attention: tuple[int, ...]
+    feature_layer: int
+    has_cls: bool
+    merge: int
+    layout: Layout
+    whole: Literal["first", "last"] | None
+    module: torch.nn.Module = field(repr=False)
+    host: torch.nn.Module = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Received:
+    """What the N visual tokens of one tile receive in one layer; a merged token has the mean.
+
+    The tensors are on the device of that layer.
+
+    Attributes:
+        column: (N,) float32, attention received per patch, mean over heads and queries (the class
+            token asks, too). Over all keys it sums to 1.
+        cls: (N,) float32, attention received from the class token, mean over heads; None where
+            the tower has no class token.
+        key: (N, D) float32, the key vector as the attention gets it (rotated where the tower has
+            rotary positions), mean over heads.
+    """
+
+    column: torch.Tensor
+    cls: torch.Tensor | None
+    key: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What the tower saw as one image: a grid of visual tokens, row by row."""
+
+    rows: int
+    columns: int
+    received: dict[int, Received]
+    """By layer."""
+    cls_output: torch.Tensor | None = None
+    """(d,) float32, the class token behind the tower's last block; None where there is none."""
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """One image: its tiles, and which of their tokens stand where in the prompt.
+
+    Families that hand their crops over as images of their own (InternVL, SmolVLM, Idefics3) have
+    one tile per crop in one `EncodedImage` each; LLaVA-NeXT has all crops of an image in one.
+
+    Attributes:
+        tiles: in the order of the encoder; LLaVA-NeXT's whole view first.
+        index: (n,) int64, for each placeholder of the image in the prompt: its token within the
+            tiles put one after the other, or -1 for a newline, which comes from no patch. Tokens
+            that the model drops (padding of an image that does not fill its tiles) are absent.
+    """
+
+    tiles: tuple[Tile, ...]
+    index: torch.Tensor
+
+    def to_visual_tokens(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Bring one value per token of each tile to the placeholders of the prompt.
+
+        Args:
+            values: one (N,) tensor per tile, in the order of `tiles`.
+
+        Returns:
+            (n,) float32, NaN at newlines.
+
+        Raises:
+            BadInput: not one value per token and tile.
+        """
+        sizes = [tile.rows * tile.columns for tile in self.tiles]
+        given = [tuple(value.shape) for value in values]
+        if given != [(size,) for size in sizes]:
+            raise BadInput(
+                f"values of shapes {given} for tiles of {sizes} visual tokens: give one value per "
+                "token, one tensor per tile."
+            )
+        # A newline's index, -1, takes the NaN at the end.
+        flat = torch.cat([*values, values[0].new_full((1,), math.nan, dtype=torch.float32)])
+        return flat[self.index]
+
+
+def describe_tower(model: Any, info: ModelInfo) -> Tower:
+    """Find the vision tower's attention and how its patches become visual tokens.
+
+    Args:
+        model: the model that `info` describes.
+        info: its description.
+
+    Raises:
+        UnsupportedModel: a family, or a tower in it, whose visual tokens cannot be traced to
+            patches, or that nobody has checked.
+    """
+    family = _FAMILIES.get(info.model_type)
+    if family is None:
+        reason = _REFUSED.get(info.model_type, "nobody has checked which patches make its tokens")
+        raise _refusal(info, reason)
+    module = model.get_encoder(modality="image")
+    kind = str(module.config.model_type)
+    if family.towers and kind not in family.towers:
+        raise _refusal(info, f"its vision tower is of type {kind!r}, which was not checked")
+    names = [name for name, _ in module.named_parameters()]
+    has_cls = any(name.endswith(("class_embedding", "cls_token")) for name in names)
+    strategy = getattr(model.config, "vision_feature_select_strategy", None)
+    if strategy is not None and has_cls != (strategy == "default"):
+        raise _refusal(
+            info,
+            f"vision_feature_select_strategy={strategy!r} on a tower "
+            f"{'with' if has_cls else 'without'} a class token leaves no token per patch",
+        )
+    # CLIP, SigLIP and the like record the outputs of this class when asked for attentions.
+    attention = module._can_record_outputs["attentions"]
+    layers = tuple(child for child in module.modules() if isinstance(child, attention))
+    windowed = getattr(module.config, "fullatt_block_indexes", None)
+    full = tuple(range(len(layers)) if windowed is None else sorted(windowed))
+    used = _feature_layer(getattr(model.config, "vision_feature_layer", -1), len(layers))
+    return Tower(
+        model_type=info.model_type,
+        layers=layers,
+        full_attention=full,
+        feature_layer=max((layer for layer in full if layer <= used), default=full[0]),
+        has_cls=has_cls,
+        merge=family.merge(model.config),
+        layout=family.layout,
+        whole=family.whole,
+        module=module,
+        host=model.base_model,
+    )
+
+
+def _feature_layer(hidden: int | Sequence[int], count: int) -> int:
+    """The layer that makes the hidden states of this index, of which 0 are the embeddings.
+
+    Of several indices, whose hidden states go to the projector side by side, the last layer.
+    """
+    indices = [hidden] if isinstance(hidden, int) else hidden
+    return max(0, max(index % (count + 1) for index in indices) - 1)
+
+
+def _refusal(info: ModelInfo, reason: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"the vision tower of model type {info.model_type!r} cannot be read: {reason}. Use a "
+        "method that does not ask for encoder attention, or add the family to _FAMILIES in "
+        "vlmfix/engine/tap.py."
+    )
+
+
+@torch.no_grad()
+def received_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+    chunk_bytes: int = _CHUNK_BYTES,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much attention each key receives, and how much from the first query.
+
+    Args:
+        query: (B, H, Q, D).
+        key: (B, Hkv, K, D), not repeated.
+        scaling: factor on the dot products.
+        mask: (B, 1, Q or 1, K), bool (True: visible) or additive, on keys that are padding; the
+            same positions then do not count as queries. None: no padding.
+        chunk_bytes: size of the softmax rows that are held at once.
+
+    Returns:
+        Two (B, K) float32: the mean over heads and queries, and the mean over heads of query 0.
+    """
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    asks: torch.Tensor | None = None
+    if mask is not None:
+        mask = mask.expand(batch, mask.shape[1], queries, keys)
+        visible = mask if mask.dtype == torch.bool else mask == 0
+        asks = visible[:, 0].diagonal(dim1=1, dim2=2)
+    key = key.float()
+    total = torch.zeros(batch, keys, device=query.device)
+    first = total
+    step = max(1, chunk_bytes // (4 * batch * heads * keys))
+    for start in range(0, queries, step):
+        rows = slice(start, start + step)
+        scores = reference.row_scores(query[:, :, rows].float(), key, scaling)
+        scores = reference.mask_scores(scores, None if mask is None else mask[:, :, rows])
+        weights = torch.softmax(scores, dim=-1)
+        if start == 0:
+            first = weights[:, :, 0].mean(1)
+        if asks is not None:
+            weights = weights * asks[:, None, rows, None]
+        total += weights.sum(dim=(1, 2))
+    count = queries if asks is None else asks.sum(1, keepdim=True)
+    return total / (heads * count), first
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """What a tapped attention module needs: its tap, its index, the attention it replaced."""
+
+    tap: Tap
+    layer: int
+    base: Callable[..., AttentionOutput]
+
+
+#: Per layer and call of the attention function, the pair of `received_attention` and the keys
+#: (B, K, D), mean over heads.
+_Calls = dict[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]
+
+
+class Tap:
+    """Reads the attention of some layers of a vision tower, each time images are encoded.
+
+    While attached, an encoding costs the attention rows of the chosen layers once more; nothing
+    else is slower. Results belong to the thread that encoded:
+
+        tower = describe_tower(model, info)
+        with Tap(tower, (0, len(tower.layers) - 2)) as tap:
+            model.generate(**inputs)
+            for image in tap.take(): ...
+
+    generate() encodes all images of its batch once, before beams are expanded; a bare forward
+    encodes inside itself, before the decoder runs. Images come in the order of the prompts, row by
+    row, as their placeholders do.
+
+    Args:
+        tower: from `describe_tower`.
+        layers: indices of the layers to read, from 0.
+
+    Raises:
+        BadInput: no layer, or one that the tower does not have.
+    """
+
+    def __init__(self, tower: Tower, layers: Iterable[int]) -> None:
+        self.tower = tower
+        self.layers = tuple(sorted(set(layers)))
+        last = len(tower.layers) - 1
+        if not self.layers or self.layers[0] < 0 or self.layers[-1] > last:
+            raise BadInput(
+                f"tap layers {self.layers} of the vision tower of {tower.model_type!r}: give at "
+                f"least one index from 0 to {last}."
+            )
+        self._local = threading.local()
+        self._configs: dict[int, Any] = {}
+        self._shadowed: dict[str, Any] = {}
+
+    def attach(self) -> None:
+        """Put the tap in; where it cannot, the model is left as it was.
+
+        Raises:
+            StateError: this tower has a tap already.
+            UnsupportedModel: the tower runs flash or flex attention.
+        """
+        tower = self.tower
+        if any(SLOT in layer.__dict__ for layer in tower.layers):
+            raise StateError(
+                f"the vision tower of this {tower.model_type!r} model has a tap already. Detach it "
+                "first, or attach one tap with the layers of both."
+            )
+        for layer in self.layers:
+            module: Any = tower.layers[layer]
+            implementation = module.config._attn_implementation
+            if implementation not in ("sdpa", "eager", None):
+                raise UnsupportedModel(
+                    f"the vision tower runs {implementation!r} attention, which the tap cannot "
+                    "stand in for. Switch the tower, the language model may stay as it is: "
+                    'model.set_attn_implementation({"vision_config": "sdpa"}).'
+                )
+        host: Any = tower.host
+        shadows = {"get_image_features": self._reading(host.get_image_features)}
+        if hasattr(host, "get_video_features"):
+            shadows["get_video_features"] = self._unread(host.get_video_features)
+        for layer in self.layers:
+            module = tower.layers[layer]
+            module.__dict__[SLOT] = _Slot(self, layer, base_attention(module))
+            self._configs[layer] = module.config
+            # The tower keeps its own configuration, so it goes on making its native masks.
+            override = copy.copy(module.config)
+            override._attn_implementation_internal = NAME
+            module.config = override
+        for name, shadow in shadows.items():
+            self._shadowed[name] = host.__dict__.get(name)
+            host.__dict__[name] = shadow
+
+    def detach(self) -> None:
+        """Take the tap out; the model is then bit for bit what it was. Twice does no harm."""
+        for layer, config in self._configs.items():
+            module: Any = self.tower.layers[layer]
+            module.config = config
+            del module.__dict__[SLOT]
+        self._configs.clear()
+        for name, own in self._shadowed.items():
+            if own is None:
+                del self.tower.host.__dict__[name]
+            else:
+                self.tower.host.__dict__[name] = own
+        self._shadowed.clear()
+
+    def __enter__(self) -> Tap:
+        self.attach()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def take(self) -> list[EncodedImage]:
+        """The images of this thread's last encoding, which is then forgotten; [] if none."""
+        images: list[EncodedImage] = self._local.__dict__.pop("images", [])
+        return images
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise StateError(
+            "a model with a tap in its vision tower cannot be copied or pickled. Call detach() "
+            "(or vlmfix.unwrap(model)) first."
+        )
+
+    def __reduce__(self) -> NoReturn:
+        self.__deepcopy__({})
+
+    def _reading(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        """A stand-in for get_image_features; generate() reads its signature, hence `wraps`."""
+        signature = inspect.signature(encode)
+
+        @functools.wraps(encode)
+        def encode_and_read(*args: Any, **kwargs: Any) -> Any:
+            if getattr(self._local, "video", False):
+                return encode(*args, **kwargs)
+            calls: _Calls = {layer: [] for layer in self.layers}
+            self._local.images = []
+            self._local.calls = calls
+            try:
+                output = encode(*args, **kwargs)
+            finally:
+                self._local.calls = None
+            arguments = signature.bind(*args, **kwargs).arguments
+            hidden, features = (
+                output[:2]
+                if isinstance(output, tuple)
+                else (output.last_hidden_state, output.pooler_output)
+            )
+            self._local.images = _images(self.tower, calls, arguments, features, hidden)
+            return output
+
+        return in_python(encode_and_read)
+
+    def _unread(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        """A stand-in for get_video_features, which in Qwen3-VL calls get_image_features."""
+
+        @functools.wraps(encode)
+        def encode_unread(*args: Any, **kwargs: Any) -> Any:
+            self._local.video = True
+            try:
+                return encode(*args, **kwargs)
+            finally:
+                self._local.video = False
+
+        return in_python(encode_unread)
+
+    def _record(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float | None,
+    ) -> None:
+        calls: _Calls | None = getattr(self._local, "calls", None)
+        if calls is not None:  # None: a video, or a tower that somebody runs by itself
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            column, first = received_attention(query, key, scaling, mask)
+            calls[layer].append((column, first, key.detach().mean(1, dtype=torch.float32)))
+
+
+@in_python
+def _tapped_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> AttentionOutput:
+    """transformers' attention signature: query (B, H, Q, D), key and value (B, Hkv, K, D)."""
+    slot: _Slot = module.__dict__[SLOT]
+    slot.tap._record(slot.layer, query, key, attention_mask, kwargs.get("scaling"))
+    return slot.base(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(NAME, _tapped_attention)
+
+
+# -- from patches to visual tokens ----------------------------------------------------------------
+
+
+def _images(
+    tower: Tower,
+    calls: _Calls,
+    arguments: dict[str, Any],
+    features: Any,
+    hidden: torch.Tensor,
+) -> list[EncodedImage]:
+    """What one encoding gave, image by image.
+
+    Args:
+        tower: the tower.
+        calls: what its attention modules recorded.
+        arguments: those of `get_image_features`, by name.
+        features: the projected features: a list of (n, D), or one (images, n, D) tensor.
+        hidden: what the last block of the tower made of its tokens; only read where it has a class
+            token, and then (tiles, 1 + patches, d).
+
+    Raises:
+        UnsupportedModel: a layer that did not run, or another number of visual tokens than the
+            family's rule gives.
+    """
+    silent = [layer for layer, found in calls.items() if not found]
+    if silent:
+        raise UnsupportedModel(
+            f"layers {silent} of the vision tower of {tower.model_type!r} did not run attention "
+            "that the tap could read. Ask for other layers."
+        )
+    images = _LAYOUTS[tower.layout](tower, calls, arguments)
+    expected = sum(len(image.index) for image in images)
+    tokens = sum(math.prod(part.shape[:-1]) for part in features)
+    if tokens != expected:
+        raise UnsupportedModel(
+            f"the vision tower of {tower.model_type!r} made {tokens} visual tokens where the tap "
+            f"counts {expected}, so its values would go to the wrong tokens. Call the model with "
+            "the arguments of its processor and the feature settings of its configuration."
+        )
+    if not tower.has_cls:
+        return images
+    # A copy: a view would keep the hidden states of all patches.
+    outputs = iter(hidden.detach()[:, 0].to(torch.float32, copy=True))
+    return [
+        replace(one, tiles=tuple(replace(t, cls_output=next(outputs)) for t in one.tiles))
+        for one in images
+    ]
+
+
+def _tiles(tower: Tower, calls: _Calls, arguments: dict[str, Any]) -> list[EncodedImage]:
+    """Every tile is an image of its own."""
+    return [
+        EncodedImage((tile,), torch.arange(tile.rows * tile.columns, device=_device(calls)))
+        for tile in _square_tiles(tower, calls, arguments)
+    ]
+
+
+def _packed(tower: Tower, calls: _Calls, arguments: dict[str, Any]) -> list[EncodedImage]:
+    """LLaVA-NeXT: several tiles per image."""
+    tiles = _square_tiles(tower, calls, arguments)
+    images = []
+    for size in arguments["image_sizes"]:
+        count, index = packed_index(tower, size, tiles[0].rows * tiles[0].columns)
+        own, tiles = tuple(tiles[:count]), tiles[count:]
+        images.append(EncodedImage(own, index.to(_device(calls))))
+    return images
+
+
+def _patches(tower: Tower, calls: _Calls, arguments: dict[str, Any]) -> list[EncodedImage]:
+    """Patches of all images on one axis, in squares; the tower calls attention per segment."""
+    config: Any = tower.module.config
+    grids = arguments["image_grid_thw"]
+    order: torch.Tensor | None = None
+    if hasattr(config, "window_size"):  # Qwen2.5-VL sorts its patches by window
+        from transformers.vision_utils import get_vision_window_index
+
+        window_index, _ = get_vision_window_index(
+            grids,
+            spatial_merge_size=tower.merge,
+            window_size=config.window_size,
+            patch_size=config.patch_size,
+        )
+        order = torch.argsort(window_index).to(_device(calls))
+    shapes = grid_shapes(tower, grids)
+    sizes = [rows * columns for rows, columns in shapes]
+
+    def fold(values: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        patches = torch.cat([value.flatten(0, 1) for value in values])
+        tokens = patches.view(-1, tower.merge**2, *patches.shape[1:]).mean(1)
+        return torch.split(tokens if order is None else tokens[order], sizes)
+
+    by_layer = {}
+    for layer, found in calls.items():
+        columns, _, keys = zip(*found, strict=True)
+        by_layer[layer] = [
+            Received(column, None, key)
+            for column, key in zip(fold(columns), fold(keys), strict=True)
+        ]
+    return [
+        EncodedImage(
+            (Tile(rows, columns, dict(zip(by_layer, received, strict=True))),),
+            torch.arange(rows * columns, device=_device(calls)),
+        )
+        for (rows, columns), *received in zip(shapes, *by_layer.values(), strict=True)
+    ]
+
+
+_LAYOUTS = {"tiles": _tiles, "packed": _packed, "patches": _patches}
+
+
+def _square_tiles(tower: Tower, calls: _Calls, arguments: dict[str, Any]) -> list[Tile]:
+    """The tiles of one call per layer, without the class token, folded to visual tokens."""
+    height, width = arguments["pixel_values"].shape[-2:]
+    merge, has_cls = tower.merge, int(tower.has_cls)
+    rows, columns = tile_shape(tower, height, width)
+
+    def fold(values: torch.Tensor) -> torch.Tensor:
+        if values.shape[1] != has_cls + rows * columns * merge**2:
+            raise UnsupportedModel(
+                f"the vision tower of {tower.model_type!r} sees {values.shape[1] - has_cls} "
+                f"patches in {height} x {width} pixels, which are no {rows} x {columns} squares "
+                f"of {merge} x {merge}. Give it images of the size that its processor makes."
+            )
+        patches = values[:, has_cls:]
+        squares = patches.view(-1, rows, merge, columns, merge, *values.shape[2:])
+        return squares.mean(dim=(2, 4)).flatten(1, 2)
+
+    by_layer = {}
+    for layer, ((column, first, key),) in calls.items():  # one call: all tiles are one batch
+        heard = [None] * len(first) if not has_cls else list(fold(first))
+        by_layer[layer] = [
+            Received(*values) for values in zip(fold(column), heard, fold(key), strict=True)
+        ]
+    return [
+        Tile(rows, columns, dict(zip(by_layer, received, strict=True)))
+        for received in zip(*by_layer.values(), strict=True)
+    ]
+
+
+def tile_shape(tower: Tower, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of visual tokens in a tile of so many pixels; not for layout "patches"."""
+    config: Any = tower.module.config
+    size = config.patch_size
+    patch = (size, size) if isinstance(size, int) else size
+    return height // patch[0] // tower.merge, width // patch[1] // tower.merge
+
+
+def grid_shapes(tower: Tower, grids: torch.Tensor) -> list[tuple[int, int]]:
+    """Rows and columns of visual tokens per image: grids (images, 3) in frames and patches."""
+    return [(t * h // tower.merge, w // tower.merge) for t, h, w in grids.tolist()]
+
+
+def packed_index(tower: Tower, size: torch.Tensor, tokens: int) -> tuple[int, torch.Tensor]:
+    """How LLaVA-NeXT packs one image: the model's own packing, run on numbers.
+
+    Args:
+        tower: of layout "packed".
+        size: (2,) height and width of the image in pixels.
+        tokens: visual tokens of one tile.
+
+    Returns:
+        The number of its tiles, and `EncodedImage.index`.
+    """
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    host: Any = tower.host
+    config = host.config
+    count = image_size_to_num_patches(
+        size, config.image_grid_pinpoints, config.vision_config.image_size
+    )
+    numbers = torch.arange(count * tokens).view(count, tokens, 1)
+    (index,), _ = host.pack_image_features(
+        [numbers],
+        [size],
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        image_newline=torch.tensor([-1]),
+    )
+    return count, index[:, 0]
+
+
+def _device(calls: _Calls) -> torch.device:
+    """Where the tower computes."""
+    return next(iter(calls.values()))[0][0].device

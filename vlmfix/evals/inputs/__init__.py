@@ -1,0 +1,1 @@
+"""What a benchmark reads: images, questions, answers."""

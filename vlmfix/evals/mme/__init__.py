@@ -1,0 +1,1 @@
+"""MME's hallucination subset."""

@@ -1,0 +1,216 @@
+"""POPE as a table that holds its pictures: parquet files, hub data sets, VLMEvalKit's .tsv.
+
+Formats: lmms-eval's hub set `lmms-lab/POPE`, also of the name `lmms-lab-encoder/POPE` (columns
+question_id, question, answer, image_source, image, category), read by `datasets` from the hub and
+from parquet files on disk alike; open-compass/VLMEvalKit POPE.tsv (index, image in base64,
+question, answer, category, which may name several splits).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmfix.errors import BadInput
+from vlmfix.evals.inputs.coco import CocoData
+from vlmfix.evals.inputs.rows import Row, read_rows
+from vlmfix.evals.pope.files import QuestionFile, image_name, load_splits, question_splits
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["QuestionTable", "open_images", "question_source"]
+
+_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?::[\w.-]+)?")
+_FILES = (".json", ".jsonl", ".zip", ".tsv", ".parquet")
+#: A shorter text in the image column of a .tsv is the index of the row that holds the picture.
+_REFERENCE = 64
+
+
+def open_images(path: str | Path | None) -> CocoData | QuestionTable:
+    """Pictures for POPE and CHAIR: COCO-format data, or a table of POPE questions.
+
+    Args:
+        path: COCO-format folder or .zip; a .parquet or .tsv file, a folder of parquet files, or a
+            hub name, "lmms-lab/POPE" or with its configuration "lmms-lab/POPE:Full". None: the
+            bundled evaluation images.
+
+    Raises:
+        BadInput: none of these.
+    """
+    return QuestionTable(path) if path is not None and _is_table(path) else CocoData.open(path)
+
+
+def question_source(path: str | Path) -> dict[str, QuestionFile]:
+    """Split -> questions of a question file or a table; one split "" where none is named.
+
+    Raises:
+        BadInput: as `pope_files.load_splits` and `QuestionTable`.
+    """
+    return QuestionTable(path).splits if _is_table(path) else load_splits(path)
+
+
+def _is_table(path: str | Path) -> bool:
+    source = Path(path)
+    if source.is_dir():
+        return any(source.glob("*.parquet"))
+    return source.suffix in (".tsv", ".parquet") or _is_hub_name(path)
+
+
+def _is_hub_name(path: str | Path) -> bool:
+    known = Path(path).exists() or Path(path).suffix in _FILES
+    return not known and _HUB.fullmatch(str(path)) is not None
+
+
+class QuestionTable:
+    """POPE questions with their pictures; a `tasks.DataSource`.
+
+    Args:
+        source: as `open_images` takes a table.
+
+    Attributes:
+        name: file name or hub name.
+        splits: split -> questions.
+
+    Raises:
+        BadInput: not there, not such a table, or `datasets` is not installed.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        self.name = str(source) if _is_hub_name(source) else Path(source).name
+        self._pictures: dict[str, Callable[[], bytes]] = {}
+        tsv = Path(source).suffix == ".tsv"
+        rows = self._read_tsv(Path(source)) if tsv else self._read_datasets(source)
+        self.splits: dict[str, QuestionFile] = question_splits(rows, str(source))
+
+    def _read_tsv(self, path: Path) -> list[Row]:
+        rows = read_rows(path, "POPE questions")
+        holders = {row.values.get("index"): row for row in rows}
+        named = []
+        for row in rows:
+            content = row.first("image") or ""
+            if 0 < len(content) <= _REFERENCE and content in holders:
+                holder = holders[content]
+            else:
+                holder = row
+            encoded = holder.first("image") or ""
+            name = row.first("image_source", "image_path") or holder.first("index")
+            named.append(Row(row.where, {**row.values, "image": name}))
+            if len(encoded) > _REFERENCE:
+                read = partial(base64.b64decode, encoded, validate=True)
+                self._pictures.setdefault(image_name(name) or "", read)
+        return named
+
+    def _read_datasets(self, source: str | Path) -> list[Row]:
+        rows = []
+        for split, table in _load(source).items():
+            # The pictures are read one at a time, when they are asked for.
+            columns = [name for name in table.column_names if name != "image"]
+            for number, values in enumerate(table.select_columns(columns)):
+                name = image_name(values.get("image_source", values.get("image_path")))
+                name = name or f"{split}-{number}"
+                if not {"train", "test"} & {split}:
+                    values = {"category": split, **values}
+                rows.append(Row(f"{source}, {split} row {number + 1}", {**values, "image": name}))
+                if "image" in table.column_names:
+                    self._pictures.setdefault(name, partial(_cell, table, number))
+        return rows
+
+    @property
+    def sha256(self) -> str:
+        """Fingerprint of the questions and of all pictures."""
+        digest = hashlib.sha256()
+        for split, file in self.splits.items():
+            rows = [asdict(question) for question in file.questions]
+            digest.update(json.dumps([split, rows, sorted(file.follows.items())]).encode())
+        for name in sorted(self._pictures):
+            digest.update(self._read(name))
+        return digest.hexdigest()
+
+    def require_images(self, names: Sequence[str]) -> None:
+        """Check that the pictures are there.
+
+        Raises:
+            BadInput: some are missing; the message names the first ones.
+        """
+        missing = [name for name in names if name not in self._pictures]
+        if missing:
+            raise BadInput(
+                f"{self.name} holds no picture of {len(missing)} of {len(names)} images, first "
+                f"{', '.join(missing[:3])}: pass the pictures with --data and these questions with "
+                "--questions"
+            )
+
+    def image(self, name: str) -> Image.Image:
+        """The picture of that name, in RGB.
+
+        Raises:
+            BadInput: it is missing or cannot be decoded.
+        """
+        from PIL import Image, UnidentifiedImageError
+
+        self.require_images([name])
+        try:
+            return Image.open(BytesIO(self._read(name))).convert("RGB")
+        except (UnidentifiedImageError, OSError) as error:
+            raise BadInput(f"{self.name}: {name} is not a readable image ({error})") from None
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return self._pictures[name]()
+        except (binascii.Error, ValueError, TypeError) as error:
+            raise BadInput(f"{self.name}: {name} is not a readable image ({error})") from None
+
+
+def _cell(table: Any, number: int) -> bytes:
+    """The bytes of a picture as a parquet cell holds them: bare, or as {"bytes", "path"}."""
+    cell = table[number]["image"]
+    content = cell.get("bytes") if isinstance(cell, Mapping) else cell
+    if not isinstance(content, bytes):
+        raise TypeError(f"the cell holds {type(content).__name__} instead of bytes")
+    return content
+
+
+def _load(source: str | Path) -> Mapping[str, Any]:
+    """Split -> data set, pictures not decoded."""
+    try:
+        import datasets
+    except ImportError:
+        raise BadInput(
+            f"reading {source} needs the package datasets: pip install 'vlmfix[eval]'"
+        ) from None
+    path = Path(source)
+    try:
+        if _is_hub_name(source):
+            repository, _, configuration = str(source).partition(":")
+            tables = datasets.load_dataset(repository, configuration or None)
+        else:
+            files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+            if not all(file.exists() for file in files):
+                raise FileNotFoundError(f"no such file: {path}")
+            tables = datasets.load_dataset("parquet", data_files=[str(file) for file in files])
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).partition("\n")[0]
+        if _is_hub_name(source):
+            raise BadInput(
+                f"no data at {source}, nor a data set of that name on the hub that can be read "
+                f"from here ({reason}): pass a folder, a .zip or a parquet file that is there"
+            ) from None
+        raise BadInput(
+            f"cannot read the questions {source} ({reason}): fetch or write the file again"
+        ) from None
+    return {
+        split: table.cast_column("image", datasets.Image(decode=False))
+        if isinstance(table.features.get("image"), datasets.Image)
+        else table
+        for split, table in tables.items()
+    }

@@ -1,0 +1,1 @@
+"""Tables, score cards and plots of finished runs."""

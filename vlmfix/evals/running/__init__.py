@@ -1,0 +1,1 @@
+"""How a run goes: batches, records, processes, resuming."""

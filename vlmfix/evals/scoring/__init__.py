@@ -1,0 +1,1 @@
+"""Figures from answers: metrics, intervals, controls."""
