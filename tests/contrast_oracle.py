@@ -19,8 +19,8 @@ from tiny_configs import IMAGE
 from transformers import LogitsProcessor
 
 import vlmfix
+from vlmfix.base.attention import AttentionMethod
 from vlmfix.base.contrast import Branch, ContrastMethod, Prompt
-from vlmfix.base.method import AttentionMethod
 from vlmfix.engine.session import SESSION
 from vlmfix.families import describe_model
 from vlmfix.families.surgeon import module_state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vlmfix.base.method import AttentionMethod, Plan
+from vlmfix.base.attention import AttentionMethod, Plan
 from vlmfix.kernels.reference import attend, attend_rows, mask_scores, row_scores
 
 

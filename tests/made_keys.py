@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vlmfix.base.method import Keys
+from vlmfix.base.attention import Keys
 from vlmfix.engine.ledger import Ledger
 
 

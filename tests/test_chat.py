@@ -15,7 +15,7 @@ from transformers import TextStreamer
 
 import vlmfix
 from vlmfix import emoji
-from vlmfix.base.method import PixelMethod
+from vlmfix.base.pixels import PixelMethod
 from vlmfix.chat import Answer, encode_chats, split_chat
 
 PROMPT = "Describe the image."

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 import vlmfix
 import vlmfix.engine.attention
-from vlmfix.base.method import AttentionMethod
+from vlmfix.base.attention import AttentionMethod
 from vlmfix.base.pruning import PruningMethod, TokenMethod
 
 cells = pytest.mark.parametrize(("row", "name"), CELLS, ids=IDS)

@@ -17,8 +17,8 @@ from transformers import DynamicCache
 
 import vlmfix
 import vlmfix.engine.ledger
+from vlmfix.base.attention import AttentionMethod
 from vlmfix.base.contrast import ContrastMethod
-from vlmfix.base.method import AttentionMethod
 from vlmfix.base.pruning import PruningMethod
 from vlmfix.errors import (
     BadInput,

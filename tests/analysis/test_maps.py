@@ -18,11 +18,11 @@ from torch import Tensor
 import vlmfix
 import vlmfix.engine.edits
 from vlmfix import AttentionMap, attention_map
-from vlmfix.base.method import AttentionMethod, Keys, Plan
+from vlmfix.base.attention import AttentionMethod, Keys, Plan
 from vlmfix.chat import chat_inputs
-from vlmfix.engine.tap import describe_tower
 from vlmfix.errors import BadInput, StateError, UnsupportedModel
 from vlmfix.families import describe_model
+from vlmfix.families.tower import describe_tower
 
 Inputs = dict[str, Any]
 

@@ -15,9 +15,9 @@ import vlmfix
 import vlmfix.engine.attention
 import vlmfix.engine.prelude
 import vlmfix.engine.session
-from vlmfix.base.method import AttentionMethod, Keys, Plan, Prelude, Watcher
-from vlmfix.engine.tap import Received, Tower
+from vlmfix.base.attention import AttentionMethod, Keys, Plan, Prelude, Watcher
 from vlmfix.families import ModelInfo, describe_model
+from vlmfix.families.tower import Received, Tower
 from vlmfix.kernels import reference
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from vlmfix.engine.ledger import GENERATED, IMAGE, PAD, TEXT, Ledger
+from vlmfix.engine.ledger import Ledger
+from vlmfix.families.kinds import GENERATED, IMAGE, PAD, TEXT
 
 CPU = torch.device("cpu")
 

@@ -35,14 +35,15 @@ from transformers import CompileConfig, DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 import vlmfix
+from vlmfix.base.attention import AttentionMethod, Keys, Plan, lift_scores
 from vlmfix.base.contrast import Branch, ContrastMethod, Prompt
-from vlmfix.base.method import AttentionMethod, Keys, Plan, lift_scores
 from vlmfix.base.pruning import Kept, TokenMethod, VisualTokens
 from vlmfix.engine.session import SESSION
 from vlmfix.engine.shortening import Reduction
-from vlmfix.engine.tap import Tap, describe_tower
+from vlmfix.engine.tap import Tap
 from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
 from vlmfix.families import ModelInfo, describe_model
+from vlmfix.families.tower import describe_tower
 from vlmfix.methods.avc import AttentionalVisionCalibration
 from vlmfix.methods.imba import PayAttentionToInformedTokens
 from vlmfix.methods.m3id import MutualInformationDecoding

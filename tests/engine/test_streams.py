@@ -21,8 +21,8 @@ from transformers import DynamicCache, LogitsProcessorList, SuppressTokensLogits
 
 import vlmfix
 import vlmfix.engine.streams
+from vlmfix.base.attention import AttentionMethod
 from vlmfix.base.contrast import Branch, ContrastMethod, Prompt
-from vlmfix.base.method import AttentionMethod
 from vlmfix.families import describe_model
 from vlmfix.methods.avc import AttentionalVisionCalibration, Scheme
 from vlmfix.methods.m3id import MutualInformationDecoding

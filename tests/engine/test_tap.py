@@ -19,16 +19,10 @@ from tiny_configs import IMAGE, VIDEO, VISION_END, VISION_START
 from torch import Tensor
 
 import vlmfix.engine.tap
-from vlmfix.engine.tap import (
-    EncodedImage,
-    Tap,
-    Tower,
-    _square_tiles,
-    describe_tower,
-    received_attention,
-)
+from vlmfix.engine.tap import Tap, _square_tiles, received_attention
 from vlmfix.errors import BadInput, StateError, UnsupportedModel
 from vlmfix.families import describe_model
+from vlmfix.families.tower import EncodedImage, Tower, describe_tower
 
 Inputs = dict[str, Any]
 
@@ -575,7 +569,7 @@ def test_every_tiny_family_is_supported_or_refused() -> None:
 
 def test_unknown_families_towers_and_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = build("llava")
-    monkeypatch.delitem(vlmfix.engine.tap._FAMILIES, "llava")
+    monkeypatch.delitem(vlmfix.families.tower._FAMILIES, "llava")
     with pytest.raises(UnsupportedModel, match="nobody has checked"):
         tower_of(tiny)
     monkeypatch.undo()

@@ -12,9 +12,9 @@ from matrix import family, logits, prompt
 
 import vlmfix
 from vlmfix.analysis.calibrate import Calibration, fingerprint, write
-from vlmfix.engine.ledger import GENERATED, IMAGE, PAD, TEXT
 from vlmfix.errors import BadInput, CalibrationNeeded
 from vlmfix.families import ModelInfo, describe_model
+from vlmfix.families.kinds import GENERATED, IMAGE, PAD, TEXT
 from vlmfix.kernels.reference import attend
 from vlmfix.methods.ad_hh import AdaptiveHeadDeactivation, drop_text
 from vlmfix.registry import build

@@ -15,9 +15,9 @@ from tiny import build
 import vlmfix
 from vlmfix.analysis.calibrate import Calibration, cache_folder, fingerprint, write
 from vlmfix.engine import attention
-from vlmfix.engine.ledger import GENERATED, IMAGE, PAD, TEXT
 from vlmfix.errors import BadInput, StateError
 from vlmfix.families import describe_model
+from vlmfix.families.kinds import GENERATED, IMAGE, PAD, TEXT
 from vlmfix.methods.gift import GazeShiftFusion, GazeWatcher, fuse, gaze_map, top_heads
 
 # Keys: other, visual 1, visual 2, the question, a generated token.

@@ -13,9 +13,9 @@ from tiny import generate_kwargs
 from transformers import DynamicCache
 
 import vlmfix
-from vlmfix.engine.ledger import IMAGE, TEXT
 from vlmfix.errors import BadInput, CalibrationNeeded
 from vlmfix.families import describe_model
+from vlmfix.families.kinds import IMAGE, TEXT
 from vlmfix.methods.head_pursuit import HeadPursuit, static_factors
 from vlmfix.registry import build
 

@@ -14,11 +14,11 @@ from matrix import family, logits, prompt
 from tiny import build
 
 import vlmfix
-from vlmfix.base.method import lift_scores
-from vlmfix.engine.ledger import IMAGE, PAD, TEXT
-from vlmfix.engine.tap import Received
+from vlmfix.base.attention import lift_scores
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import describe_model
+from vlmfix.families.kinds import IMAGE, PAD, TEXT
+from vlmfix.families.tower import Received
 from vlmfix.methods.imba import PayAttentionToInformedTokens, select_tokens
 from vlmfix.methods.pai import PayAttentionToImage
 from vlmfix.registry import build as build_method

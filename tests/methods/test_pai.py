@@ -11,10 +11,10 @@ from matrix import family, logits, prompt
 from transformers import DynamicCache
 
 import vlmfix
-from vlmfix.base.method import lift_scores
-from vlmfix.engine.ledger import IMAGE, PAD, TEXT
+from vlmfix.base.attention import lift_scores
 from vlmfix.errors import BadInput
 from vlmfix.families import describe_model
+from vlmfix.families.kinds import IMAGE, PAD, TEXT
 from vlmfix.kernels.reference import attend, mask_scores
 from vlmfix.methods.pai import PayAttentionToImage
 

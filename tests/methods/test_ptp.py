@@ -23,9 +23,9 @@ from tiny_configs import IMAGE
 import vlmfix
 from vlmfix.base.pruning import VisualTokens, largest
 from vlmfix.engine.shortening import _QuestionRows
-from vlmfix.engine.tap import Received, Tile
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import describe_model
+from vlmfix.families.tower import Received, Tile
 from vlmfix.methods.ptp import (
     PyramidTokenPruning,
     fuse,

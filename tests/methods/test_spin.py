@@ -12,9 +12,9 @@ from matrix import family, logits, prompt
 from tiny import FAMILIES, generate_kwargs
 
 import vlmfix
-from vlmfix.engine.ledger import GENERATED, IMAGE, PAD, TEXT, VIDEO
 from vlmfix.errors import BadInput, CompositionError
 from vlmfix.families import describe_model
+from vlmfix.families.kinds import GENERATED, IMAGE, PAD, TEXT, VIDEO
 from vlmfix.kernels.reference import row_scores
 from vlmfix.methods.spin import ImageGuidedHeadSuppression, suppress
 from vlmfix.registry import build

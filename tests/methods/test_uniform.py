@@ -17,8 +17,8 @@ from tiny import FAMILIES, build
 
 import vlmfix
 from vlmfix.base.pruning import VisualTokens
-from vlmfix.engine.tap import Tile
 from vlmfix.errors import UnsupportedModel
+from vlmfix.families.tower import Tile
 from vlmfix.methods.uniform import UniformGrid, grid_size, grid_tokens, spread
 
 

@@ -11,9 +11,9 @@ from made_keys import make_keys
 from matrix import family, logits, prompt
 
 import vlmfix
-from vlmfix.engine.ledger import GENERATED, IMAGE, PAD, TEXT, VIDEO
 from vlmfix.errors import BadInput
 from vlmfix.families import describe_model
+from vlmfix.families.kinds import GENERATED, IMAGE, PAD, TEXT, VIDEO
 from vlmfix.kernels.reference import mask_scores
 from vlmfix.methods.vaf import VisualAmplificationFusion, multiply_scores
 

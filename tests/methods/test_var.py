@@ -12,9 +12,9 @@ from matrix import ROWS, family, logits, prompt
 from tiny import generate_kwargs
 
 import vlmfix
-from vlmfix.engine.ledger import GENERATED, IMAGE, PAD, TEXT, VIDEO
 from vlmfix.errors import BadInput, CalibrationNeeded
 from vlmfix.families import describe_model
+from vlmfix.families.kinds import GENERATED, IMAGE, PAD, TEXT, VIDEO
 from vlmfix.methods.var import VisualAttentionRedistribution, redistribute, rules
 
 STRONG = next(row.strong for row in ROWS if row.name == "var")

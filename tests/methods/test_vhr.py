@@ -20,10 +20,10 @@ from vlmfix.analysis.divergence import (
     measure_divergence,
     prune_outliers,
 )
-from vlmfix.base.method import Prelude
-from vlmfix.engine.ledger import IMAGE, PAD, TEXT
+from vlmfix.base.attention import Prelude
 from vlmfix.errors import BadInput, CompositionError, StateError
 from vlmfix.families import ModelInfo, describe_model
+from vlmfix.families.kinds import IMAGE, PAD, TEXT
 from vlmfix.methods.vhr import VisionAwareHeadReinforcement, reinforce
 
 WITH = torch.tensor([[3, 4], [1, 0], [0.5, 0.5], [2, 2]], dtype=torch.float64)

@@ -20,9 +20,9 @@ from tiny import FAMILIES, build
 from torch import Tensor
 
 from vlmfix.base.pruning import VisualTokens, largest, share_budget
-from vlmfix.engine.tap import Received, Tile
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import describe_model
+from vlmfix.families.tower import Received, Tile
 from vlmfix.methods.visionzip import VisionZip, merge_tokens
 from vlmfix.registry import build as build_method
 

@@ -9,8 +9,8 @@ import torch
 from made_keys import make_keys
 from safetensors import safe_open
 
-from vlmfix.base.method import Plan
-from vlmfix.engine.ledger import IMAGE, TEXT
+from vlmfix.base.attention import Plan
+from vlmfix.families.kinds import IMAGE, TEXT
 from vlmfix.methods.var import VisualAttentionRedistribution
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlmfix.base.method import Watcher
+from vlmfix.base.attention import Watcher
 from vlmfix.engine.session import SESSION
 from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo, describe_model, last_logits

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from vlmfix.analysis.teacher_forcing import answer_greedily
-from vlmfix.base.method import Keys, Plan, Watcher
+from vlmfix.base.attention import Keys, Plan, Watcher
 from vlmfix.errors import UnsupportedModel
 from vlmfix.families import describe_model
 from vlmfix.families.question import find_question

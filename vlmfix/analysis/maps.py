@@ -15,17 +15,25 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from vlmfix.base.method import Watcher
+from vlmfix.base.attention import Watcher
 from vlmfix.chat import end_tokens
 from vlmfix.engine.call import Call
-from vlmfix.engine.frame import Stack, prompt_kinds
-from vlmfix.engine.ledger import PAD, TEXT, VIDEO, Ledger
+from vlmfix.engine.frame import Stack
+from vlmfix.engine.ledger import Ledger
 from vlmfix.engine.session import SESSION, Session
-from vlmfix.engine.tap import Tower, describe_tower, grid_shapes, packed_index, tile_shape
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import ModelInfo, last_logits
+from vlmfix.families.kinds import PAD, TEXT, VIDEO
+from vlmfix.families.prompt import prompt_kinds
 from vlmfix.families.question import find_question
 from vlmfix.families.surgeon import module_state, real_tokens
+from vlmfix.families.tower import (
+    Tower,
+    describe_tower,
+    grid_shapes,
+    packed_index,
+    tile_shape,
+)
 from vlmfix.wrapper import wrapped
 
 __all__ = [

@@ -27,11 +27,13 @@ from vlmfix.analysis.maps import (
 )
 from vlmfix.chat import chat_inputs, end_tokens, split_chat
 from vlmfix.engine.call import Call
-from vlmfix.engine.frame import Stack, prompt_kinds
-from vlmfix.engine.ledger import IMAGE, Ledger
+from vlmfix.engine.frame import Stack
+from vlmfix.engine.ledger import Ledger
 from vlmfix.engine.session import SESSION, Session
 from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo, last_logits
+from vlmfix.families.kinds import IMAGE
+from vlmfix.families.prompt import prompt_kinds
 from vlmfix.families.surgeon import TOKEN_TYPES, compact, module_state, real_tokens
 
 __all__ = ["Look", "look", "look_from_start", "look_whole"]

@@ -19,11 +19,11 @@ from vlmfix.engine.call import Call
 from vlmfix.engine.frame import Stack
 from vlmfix.engine.session import SESSION, Session
 from vlmfix.engine.shortening import ask
-from vlmfix.engine.tap import describe_tower
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import last_logits, vision_arguments
 from vlmfix.families.question import find_question
 from vlmfix.families.surgeon import module_state
+from vlmfix.families.tower import describe_tower
 from vlmfix.registry import MethodSpec
 from vlmfix.wrapper import using, wrapped
 

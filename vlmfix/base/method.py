@@ -7,34 +7,24 @@ method overrides only the functions it needs, and the engine runs only what was 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from vlmfix.engine.ledger import IMAGE, VIDEO
 from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo
-from vlmfix.kernels.reference import FusedEdit
 
 if TYPE_CHECKING:
-    from vlmfix.engine.tap import Received, Tower
+    pass
 
 __all__ = [
-    "AttentionMethod",
-    "FusedEdit",
-    "Keys",
     "Method",
-    "PixelMethod",
-    "Plan",
-    "Prelude",
     "Preset",
-    "Watcher",
     "check_range",
     "find_preset",
     "layer_range",
-    "lift_scores",
 ]
 
 
@@ -73,30 +63,6 @@ def _text(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class PixelMethod(Method):
-    """A method that looks at the prompts, changes their images, and asks again."""
-
-    stage: ClassVar[Literal["pixels", "tokens", "attention", "logits"]] = "pixels"
-
-    def rewrite(
-        self, model: Any, processor: Any, chats: Sequence[Any]
-    ) -> tuple[list[Any], list[Any]]:
-        """New chats (as `vlmfix.generate` takes them), and what was found in each of them.
-
-        Runs before the answer, with no method of the stack at work.
-
-        Args:
-            model: the wrapped model.
-            processor: its processor.
-            chats: a batch of chats.
-
-        Returns:
-            Two lists with an entry per chat. `last_call(model).pixels[name]` shows the second.
-        """
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
 class Preset:
     """Published constants of one model, recognised by its structure and never by its name.
 
@@ -127,195 +93,6 @@ class Preset:
 def find_preset(presets: Sequence[Preset], info: ModelInfo) -> Preset | None:
     """The first preset that fits the model, if any."""
     return next((preset for preset in presets if preset.fits(info)), None)
-
-
-@dataclass(frozen=True)
-class Keys:
-    """What the keys of one layer are. B counts beams and returned sequences as rows.
-
-    Attributes:
-        layer: index of the decoder layer.
-        num_heads: its query heads.
-        kinds: (B, K) uint8 of ledger.py.
-        flags: (B, K) bool, what `flag_tokens` noted at this layer; None without it.
-        question: (B, K) bool, text of the user's question: after the last visual token, without
-            the chat template's tail where the processor is known (`vlmfix.generate`).
-        content: (B, K) bool, tokens of the question that carry content; all of it where the
-            processor is not known.
-        seen: what the watcher of `prelude` kept, by layer.
-        image_values: (B, K) float32, what `image_values` gave to each visual token, 0 elsewhere.
-    """
-
-    layer: int
-    num_heads: int
-    kinds: torch.Tensor
-    flags: torch.Tensor | None
-    question: torch.Tensor
-    content: torch.Tensor
-    seen: Mapping[int, torch.Tensor] = field(default_factory=dict)
-    image_values: torch.Tensor | None = None
-
-    @property
-    def visual(self) -> torch.Tensor:
-        """(B, K) bool: image and video tokens."""
-        return (self.kinds == IMAGE) | (self.kinds == VIDEO)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a method prepared for one layer of one prompt.
-
-    Attributes:
-        tensors: each (B, K, ...), sliced by the engine to the keys that a call sees.
-        samples: for each row of the batch, whether anything of it can be edited here. Where no
-            row can, the model's own attention runs; a compiled step runs the edit all the same,
-            and it must then change nothing.
-        notes: counts per sample, shown by `last_call`, e.g. {"visual_sinks": [3, 0]}.
-        constants: tensors without a key axis, handed over as they are, after `tensors`.
-        heads: (B, H) float32 factors on the head outputs of every row, where they are known
-            without looking at the outputs; `head_scale` is then not asked.
-        fused: the same row edit for the fused kernel; `groups` and `log_weight` cover all keys.
-    """
-
-    tensors: tuple[torch.Tensor, ...]
-    samples: list[bool]
-    notes: dict[str, list[int]] = field(default_factory=dict)
-    constants: tuple[torch.Tensor, ...] = ()
-    heads: torch.Tensor | None = None
-    fused: FusedEdit | None = None
-
-
-@dataclass(frozen=True)
-class Prelude:
-    """An extra forward before the prompt's own, in which a watcher looks and nothing is edited.
-
-    `prompt` is "whole" (the same prompt again) or "text" (the visual tokens deleted).
-    """
-
-    prompt: Literal["whole", "text"]
-    watcher: Watcher
-
-
-@dataclass(frozen=True)
-class AttentionMethod(Method):
-    """A method that edits the attention of some decoder layers.
-
-    `rows` says which query rows are edited: "predicting" = the rows that predict a generated
-    token (the last prompt row, then every generated one); "text" = every text row that has a
-    visual token before it, and every generated row.
-    """
-
-    stage: ClassVar[Literal["pixels", "tokens", "attention", "logits"]] = "attention"
-    rows: ClassVar[Literal["predicting", "text"]] = "predicting"
-    #: "prompt": head_scale is asked once, at the last prompt row, and holds for all rows;
-    #: "step": it is asked for every row that predicts, and holds for that row.
-    head_scale_from: ClassVar[Literal["prompt", "step"]] = "prompt"
-
-    #: Whether the plans read Keys.question or Keys.content.
-    reads_question: ClassVar[bool] = False
-    #: Whether the plans carry the same row edit for the fused kernel (Plan.fused).
-    has_fused_form: ClassVar[bool] = False
-
-    def layers(self, info: ModelInfo) -> Sequence[int]:
-        """Indices of the decoder layers that this method edits, 0-based."""
-        raise NotImplementedError
-
-    def flag_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Note prompt tokens at a layer's input: hidden (B, Q, D) -> (B, Q) bool."""
-        raise NotImplementedError
-
-    def prelude(self, info: ModelInfo) -> Prelude | None:
-        """The extra forward that the plans need, with a watcher made for this one prompt."""
-        return None
-
-    def encoder_layers(self, tower: Tower) -> tuple[int, ...]:
-        """Layers of the vision tower whose received attention `image_values` wants."""
-        return ()
-
-    def image_values(self, received: Sequence[Received]) -> torch.Tensor:
-        """One value per visual token of one tile (most families have one tile per image).
-
-        Args:
-            received: what the tile's N visual tokens receive, per layer of `encoder_layers`.
-
-        Returns:
-            (N,); the engine puts it where the tokens are in the prompt (`Keys.image_values`).
-        """
-        raise NotImplementedError
-
-    def plan(self, keys: Keys) -> Plan | None:
-        """Prepare one layer of one prompt; None: these settings never edit this layer."""
-        raise NotImplementedError
-
-    def edit_scores(self, scores: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
-        """Scaled scores (B, H, R, K) float32, before the mask -> edited scores."""
-        raise NotImplementedError
-
-    def edit_weights(
-        self, weights: torch.Tensor, *plan: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Softmax rows (B, H, R, K) -> edited rows, and (B, H, R) bool: which were changed."""
-        raise NotImplementedError
-
-    def score_scale(self, scores: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
-        """Scaled scores (B, H, R, K), unedited -> factors (B, H, R) on the head outputs.
-
-        Scores are 0 where a row does not see a key.
-        """
-        raise NotImplementedError
-
-    def head_scale(self, outputs: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
-        """Head outputs (B, H, R, D) before o_proj -> factors (B, H, R); see head_scale_from."""
-        raise NotImplementedError
-
-    def knocks_out(self) -> bool:
-        """Whether head_scale also wants the outputs that the same rows have without visual keys.
-
-        They come right after `outputs`, in the same shape.
-        """
-        return False
-
-    def observe_weights(
-        self, layer: int, weights: torch.Tensor, position: int, *plan: torch.Tensor
-    ) -> None:
-        """See softmax rows (B, H, R, K) of the rows from `position` of the prompt; no effect.
-
-        The rows of the method's rule, each with the row before it. Long prompts come in pieces
-        that overlap by one row, so that every row is seen once beside the one before it.
-        """
-        raise NotImplementedError
-
-    def observe_heads(self, layer: int, outputs: torch.Tensor) -> None:
-        """See the head outputs (B, H, R, D) of the rows that predict; no effect."""
-        raise NotImplementedError
-
-    def edits_rows(self) -> bool:
-        """Whether this method changes attention rows (and not only scales heads or looks)."""
-        return any(map(self.overrides, ("edit_scores", "edit_weights", "score_scale")))
-
-    def overrides(self, function: str) -> bool:
-        """Whether this method has a function of its own of that name."""
-        return getattr(type(self), function) is not getattr(AttentionMethod, function)
-
-
-@dataclass(frozen=True, eq=False)
-class Watcher(AttentionMethod):
-    """Looks at some layers of one forward and keeps something of each; edits nothing."""
-
-    watched: tuple[int, ...]
-    seen: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    name: ClassVar[str] = "watcher"
-
-    # One watcher is one look: eq=False alone would inherit the comparison by fields.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
-
-    def layers(self, info: ModelInfo) -> Sequence[int]:
-        return self.watched
-
-    def plan(self, keys: Keys) -> Plan | None:
-        return Plan((), [True] * len(keys.kinds))
 
 
 def check_range(
@@ -350,12 +127,3 @@ def layer_range(
             "layers; give start_layer < end_layer within it."
         )
     return first, stop
-
-
-def lift_scores(scores: torch.Tensor, lift: torch.Tensor) -> torch.Tensor:
-    """s' = s + lift |s|: scores (B, H, R, K), lift (B, K), 0 where a key is not lifted (PAI, IMBA).
-
-    It can only raise a score, and is not invariant to shifts of the row: it has to see scores
-    before the mask and before any maximum is subtracted.
-    """
-    return torch.addcmul(scores, scores.abs(), lift[:, None, None, :].to(scores.dtype))

@@ -16,7 +16,7 @@ from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import ModelInfo
 
 if TYPE_CHECKING:
-    from vlmfix.engine.tap import Received, Tile, Tower
+    from vlmfix.families.tower import Received, Tile, Tower
 
 __all__ = [
     "Kept",
@@ -175,7 +175,7 @@ class TokenMethod(PruningMethod):
 
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> TokenMethod:
         if self.needs_tiles:
-            from vlmfix.engine.tap import describe_tower
+            from vlmfix.families.tower import describe_tower
 
             try:
                 describe_tower(model, info)

@@ -20,10 +20,11 @@ from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
 import vlmfix
-from vlmfix.base.method import AttentionMethod, Keys, Method, Plan
+from vlmfix.base.attention import AttentionMethod, Keys, Plan
+from vlmfix.base.method import Method
 from vlmfix.bench.models import Subject
-from vlmfix.engine.tap import describe_tower
 from vlmfix.families import ModelInfo, describe_model, last_logits
+from vlmfix.families.tower import describe_tower
 
 __all__ = ["MINIMUM_TOKENS", "Arm", "Check", "Decoding", "Memory", "Turn", "TwoProducts"]
 

@@ -14,8 +14,8 @@ from vlmfix.base.method import Method
 from vlmfix.chat import chat_inputs
 from vlmfix.demo.asking import Pane, Question
 from vlmfix.demo.engine import Engine
-from vlmfix.engine.tap import describe_tower
 from vlmfix.errors import BadInput
+from vlmfix.families.tower import describe_tower
 
 __all__ = ["Look", "Part", "kept", "look"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from vlmfix.engine.tap import EncodedImage
+    from vlmfix.families.tower import EncodedImage
 
 __all__ = ["Call", "CallReport"]
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from vlmfix.engine.ledger import PAD
 from vlmfix.engine.watchers import LastRow
 from vlmfix.errors import BadInput, CompositionError
+from vlmfix.families.kinds import PAD
 
 if TYPE_CHECKING:
     from vlmfix.base.pruning import LayerTokenMethod

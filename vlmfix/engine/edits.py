@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
-from vlmfix.base.method import AttentionMethod, FusedEdit, Plan
+from vlmfix.base.attention import AttentionMethod, FusedEdit, Plan
 from vlmfix.kernels import reference
 
 if TYPE_CHECKING:

@@ -6,22 +6,25 @@ the ledger of the KV cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.cache_utils import Cache
 
+from vlmfix.base.attention import AttentionMethod, Keys
 from vlmfix.base.contrast import ContrastMethod
-from vlmfix.base.method import AttentionMethod, Keys, Method, PixelMethod
+from vlmfix.base.method import Method
+from vlmfix.base.pixels import PixelMethod
 from vlmfix.base.pruning import LayerTokenMethod, TokenMethod
 from vlmfix.engine.call import Call
 from vlmfix.engine.edits import Edit, HeadFactors, Step
-from vlmfix.engine.ledger import GENERATED, IMAGE, PAD, TEXT, VIDEO, Ledger
-from vlmfix.errors import BadInput, StateError
+from vlmfix.engine.ledger import Ledger
+from vlmfix.errors import StateError
 from vlmfix.families import ModelInfo
+from vlmfix.families.kinds import GENERATED, IMAGE, TEXT
 
 if TYPE_CHECKING:
     from vlmfix.engine.tap import Tap
@@ -30,23 +33,9 @@ __all__ = [
     "Frame",
     "Stack",
     "Window",
-    "carries_vision",
     "key_capacity",
-    "prompt_kinds",
-    "require_image",
     "sliding_offsets",
 ]
-
-#: Keyword arguments whose presence says that a forward really carries images or video.
-_VISION = (
-    "mm_encoder_outputs",
-    "pixel_values",
-    "pixel_values_videos",
-    "pixel_values_images",
-    "image_pixel_values",
-    "image_embeds",
-    "image_hidden_states",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -306,47 +295,6 @@ class Frame:
         if bool(((row < 0) | (row >= self.queries)).any()):
             return None
         return row
-
-
-def prompt_kinds(
-    info: ModelInfo, ids: torch.Tensor, past: int, kwargs: dict[str, Any]
-) -> torch.Tensor:
-    """Kinds (B, Q) of the prompt tokens in this forward."""
-    kinds = torch.full(ids.shape, TEXT, dtype=torch.uint8, device=ids.device)
-    if carries_vision(kwargs):
-        for kind, tokens in (
-            (IMAGE, info.image_token_ids),
-            (VIDEO, info.video_token_ids),
-        ):
-            for token in tokens:
-                kinds[ids == token] = kind
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention")
-    if isinstance(mask, torch.Tensor):
-        window = slice(past, past + ids.shape[1])
-        if mask.ndim == 2:
-            kinds[mask[:, window] == 0] = PAD
-        else:  # already expanded, as for a static cache; additive masks are 0 where visible
-            visible = mask if mask.dtype == torch.bool else mask == 0
-            kinds[~visible[:, 0, -1, window]] = PAD
-    return kinds
-
-
-def require_image(info: ModelInfo, kinds: torch.Tensor, kwargs: dict[str, Any]) -> None:
-    """Refuse a whole prompt that carries images and shows no place for them."""
-    if carries_vision(kwargs) and not bool(((kinds == IMAGE) | (kinds == VIDEO)).any()):
-        raise BadInput(
-            "images were passed, but the prompt holds no image token (id "
-            f"{', '.join(map(str, info.image_token_ids))}). Build the prompt with the "
-            "model's processor, or use vlmfix.generate()."
-        )
-
-
-def carries_vision(kwargs: Mapping[str, Any]) -> bool:
-    """Whether the arguments of a forward bring images or video, as pixels or as features."""
-    values = [kwargs.get(name) for name in _VISION]
-    return any(bool(v) if isinstance(v, dict) else v is not None for v in values)
 
 
 def key_capacity(cache: Cache | None) -> int:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["GENERATED", "IMAGE", "PAD", "TEXT", "VIDEO", "Ledger"]
+from vlmfix.families.kinds import GENERATED, IMAGE, PAD, TEXT, VIDEO
 
-PAD, TEXT, IMAGE, VIDEO, GENERATED = range(5)
+__all__ = ["Ledger"]
 
 _GROWTH = 256  # positions added at once, so that growing buffers are rare during decoding
 

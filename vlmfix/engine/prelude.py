@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from vlmfix.base.method import AttentionMethod, Prelude, Watcher
+from vlmfix.base.attention import AttentionMethod, Prelude, Watcher
 from vlmfix.engine.call import Call
 from vlmfix.engine.frame import Frame, Stack
-from vlmfix.engine.ledger import PAD
 from vlmfix.errors import CompositionError
 from vlmfix.families import last_logits
+from vlmfix.families.kinds import PAD
 from vlmfix.families.surgeon import PER_TOKEN, prompt_without_images
 
 if TYPE_CHECKING:

@@ -27,22 +27,18 @@ from vlmfix.engine.attention import NAME, SLOT, Implementation, Slot, base_atten
 from vlmfix.engine.call import Call
 from vlmfix.engine.dropping import check_prompt, enter_layer, last_row_watcher
 from vlmfix.engine.edits import Step
-from vlmfix.engine.frame import (
-    Frame,
-    Stack,
-    key_capacity,
-    prompt_kinds,
-    require_image,
-    sliding_offsets,
-)
-from vlmfix.engine.ledger import IMAGE, VIDEO, Ledger
+from vlmfix.engine.frame import Frame, Stack, key_capacity, sliding_offsets
+from vlmfix.engine.ledger import Ledger
 from vlmfix.engine.prelude import look_first, run_last_token
 from vlmfix.engine.shortening import Shortened, put_back, shorten
 from vlmfix.engine.streams import before_forward, combine, combine_decoded, replace_embeddings
-from vlmfix.engine.tap import EncodedImage, Tap, Tower, describe_tower
+from vlmfix.engine.tap import Tap
 from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
 from vlmfix.families import ModelInfo, vision_arguments
+from vlmfix.families.kinds import IMAGE, VIDEO
+from vlmfix.families.prompt import prompt_kinds, require_image
 from vlmfix.families.question import find_question
+from vlmfix.families.tower import EncodedImage, Tower, describe_tower
 
 __all__ = ["SESSION", "Session"]
 

@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from vlmfix.base.method import Watcher
+from vlmfix.base.attention import Watcher
 from vlmfix.base.pruning import Kept, TokenMethod, VisualTokens
 from vlmfix.engine.call import Call
-from vlmfix.engine.frame import Stack, prompt_kinds
-from vlmfix.engine.ledger import PAD, Ledger
-from vlmfix.engine.tap import EncodedImage, Tower
+from vlmfix.engine.frame import Stack
+from vlmfix.engine.ledger import Ledger
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import last_logits, vision_arguments
+from vlmfix.families.kinds import PAD
+from vlmfix.families.prompt import prompt_kinds
 from vlmfix.families.surgeon import TOKEN_TYPES, compact, module_state, real_tokens
+from vlmfix.families.tower import EncodedImage, Tower
 
 if TYPE_CHECKING:
     from vlmfix.engine.session import Session

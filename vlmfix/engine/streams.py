@@ -30,12 +30,14 @@ from transformers.cache_utils import (
 
 from vlmfix.base.contrast import Branch, ContrastMethod, Prompt
 from vlmfix.engine.call import Call
-from vlmfix.engine.frame import Frame, Stack, carries_vision
-from vlmfix.engine.ledger import PAD, Ledger
+from vlmfix.engine.frame import Frame, Stack
+from vlmfix.engine.ledger import Ledger
 from vlmfix.engine.shortening import encode_reduced
 from vlmfix.engine.watchers import LastRow
 from vlmfix.errors import BadInput, CompositionError, StateError
 from vlmfix.families import last_logits, vision_arguments
+from vlmfix.families.kinds import PAD
+from vlmfix.families.prompt import carries_vision
 from vlmfix.families.surgeon import PER_TOKEN, TOKEN_TYPES, module_state, prompt_without_images
 
 if TYPE_CHECKING:

@@ -10,18 +10,7 @@ How: the chosen attention modules get a copy of their configuration that names a
 registered here, which reads queries and keys and then calls the attention that was there before;
 `get_image_features` is shadowed on the model, so that a tap knows where an encoding starts and
 ends, what its images are, and how many visual tokens came out. Videos are encoded unread.
-
-Families and how their patches become visual tokens (`_FAMILIES`):
-
-    LLaVA, PaliGemma                  one patch, one token; the class token, if any, is left out
-    LLaVA-NeXT                        the same per tile, then unpadded, with a newline per row
-    InternVL, SmolVLM, Idefics3,
-    Aya Vision, Gemma 3               a square of patches (pixel shuffle, average pooling)
-    Qwen2-VL, Qwen2.5-VL, Qwen3-VL,
-    GLM-4V                            a square of patches, images of any size, several in a row
-
-Everything else is refused (`_REFUSED` has reasons): where a token is a mixture of patches, as
-behind a Q-Former, a perceiver or an interpolation, no value can be given to it.
+families/tower.py says how patches become visual tokens.
 """
 
 from __future__ import annotations
@@ -31,262 +20,31 @@ import functools
 import inspect
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, NoReturn
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 import torch
 from transformers import AttentionInterface
 
 from vlmfix.engine.attention import AttentionOutput, base_attention, in_python
 from vlmfix.errors import BadInput, StateError, UnsupportedModel
-from vlmfix.families import ModelInfo
+from vlmfix.families.tower import (
+    EncodedImage,
+    Received,
+    Tile,
+    Tower,
+    grid_shapes,
+    packed_index,
+    tile_shape,
+)
 from vlmfix.kernels import reference
 
-__all__ = [
-    "EncodedImage",
-    "Received",
-    "Tap",
-    "Tile",
-    "Tower",
-    "describe_tower",
-    "grid_shapes",
-    "packed_index",
-    "received_attention",
-    "tile_shape",
-]
+__all__ = ["Tap", "received_attention"]
 
 NAME = "vlmfix_tap"  # the name under which transformers dispatches to _tapped_attention
 SLOT = "_vlmfix_tap"  # where an attention module keeps its _Slot
 _CHUNK_BYTES = 64 * 2**20  # attention rows are computed in chunks of at most this many bytes
-
-Layout = Literal["tiles", "packed", "patches"]
-
-
-class _Family(NamedTuple):
-    """How a family encodes images; read from its configuration, never from a checkpoint's name.
-
-    layout: "tiles" (B, channels, height, width), each one image; "packed": such tiles, several to
-        an image, put together by the model's pack_image_features; "patches": the patches of all
-        images on one axis, in squares that become one token, with a grid per image.
-    merge: configuration -> side of the square of patches that becomes one visual token.
-    towers: the `model_type`s of the vision tower that were checked; empty: the family has its own.
-    whole: which of the tiles of a picture, where they fill one run of placeholders, is the picture
-        as a whole at low resolution; None: pictures are one tile, or text parts their tiles.
-    """
-
-    layout: Layout
-    merge: Callable[[Any], int]
-    towers: tuple[str, ...] = ()
-    whole: Literal["first", "last"] | None = None
-
-
-def _one(config: Any) -> int:
-    return 1
-
-
-def _spatial_merge(config: Any) -> int:
-    return int(config.vision_config.spatial_merge_size)
-
-
-def _pooled(config: Any) -> int:
-    # Gemma3MultiModalProjector: average pooling down to mm_tokens_per_image.
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    return int(side // math.isqrt(config.mm_tokens_per_image))
-
-
-_PLAIN_TOWERS = ("clip_vision_model", "siglip_vision_model")
-_QWEN = _Family("patches", _spatial_merge)
-
-_FAMILIES: dict[str, _Family] = {
-    "llava": _Family("tiles", _one, _PLAIN_TOWERS),
-    "paligemma": _Family("tiles", _one, _PLAIN_TOWERS),
-    "llava_next": _Family("packed", _one, _PLAIN_TOWERS, whole="first"),
-    "internvl": _Family("tiles", lambda config: round(1 / config.downsample_ratio), whole="last"),
-    "gemma3": _Family("tiles", _pooled, _PLAIN_TOWERS),
-    "smolvlm": _Family("tiles", lambda config: int(config.scale_factor)),
-    "idefics3": _Family("tiles", lambda config: int(config.scale_factor)),
-    "aya_vision": _Family("tiles", lambda config: int(config.downsample_factor), _PLAIN_TOWERS),
-    "qwen2_vl": _QWEN,
-    "qwen2_5_vl": _QWEN,
-    "qwen3_vl": _QWEN,
-    "glm4v": _QWEN,
-}
-
-_REFUSED: dict[str, str] = {
-    "llava_onevision": "it interpolates the features of large images between patches",
-    "idefics2": "a perceiver mixes all patches into each visual token",
-    "mistral3": "its tower encodes all images of a batch as one sequence, behind a block mask",
-    "gemma3n": "its tower is a convolutional network",
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Tower:
-    """The vision tower of one model.
-
-    Attributes:
-        model_type: the model's family.
-        layers: its attention modules, in order.
-        full_attention: indices of the layers in which every patch attends to its whole image; the
-            others attend within windows, so that values of different windows do not compare.
-        feature_layer: the layer, of those with full attention, whose output the projector gets, or
-            the last one before it.
-        has_cls: whether a class token comes before the patches.
-        merge: side of the square of patches that becomes one visual token.
-        layout, whole: see `_Family`.
-        module: the tower itself.
-        host: the module whose `get_image_features` runs it.
-    """
-
-    model_type: str
-    layers: tuple[torch.nn.Module, ...] = field(repr=False)
-    full_attention: tuple[int, ...]
-    feature_layer: int
-    has_cls: bool
-    merge: int
-    layout: Layout
-    whole: Literal["first", "last"] | None
-    module: torch.nn.Module = field(repr=False)
-    host: torch.nn.Module = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Received:
-    """What the N visual tokens of one tile receive in one layer; a merged token has the mean.
-
-    The tensors are on the device of that layer.
-
-    Attributes:
-        column: (N,) float32, attention received per patch, mean over heads and queries (the class
-            token asks, too). Over all keys it sums to 1.
-        cls: (N,) float32, attention received from the class token, mean over heads; None where
-            the tower has no class token.
-        key: (N, D) float32, the key vector as the attention gets it (rotated where the tower has
-            rotary positions), mean over heads.
-    """
-
-    column: torch.Tensor
-    cls: torch.Tensor | None
-    key: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What the tower saw as one image: a grid of visual tokens, row by row."""
-
-    rows: int
-    columns: int
-    received: dict[int, Received]
-    """By layer."""
-    cls_output: torch.Tensor | None = None
-    """(d,) float32, the class token behind the tower's last block; None where there is none."""
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """One image: its tiles, and which of their tokens stand where in the prompt.
-
-    Families that hand their crops over as images of their own (InternVL, SmolVLM, Idefics3) have
-    one tile per crop in one `EncodedImage` each; LLaVA-NeXT has all crops of an image in one.
-
-    Attributes:
-        tiles: in the order of the encoder; LLaVA-NeXT's whole view first.
-        index: (n,) int64, for each placeholder of the image in the prompt: its token within the
-            tiles put one after the other, or -1 for a newline, which comes from no patch. Tokens
-            that the model drops (padding of an image that does not fill its tiles) are absent.
-    """
-
-    tiles: tuple[Tile, ...]
-    index: torch.Tensor
-
-    def to_visual_tokens(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Bring one value per token of each tile to the placeholders of the prompt.
-
-        Args:
-            values: one (N,) tensor per tile, in the order of `tiles`.
-
-        Returns:
-            (n,) float32, NaN at newlines.
-
-        Raises:
-            BadInput: not one value per token and tile.
-        """
-        sizes = [tile.rows * tile.columns for tile in self.tiles]
-        given = [tuple(value.shape) for value in values]
-        if given != [(size,) for size in sizes]:
-            raise BadInput(
-                f"values of shapes {given} for tiles of {sizes} visual tokens: give one value per "
-                "token, one tensor per tile."
-            )
-        # A newline's index, -1, takes the NaN at the end.
-        flat = torch.cat([*values, values[0].new_full((1,), math.nan, dtype=torch.float32)])
-        return flat[self.index]
-
-
-def describe_tower(model: Any, info: ModelInfo) -> Tower:
-    """Find the vision tower's attention and how its patches become visual tokens.
-
-    Args:
-        model: the model that `info` describes.
-        info: its description.
-
-    Raises:
-        UnsupportedModel: a family, or a tower in it, whose visual tokens cannot be traced to
-            patches, or that nobody has checked.
-    """
-    family = _FAMILIES.get(info.model_type)
-    if family is None:
-        reason = _REFUSED.get(info.model_type, "nobody has checked which patches make its tokens")
-        raise _refusal(info, reason)
-    module = model.get_encoder(modality="image")
-    kind = str(module.config.model_type)
-    if family.towers and kind not in family.towers:
-        raise _refusal(info, f"its vision tower is of type {kind!r}, which was not checked")
-    names = [name for name, _ in module.named_parameters()]
-    has_cls = any(name.endswith(("class_embedding", "cls_token")) for name in names)
-    strategy = getattr(model.config, "vision_feature_select_strategy", None)
-    if strategy is not None and has_cls != (strategy == "default"):
-        raise _refusal(
-            info,
-            f"vision_feature_select_strategy={strategy!r} on a tower "
-            f"{'with' if has_cls else 'without'} a class token leaves no token per patch",
-        )
-    # CLIP, SigLIP and the like record the outputs of this class when asked for attentions.
-    attention = module._can_record_outputs["attentions"]
-    layers = tuple(child for child in module.modules() if isinstance(child, attention))
-    windowed = getattr(module.config, "fullatt_block_indexes", None)
-    full = tuple(range(len(layers)) if windowed is None else sorted(windowed))
-    used = _feature_layer(getattr(model.config, "vision_feature_layer", -1), len(layers))
-    return Tower(
-        model_type=info.model_type,
-        layers=layers,
-        full_attention=full,
-        feature_layer=max((layer for layer in full if layer <= used), default=full[0]),
-        has_cls=has_cls,
-        merge=family.merge(model.config),
-        layout=family.layout,
-        whole=family.whole,
-        module=module,
-        host=model.base_model,
-    )
-
-
-def _feature_layer(hidden: int | Sequence[int], count: int) -> int:
-    """The layer that makes the hidden states of this index, of which 0 are the embeddings.
-
-    Of several indices, whose hidden states go to the projector side by side, the last layer.
-    """
-    indices = [hidden] if isinstance(hidden, int) else hidden
-    return max(0, max(index % (count + 1) for index in indices) - 1)
-
-
-def _refusal(info: ModelInfo, reason: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"the vision tower of model type {info.model_type!r} cannot be read: {reason}. Use a "
-        "method that does not ask for encoder attention, or add the family to _FAMILIES in "
-        "vlmfix/engine/tap.py."
-    )
 
 
 @torch.no_grad()
@@ -667,47 +425,6 @@ def _square_tiles(tower: Tower, calls: _Calls, arguments: dict[str, Any]) -> lis
         Tile(rows, columns, dict(zip(by_layer, received, strict=True)))
         for received in zip(*by_layer.values(), strict=True)
     ]
-
-
-def tile_shape(tower: Tower, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of visual tokens in a tile of so many pixels; not for layout "patches"."""
-    config: Any = tower.module.config
-    size = config.patch_size
-    patch = (size, size) if isinstance(size, int) else size
-    return height // patch[0] // tower.merge, width // patch[1] // tower.merge
-
-
-def grid_shapes(tower: Tower, grids: torch.Tensor) -> list[tuple[int, int]]:
-    """Rows and columns of visual tokens per image: grids (images, 3) in frames and patches."""
-    return [(t * h // tower.merge, w // tower.merge) for t, h, w in grids.tolist()]
-
-
-def packed_index(tower: Tower, size: torch.Tensor, tokens: int) -> tuple[int, torch.Tensor]:
-    """How LLaVA-NeXT packs one image: the model's own packing, run on numbers.
-
-    Args:
-        tower: of layout "packed".
-        size: (2,) height and width of the image in pixels.
-        tokens: visual tokens of one tile.
-
-    Returns:
-        The number of its tiles, and `EncodedImage.index`.
-    """
-    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-    host: Any = tower.host
-    config = host.config
-    count = image_size_to_num_patches(
-        size, config.image_grid_pinpoints, config.vision_config.image_size
-    )
-    numbers = torch.arange(count * tokens).view(count, tokens, 1)
-    (index,), _ = host.pack_image_features(
-        [numbers],
-        [size],
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        image_newline=torch.tensor([-1]),
-    )
-    return count, index[:, 0]
 
 
 def _device(calls: _Calls) -> torch.device:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from vlmfix.base.method import Keys, Plan, Watcher
+from vlmfix.base.attention import Keys, Plan, Watcher
 
 __all__ = ["LastRow"]
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from vlmfix import machine
 from vlmfix.analysis.calibrate import calibration_path, load_calibration, store
 from vlmfix.analysis.teacher_forcing import answer_greedily
-from vlmfix.base.method import AttentionMethod, Keys, Plan
+from vlmfix.base.attention import AttentionMethod, Keys, Plan
 from vlmfix.chat import chat_inputs
 from vlmfix.errors import BadInput
 from vlmfix.evals.chair.objects import ground_truth, mentions

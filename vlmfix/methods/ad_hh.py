@@ -10,18 +10,11 @@ import torch
 
 from vlmfix.analysis.calibrate import load_calibration
 from vlmfix.analysis.head_list import head_list, head_names, heads_by_layer
-from vlmfix.base.method import (
-    AttentionMethod,
-    FusedEdit,
-    Keys,
-    Plan,
-    Preset,
-    check_range,
-    find_preset,
-)
-from vlmfix.engine.ledger import GENERATED, TEXT
+from vlmfix.base.attention import AttentionMethod, FusedEdit, Keys, Plan
+from vlmfix.base.method import Preset, check_range, find_preset
 from vlmfix.errors import CalibrationNeeded
 from vlmfix.families import ModelInfo
+from vlmfix.families.kinds import GENERATED, TEXT
 
 __all__ = ["AdaptiveHeadDeactivation", "drop_text"]
 

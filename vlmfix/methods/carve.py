@@ -15,12 +15,13 @@ from scipy import ndimage
 
 from vlmfix.analysis.geometry import Box, piece_places
 from vlmfix.analysis.passes import Look, look
-from vlmfix.base.method import PixelMethod, Preset, check_range, find_preset
+from vlmfix.base.method import Preset, check_range, find_preset
+from vlmfix.base.pixels import PixelMethod
 from vlmfix.chat import split_chat
 from vlmfix.engine.session import SESSION
-from vlmfix.engine.tap import describe_tower
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import ModelInfo
+from vlmfix.families.tower import describe_tower
 
 __all__ = [
     "ContrastiveAttentionRefinement",

@@ -10,16 +10,8 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from vlmfix.analysis.calibrate import load_calibration
-from vlmfix.base.method import (
-    AttentionMethod,
-    Keys,
-    Plan,
-    Prelude,
-    Preset,
-    Watcher,
-    check_range,
-    find_preset,
-)
+from vlmfix.base.attention import AttentionMethod, Keys, Plan, Prelude, Watcher
+from vlmfix.base.method import Preset, check_range, find_preset
 from vlmfix.errors import BadInput, StateError
 from vlmfix.families import ModelInfo
 

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 
 from vlmfix.analysis.head_list import head_list, head_names, heads_by_layer
-from vlmfix.base.method import AttentionMethod, Keys, Plan, check_range
+from vlmfix.base.attention import AttentionMethod, Keys, Plan
+from vlmfix.base.method import check_range
 from vlmfix.errors import CalibrationNeeded
 from vlmfix.families import ModelInfo
 

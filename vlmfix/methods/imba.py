@@ -9,22 +9,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from vlmfix.base.method import (
-    AttentionMethod,
-    FusedEdit,
-    Keys,
-    Plan,
-    Preset,
-    check_range,
-    find_preset,
-    layer_range,
-    lift_scores,
-)
-from vlmfix.engine.tap import describe_tower
+from vlmfix.base.attention import AttentionMethod, FusedEdit, Keys, Plan, lift_scores
+from vlmfix.base.method import Preset, check_range, find_preset, layer_range
 from vlmfix.families import ModelInfo
+from vlmfix.families.tower import describe_tower
 
 if TYPE_CHECKING:
-    from vlmfix.engine.tap import Received, Tower
+    from vlmfix.families.tower import Received, Tower
 
 __all__ = ["PayAttentionToInformedTokens", "select_tokens"]
 

@@ -9,17 +9,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.base.method import (
-    AttentionMethod,
-    FusedEdit,
-    Keys,
-    Plan,
-    Preset,
-    check_range,
-    find_preset,
-    layer_range,
-    lift_scores,
-)
+from vlmfix.base.attention import AttentionMethod, FusedEdit, Keys, Plan, lift_scores
+from vlmfix.base.method import Preset, check_range, find_preset, layer_range
 from vlmfix.families import ModelInfo
 
 __all__ = ["PayAttentionToImage"]

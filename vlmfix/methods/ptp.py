@@ -16,12 +16,12 @@ from vlmfix.base.pruning import (
     largest,
     share_budget,
 )
-from vlmfix.engine.tap import describe_tower
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import ModelInfo
+from vlmfix.families.tower import describe_tower
 
 if TYPE_CHECKING:
-    from vlmfix.engine.tap import Tower
+    from vlmfix.families.tower import Tower
 
 __all__ = ["PyramidTokenPruning", "fuse", "region_saliency", "stretched", "tile_budgets"]
 

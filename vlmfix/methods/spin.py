@@ -9,15 +9,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.base.method import (
-    AttentionMethod,
-    Keys,
-    Plan,
-    Preset,
-    check_range,
-    find_preset,
-    layer_range,
-)
+from vlmfix.base.attention import AttentionMethod, Keys, Plan
+from vlmfix.base.method import Preset, check_range, find_preset, layer_range
 from vlmfix.families import ModelInfo
 
 __all__ = ["ImageGuidedHeadSuppression", "suppress"]

@@ -8,18 +8,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.base.method import (
-    AttentionMethod,
-    FusedEdit,
-    Keys,
-    Plan,
-    Preset,
-    check_range,
-    find_preset,
-    layer_range,
-)
-from vlmfix.engine.ledger import TEXT
+from vlmfix.base.attention import AttentionMethod, FusedEdit, Keys, Plan
+from vlmfix.base.method import Preset, check_range, find_preset, layer_range
 from vlmfix.families import ModelInfo
+from vlmfix.families.kinds import TEXT
 
 __all__ = ["VisualAmplificationFusion", "multiply_scores"]
 

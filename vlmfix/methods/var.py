@@ -11,18 +11,11 @@ import torch
 
 from vlmfix.analysis.calibrate import load_calibration
 from vlmfix.analysis.massive import DEFAULT_FRACTION, magnitude
-from vlmfix.base.method import (
-    AttentionMethod,
-    FusedEdit,
-    Keys,
-    Plan,
-    Preset,
-    check_range,
-    find_preset,
-)
-from vlmfix.engine.ledger import IMAGE, TEXT
+from vlmfix.base.attention import AttentionMethod, FusedEdit, Keys, Plan
+from vlmfix.base.method import Preset, check_range, find_preset
 from vlmfix.errors import BadInput, CalibrationNeeded
 from vlmfix.families import ModelInfo
+from vlmfix.families.kinds import IMAGE, TEXT
 
 __all__ = ["VisualAttentionRedistribution", "redistribute", "rules"]
 

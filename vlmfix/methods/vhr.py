@@ -9,15 +9,8 @@ from typing import ClassVar, Literal
 import torch
 
 from vlmfix.analysis.divergence import LastHeads, head_divergence, prune_outliers, select_heads
-from vlmfix.base.method import (
-    AttentionMethod,
-    Keys,
-    Plan,
-    Prelude,
-    Preset,
-    check_range,
-    find_preset,
-)
+from vlmfix.base.attention import AttentionMethod, Keys, Plan, Prelude
+from vlmfix.base.method import Preset, check_range, find_preset
 from vlmfix.errors import BadInput, StateError
 from vlmfix.families import ModelInfo
 

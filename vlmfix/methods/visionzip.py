@@ -16,11 +16,11 @@ from vlmfix.base.pruning import (
     largest,
     share_budget,
 )
-from vlmfix.engine.tap import describe_tower
 from vlmfix.families import ModelInfo
+from vlmfix.families.tower import describe_tower
 
 if TYPE_CHECKING:
-    from vlmfix.engine.tap import Tower
+    from vlmfix.families.tower import Tower
 
 __all__ = ["VisionZip", "merge_tokens"]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vlmfix.base.method import AttentionMethod, Keys, Plan
+from vlmfix.base.attention import AttentionMethod, Keys, Plan
 from vlmfix.families import ModelInfo
 
 __all__ = ["NoOp"]

@@ -1,0 +1,35 @@
+"""The base class of methods that change the images of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from vlmfix.base.method import Method
+
+__all__ = ["PixelMethod"]
+
+
+@dataclass(frozen=True)
+class PixelMethod(Method):
+    """A method that looks at the prompts, changes their images, and asks again."""
+
+    stage: ClassVar[Literal["pixels", "tokens", "attention", "logits"]] = "pixels"
+
+    def rewrite(
+        self, model: Any, processor: Any, chats: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """New chats (as `vlmfix.generate` takes them), and what was found in each of them.
+
+        Runs before the answer, with no method of the stack at work.
+
+        Args:
+            model: the wrapped model.
+            processor: its processor.
+            chats: a batch of chats.
+
+        Returns:
+            Two lists with an entry per chat. `last_call(model).pixels[name]` shows the second.
+        """
+        raise NotImplementedError

@@ -1,0 +1,67 @@
+"""What the tokens of a prompt are, read from the arguments of a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vlmfix.errors import BadInput
+from vlmfix.families import ModelInfo
+from vlmfix.families.kinds import IMAGE, PAD, TEXT, VIDEO
+
+__all__ = ["carries_vision", "prompt_kinds", "require_image"]
+
+
+#: Keyword arguments whose presence says that a forward really carries images or video.
+_VISION = (
+    "mm_encoder_outputs",
+    "pixel_values",
+    "pixel_values_videos",
+    "pixel_values_images",
+    "image_pixel_values",
+    "image_embeds",
+    "image_hidden_states",
+)
+
+
+def prompt_kinds(
+    info: ModelInfo, ids: torch.Tensor, past: int, kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """Kinds (B, Q) of the prompt tokens in this forward."""
+    kinds = torch.full(ids.shape, TEXT, dtype=torch.uint8, device=ids.device)
+    if carries_vision(kwargs):
+        for kind, tokens in (
+            (IMAGE, info.image_token_ids),
+            (VIDEO, info.video_token_ids),
+        ):
+            for token in tokens:
+                kinds[ids == token] = kind
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if isinstance(mask, torch.Tensor):
+        window = slice(past, past + ids.shape[1])
+        if mask.ndim == 2:
+            kinds[mask[:, window] == 0] = PAD
+        else:  # already expanded, as for a static cache; additive masks are 0 where visible
+            visible = mask if mask.dtype == torch.bool else mask == 0
+            kinds[~visible[:, 0, -1, window]] = PAD
+    return kinds
+
+
+def require_image(info: ModelInfo, kinds: torch.Tensor, kwargs: dict[str, Any]) -> None:
+    """Refuse a whole prompt that carries images and shows no place for them."""
+    if carries_vision(kwargs) and not bool(((kinds == IMAGE) | (kinds == VIDEO)).any()):
+        raise BadInput(
+            "images were passed, but the prompt holds no image token (id "
+            f"{', '.join(map(str, info.image_token_ids))}). Build the prompt with the "
+            "model's processor, or use vlmfix.generate()."
+        )
+
+
+def carries_vision(kwargs: Mapping[str, Any]) -> bool:
+    """Whether the arguments of a forward bring images or video, as pixels or as features."""
+    values = [kwargs.get(name) for name in _VISION]
+    return any(bool(v) if isinstance(v, dict) else v is not None for v in values)
