@@ -12,8 +12,11 @@ from tiny import TinyFamily, build
 from tiny_configs import IMAGE
 from torch import Tensor
 
+from vlmfix.base.observer import Observer
 from vlmfix.base.pruning import Kept, TokenMethod, VisualTokens
+from vlmfix.engine.observe import internal_pass
 from vlmfix.families import ModelInfo
+from vlmfix.wrapper import session_of
 
 Inputs = dict[str, Any]
 
@@ -112,3 +115,10 @@ class Probe(TokenMethod):
     def keep(self, visual: VisualTokens, budget: int) -> Kept:
         self.told.append(visual)
         return Kept(torch.arange(len(visual))[::2][:budget])
+
+
+def observed(model: Any, inputs: Inputs, observer: Observer) -> Tensor:
+    """Next-token logits (B, V) of an internal pass of the plain model, at which an observer looks."""
+    with session_of(model) as session:
+        logits: Tensor = internal_pass(session.host, inputs, observers=[observer]).logits
+    return logits[:, -1]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import vlmfix
 from vlmfix.base.method import Method
+from vlmfix.engine.encoded import CallImages
 from vlmfix.engine.session import SESSION
 
 
@@ -27,7 +28,7 @@ def answer(tiny: TinyFamily, method: Method | str | None, inputs: dict[str, Any]
     with vlmfix.wrapped(tiny.model, method) as model:
         output = model.generate(**inputs, **kwargs)
         call = model.__dict__[SESSION].last_call()
-        reductions = () if call is None else call.reductions or ()
+        reductions = () if call is None else call.of(CallImages).reductions or ()
         kept = [reduction.positions.tolist() for reduction in reductions]
     return Answer(output.sequences, output.logits, kept)
 

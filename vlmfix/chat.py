@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from vlmfix.engine.frame import Stack
 from vlmfix.engine.session import SESSION, Session
 from vlmfix.errors import BadInput
 from vlmfix.loading import load_image
@@ -67,29 +66,18 @@ def generate(
     single = bool(messages) and isinstance(messages[0], Mapping)
     chats: Any = [messages] if single else messages
     session: Session | None = model.__dict__.get(SESSION)
-    found: dict[str, list[Any]] = {}
+    block: Any = nullcontext()
     if session is not None:
-        chats, found = _rewritten(session, processor, chats)
+        chats, block = session.before_chats(processor, chats)
         generate_kwargs["processor"] = processor  # only a wrapped model knows this argument
-    inputs = chat_inputs(model, processor, chats)
-    with session.rewritten(found) if session is not None and found else nullcontext():
+    with block:
+        inputs = chat_inputs(model, processor, chats)
         output = model.generate(**inputs, **generate_kwargs)
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
     answers = _answers(model, processor, inputs, sequences, generate_kwargs)
     if return_details:
         return answers
     return answers[0].text if single and len(answers) == 1 else [a.text for a in answers]
-
-
-def _rewritten(
-    session: Session, processor: Any, chats: Sequence[Chat]
-) -> tuple[Sequence[Chat], dict[str, list[Any]]]:
-    """The chats as the methods of the stack that change images leave them, and their findings."""
-    found: dict[str, list[Any]] = {}
-    for method in session.stack.pixels if chats else ():
-        with session.use(Stack((), session.info)):
-            chats, found[method.name] = method.rewrite(session.model, processor, chats)
-    return chats, found
 
 
 def chat_inputs(model: Any, processor: Any, chats: Sequence[Chat]) -> Any:

@@ -10,17 +10,16 @@ from typing import TypeVar, get_args
 
 import torch
 
-from vlmfix.base.contrast import ContrastMethod
-from vlmfix.base.pruning import LayerTokenMethod, PruningMethod
-from vlmfix.engine.attention import Implementation
 from vlmfix.engine.call import CallReport
-from vlmfix.engine.frame import Stack
 from vlmfix.engine.session import SESSION, Session
-from vlmfix.errors import BadInput, CompositionError, StateError
+from vlmfix.engine.stack import Stack
+from vlmfix.engine.stages import make_stack
+from vlmfix.engine.state import Implementation
+from vlmfix.errors import BadInput, StateError
 from vlmfix.families import ModelInfo, describe_model
 from vlmfix.registry import MethodSpec, build_stack
 
-__all__ = ["last_call", "suspended", "unwrap", "using", "wrap", "wrapped"]
+__all__ = ["last_call", "session_of", "suspended", "unwrap", "using", "wrap", "wrapped"]
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -71,7 +70,7 @@ def unwrap(model: Model) -> Model:
         StateError: the model is not wrapped, or is generating in some thread.
     """
     session = _session(model, "unwrap")
-    with session.lock:
+    with session.host.lock:
         if session.running:
             raise StateError(
                 f"{session.running} generate() call(s) are running on this model. Wait for them "
@@ -102,7 +101,7 @@ def using(model: Model, methods: MethodSpec) -> Iterator[Model]:
         StateError: the model is not wrapped (`wrap(model, None)` makes it so without any method).
     """
     session = _session(model, "using")
-    stack = _stack(model, session.info, methods, session.impl)
+    stack = _stack(model, session.host.info, methods, session.host.impl)
     with session.use(stack):
         yield model
 
@@ -124,6 +123,16 @@ def last_call(model: torch.nn.Module) -> CallReport:
     return call.report()
 
 
+@contextmanager
+def session_of(model: torch.nn.Module) -> Iterator[Session]:
+    """The session of a wrapped model; a plain one is wrapped without a method for the time."""
+    if SESSION in getattr(model, "__dict__", {}):
+        yield _session(model, "session_of")
+    else:
+        with wrapped(model, None):
+            yield _session(model, "session_of")
+
+
 def _session(model: torch.nn.Module, verb: str) -> Session:
     session = getattr(model, "__dict__", {}).get(SESSION)
     if not isinstance(session, Session):
@@ -138,37 +147,7 @@ def _stack(
     for method in prepared:
         if reason := method.idle():
             warnings.warn(f"{method.name} will change nothing: {reason}.", stacklevel=3)
-    names = [method.name for method in prepared]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise CompositionError(
-            f"the stack {names} holds {', '.join(twice)} more than once. Give each method once, "
-            "with the options you want."
-        )
-    contrasts = [method.name for method in prepared if isinstance(method, ContrastMethod)]
-    if len(contrasts) > 1:
-        raise CompositionError(
-            f"{' and '.join(contrasts)} both combine the logits, each against branches of its own, "
-            "and no paper says how two such combinations add up. Keep one of them; methods that "
-            "edit attention or change images stack with it."
-        )
-    pruning = [method.name for method in prepared if isinstance(method, PruningMethod)]
-    if len(pruning) > 1:
-        raise CompositionError(
-            f"{' and '.join(pruning)} both prune visual tokens, and which of them would see what "
-            "the other left is not defined. Keep one of them."
-        )
-    stack = Stack(prepared, info)
-    layered = [method.name for method in prepared if isinstance(method, LayerTokenMethod)]
-    if layered and (stack.by_layer or contrasts):
-        raise CompositionError(
-            f"{layered[0]} leaves some layers fewer keys than others, which no method that edits "
-            "attention or combines logits reckons with. Prune before the language model instead "
-            "(hiprune, divprune, ...), or run it alone."
-        )
-    if impl == "triton":
-        _check_fused(stack)
-    return stack
+    return make_stack(prepared, info, impl)
 
 
 def _check_implementation(impl: str) -> None:
@@ -180,20 +159,3 @@ def _check_implementation(impl: str) -> None:
             "impl='triton' needs a CUDA device and this machine shows none. Use impl='auto', which "
             "takes the torch implementation here."
         )
-
-
-def _check_fused(stack: Stack) -> None:
-    """Refuse what the kernel has no form for: impl='triton' never falls back."""
-    for layer, methods in sorted(stack.by_layer.items()):
-        editing = [method for method in methods if method.edits_rows()]
-        without = [method.name for method in editing if not method.has_fused_form]
-        if without:
-            raise CompositionError(
-                f"impl='triton': {', '.join(without)} has no fused form. Use impl='auto', which "
-                "takes the torch implementation for it."
-            )
-        if len(editing) > 1:
-            raise CompositionError(
-                f"impl='triton': {' and '.join(m.name for m in editing)} both edit the rows of "
-                f"layer {layer}, and the kernel runs one edit per layer. Use impl='auto'."
-            )

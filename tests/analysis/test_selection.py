@@ -20,6 +20,8 @@ import vlmfix
 from vlmfix import KeptTokens, visual_tokens
 from vlmfix.base.method import Method
 from vlmfix.chat import chat_inputs
+from vlmfix.engine.encoded import CallImages
+from vlmfix.engine.layer_pruning import KeptPlaceholders
 from vlmfix.engine.session import SESSION
 from vlmfix.errors import BadInput, StateError
 from vlmfix.methods.fastv import FastV
@@ -72,11 +74,13 @@ def test_it_tells_what_generate_keeps(name: str, method: Method) -> None:
         call = tiny.model.__dict__[SESSION].last_call()
     n, count = tiny.image_tokens, {"llava_next": 80}.get(name, tiny.image_tokens)
     if isinstance(method, FastV):
-        stays = call.kept[inputs["input_ids"] == IMAGE].view(3, n)  # per image
+        stays = (
+            call.get(KeptPlaceholders).kept[inputs["input_ids"] == IMAGE].view(3, n)
+        )  # per image
         kept = [image.nonzero().flatten().tolist() for image in stays]
         budgets = [n, n, n // 2]  # of two images, and of one
     else:
-        kept = [reduction.positions.tolist() for reduction in call.reductions]
+        kept = [reduction.positions.tolist() for reduction in call.of(CallImages).reductions]
         budgets = [count // 2] * 3
     assert [image.budget for own in told for image in own] == budgets
     for image, places in zip((image for own in told for image in own), kept, strict=True):
@@ -233,7 +237,7 @@ def test_a_method_that_reads_the_question_gets_the_processor() -> None:
     for more, told in (({"processor": processor}, known), ({}, unknown)):
         with vlmfix.wrapped(model, spec):
             model.generate(**inputs, max_new_tokens=1, do_sample=False, **more)
-            (reduction,) = model.__dict__[SESSION].last_call().reductions
+            (reduction,) = model.__dict__[SESSION].last_call().of(CallImages).reductions
         assert reduction.positions.tolist() == told.index.tolist()
 
 

@@ -23,10 +23,10 @@ from vlmfix.bench import run as bench
 from vlmfix.bench.arm import Arm, Decoding, Memory, Turn, TwoProducts
 from vlmfix.bench.models import Llava, Tower, subject
 from vlmfix.bench.plot import draw
-from vlmfix.engine import attention, streams
+from vlmfix.engine import attention, contrast
 from vlmfix.engine.attention import Slot
+from vlmfix.engine.branches import Branches
 from vlmfix.engine.edits import Inputs
-from vlmfix.engine.streams import Streams
 from vlmfix.errors import BadInput
 from vlmfix.methods.random_tokens import RandomTokens
 from vlmfix.registry import build, build_stack, list_methods
@@ -246,23 +246,23 @@ def test_sinks_are_forced_only_where_the_model_has_none(monkeypatch: pytest.Monk
 def test_a_wrong_contrastive_step_is_refused(
     mutant: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    combine, widen = streams.combine_decoded, Streams.widen
+    combine, widen = contrast.combine_decoded, Branches.widen
 
-    def wrong_combine(frame: Any, output: Any, token: torch.Tensor) -> Any:
-        base = output.logits[: frame.ledger.streams.rows]
+    def wrong_combine(method: Any, frame: Any, output: Any, token: torch.Tensor) -> Any:
+        base = output.logits[: frame.ledger.get(Branches).rows]
         if mutant == "forgotten":
             output.logits = base.float()
             return output
         output.logits = torch.cat([base, base])
-        return combine(frame, output, token)
+        return combine(method, frame, output, token)
 
-    def wrong_widen(self: Streams, *args: Any) -> dict[str, Any]:
+    def wrong_widen(self: Branches, *args: Any) -> dict[str, Any]:
         return widen(replace(self, shift=torch.zeros_like(self.shift)), *args)
 
     if mutant == "positions of the base":
-        monkeypatch.setattr(Streams, "widen", wrong_widen)
+        monkeypatch.setattr(Branches, "widen", wrong_widen)
     else:
-        monkeypatch.setattr(streams, "combine_decoded", wrong_combine)
+        monkeypatch.setattr(contrast, "combine_decoded", wrong_combine)
     found = bench.run(**{**TINY, "dtypes": (dtype,)}, methods=(("m3id",),))
     assert [row["arm"] for row in found.rows] == ["plain", "two products"]
     why = "edited no row" if mutant == "forgotten" else "its logits differ from those without"

@@ -9,13 +9,16 @@ from typing import Any, ClassVar, Literal
 import pytest
 import torch
 from matrix import ROWS, family, logits, prompt
+from prompts import observed
 from tiny import build, generate_kwargs
 
 import vlmfix
 import vlmfix.engine.attention
-import vlmfix.engine.prelude
+import vlmfix.engine.attention_stage
+import vlmfix.engine.probe
 import vlmfix.engine.session
-from vlmfix.base.attention import AttentionMethod, Keys, Plan, Prelude, Watcher
+from vlmfix.base.attention import AttentionMethod, Keys, Plan, ProbePass
+from vlmfix.base.observer import Observer, Rows, SeenRows
 from vlmfix.families import ModelInfo, describe_model
 from vlmfix.families.tower import Received, Tower
 from vlmfix.kernels import reference
@@ -77,19 +80,17 @@ class Everywhere(AttentionMethod):
         return Plan((), [True] * keys.kinds.shape[0])
 
 
-@dataclass(frozen=True)
-class Probe(Everywhere):
-    """Row probe and head-output probe."""
+@dataclass(frozen=True, eq=False)
+class Both(Observer):
+    """Sees rows and head outputs."""
 
-    weights: dict[int, list[torch.Tensor]] = field(default_factory=dict, hash=False, compare=False)
-    heads: dict[int, list[torch.Tensor]] = field(default_factory=dict, hash=False, compare=False)
+    weights: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    heads: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
-    def observe_weights(
-        self, layer: int, weights: torch.Tensor, position: int, *plan: torch.Tensor
-    ) -> None:
-        self.weights.setdefault(layer, []).append(weights)
+    def see_weights(self, rows: SeenRows) -> None:
+        self.weights.setdefault(rows.layer, []).append(rows.weights)
 
-    def observe_heads(self, layer: int, outputs: torch.Tensor) -> None:
+    def see_heads(self, layer: int, outputs: torch.Tensor) -> None:
         self.heads.setdefault(layer, []).append(outputs)
 
 
@@ -187,10 +188,8 @@ def test_row_probe_gives_the_attention_that_eager_gives(name: str) -> None:
     tiny = family(name)
     inputs = prompt(tiny)
     keep = inputs["attention_mask"].bool()
-    probe = Probe()
-    plain = logits(tiny.model, inputs)
-    with vlmfix.wrapped(tiny.model, probe):
-        assert torch.allclose(logits(tiny.model, inputs), plain, atol=1e-4)
+    probe = Both(range(describe_model(tiny.model).num_layers))
+    assert torch.equal(observed(tiny.model, inputs, probe), logits(tiny.model, inputs))
     text = tiny.model.config.get_text_config()
     before = text._attn_implementation
     tiny.model.set_attn_implementation({"text_config": "eager"})
@@ -218,9 +217,8 @@ def test_head_probe_sees_what_enters_o_proj() -> None:
                 lambda m, args, layer=layer: entered.update({layer: args[0][:, -1]})
             )
         )
-    probe = Probe()
-    with vlmfix.wrapped(tiny.model, probe):
-        logits(tiny.model, inputs)
+    probe = Both(range(info.num_layers))
+    observed(tiny.model, inputs, probe)
     for handle in handles:
         handle.remove()
     for layer, outputs in probe.heads.items():
@@ -282,16 +280,15 @@ def test_head_scale_from_the_prompt_refuses_a_prefill_in_chunks() -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Rows(Watcher):
+class TextRows(Observer):
     """Keeps the text rows of the layers that it watches, and where the pieces began."""
 
     starts: list[int] = field(default_factory=list)
 
-    rows: ClassVar[Literal["predicting", "text"]] = "text"
+    rows: ClassVar[Rows] = "text"
 
-    def observe_weights(
-        self, layer: int, weights: torch.Tensor, position: int, *plan: torch.Tensor
-    ) -> None:
+    def see_weights(self, rows: SeenRows) -> None:
+        layer, weights, position = rows.layer, rows.weights, rows.position
         new = weights if layer not in self.seen else weights[:, :, 1:]
         self.starts.append(position)
         before = self.seen.get(layer, new[:, :, :0])
@@ -303,12 +300,12 @@ class WithPrelude(Everywhere):
     """Looks at the prompt, or at its text alone, and edits nothing."""
 
     prompt: Literal["whole", "text"] = "whole"
-    made: list[Rows] = field(default_factory=list, hash=False, compare=False)
+    made: list[TextRows] = field(default_factory=list, hash=False, compare=False)
     plans: list[dict[int, torch.Tensor]] = field(default_factory=list, hash=False, compare=False)
 
-    def prelude(self, info: ModelInfo) -> Prelude | None:
-        self.made.append(Rows(watched=(1,)))
-        return Prelude(self.prompt, self.made[-1])
+    def probe_pass(self, info: ModelInfo) -> ProbePass | None:
+        self.made.append(TextRows(watched=(1,)))
+        return ProbePass(self.prompt, self.made[-1])
 
     def plan(self, keys: Keys) -> Plan | None:
         self.plans.append(dict(keys.seen))
@@ -319,8 +316,8 @@ class WithPrelude(Everywhere):
 class Boost(Everywhere):
     """Doubles the scores of keys that the watched row of its prelude looked at most."""
 
-    def prelude(self, info: ModelInfo) -> Prelude | None:
-        return Prelude("whole", Rows(watched=(1,)))
+    def probe_pass(self, info: ModelInfo) -> ProbePass | None:
+        return ProbePass("whole", TextRows(watched=(1,)))
 
     def plan(self, keys: Keys) -> Plan | None:
         row = keys.seen[1][:, 0, -1]
@@ -389,18 +386,18 @@ def test_rerun_of_the_last_token_equals_a_prefill_of_its_own(
     tiny = family(name)
     inputs = prompt(tiny)
     reruns: list[str] = []
-    original = vlmfix.engine.session.run_last_token
+    original = vlmfix.engine.attention_stage.run_last_token
 
     def spy(*args: Any) -> Any:
         reruns.append(name)
         return original(*args)
 
-    monkeypatch.setattr(vlmfix.engine.session, "run_last_token", spy)
+    monkeypatch.setattr(vlmfix.engine.attention_stage, "run_last_token", spy)
     kwargs = generate_kwargs(output_logits=True, return_dict_in_generate=True)
     results = []
     for rerun in (True, False):
         if not rerun:
-            monkeypatch.setattr(vlmfix.engine.prelude, "can_rerun", lambda *args: False)
+            monkeypatch.setattr(vlmfix.engine.probe, "can_rerun", lambda *args: False)
         with vlmfix.wrapped(tiny.model, Boost()):
             results.append(tiny.model.generate(**inputs, **kwargs))
             assert vlmfix.last_call(tiny.model).passes == 6
@@ -435,13 +432,13 @@ def test_no_rerun_where_it_is_not_exact(
 ) -> None:
     tiny = family(name)
     reruns: list[str] = []
-    original = vlmfix.engine.session.run_last_token
+    original = vlmfix.engine.attention_stage.run_last_token
 
     def spy(*args: Any) -> Any:
         reruns.append(name)
         return original(*args)
 
-    monkeypatch.setattr(vlmfix.engine.session, "run_last_token", spy)
+    monkeypatch.setattr(vlmfix.engine.attention_stage, "run_last_token", spy)
     with vlmfix.wrapped(tiny.model, [Boost(), "pai"][:stack]):
         tiny.model.generate(**prompt(tiny), **generate_kwargs(**kwargs))
         assert vlmfix.last_call(tiny.model).extra_passes == 1
@@ -458,7 +455,9 @@ def test_no_rerun_with_padding_on_the_right(monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("input_ids", "attention_mask"):
         right[name][0] = left[name][0].roll(-count)
     assert count and not right["attention_mask"][0, -1]
-    monkeypatch.setattr(vlmfix.engine.session, "run_last_token", lambda *args: pytest.fail("rerun"))
+    monkeypatch.setattr(
+        vlmfix.engine.attention_stage, "run_last_token", lambda *args: pytest.fail("rerun")
+    )
     cache = DynamicCache(config=tiny.model.config.get_text_config())
     with vlmfix.wrapped(tiny.model, Boost()):
         logits(tiny.model, right, past_key_values=cache)
@@ -467,7 +466,7 @@ def test_no_rerun_with_padding_on_the_right(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_a_prelude_knows_the_question(use_cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever way the prompt is looked at first: with a rerun, or by a forward of its own."""
+    """Both ways to look first: with a rerun, and by a forward of its own."""
     tiny = family("llava")
     inputs = tiny.inputs(1)
     content = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
@@ -476,13 +475,14 @@ def test_a_prelude_knows_the_question(use_cache: bool, monkeypatch: pytest.Monke
     question[:, -5:] = True
     monkeypatch.setattr(vlmfix.engine.session, "find_question", lambda *args: (question, content))
     monkeypatch.setattr(Boost, "reads_question", True)
-    told: list[Keys] = []
+    told: list[SeenRows] = []
+    see = TextRows.see_weights
 
-    def keep(self: Rows, keys: Keys) -> Plan:
-        told.append(keys)
-        return Plan((), [True])
+    def keep(self: TextRows, rows: SeenRows) -> None:
+        told.append(rows)
+        see(self, rows)
 
-    monkeypatch.setattr(Rows, "plan", keep)
+    monkeypatch.setattr(TextRows, "see_weights", keep)
     with vlmfix.wrapped(tiny.model, Boost()):
         kwargs = generate_kwargs(use_cache=use_cache)
         tiny.model.generate(**inputs, processor=object(), **kwargs)

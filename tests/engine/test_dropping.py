@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import vlmfix
-from vlmfix.engine.dropping import _cut_mask
+from vlmfix.engine.layer_pruning import _cut_mask
 from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
 from vlmfix.methods.fastv import FastV
 from vlmfix.methods.m3id import MutualInformationDecoding

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from vlmfix.engine.call import Call
+from vlmfix.engine.frame import Frame
 from vlmfix.engine.ledger import Ledger
+from vlmfix.engine.lifetime import Lifetime
+from vlmfix.engine.plans import AttentionNotes
 from vlmfix.families.kinds import GENERATED, IMAGE, PAD, TEXT
+from vlmfix.methods.pai import PayAttentionToImage
 
 CPU = torch.device("cpu")
+METHOD = PayAttentionToImage()
+
+
+def frame(ledger: Ledger, past: int = 0) -> Frame:
+    return Frame(Call(), ledger, past=past, queries=2, offsets={})
 
 
 def _kinds(*rows: list[int]) -> torch.Tensor:
@@ -33,25 +44,46 @@ def test_chunks_append_and_the_last_prompt_token_skips_padding() -> None:
 def test_growth_keeps_kinds_and_flags() -> None:
     ledger = Ledger(1, 2, CPU)
     ledger.write(0, _kinds([TEXT, IMAGE]), prompt_length=2)
-    ledger.flag("method", 0, 0, torch.tensor([[False, True]]))
-    ledger.derived[0] = "stale"
+    notes = ledger.of(AttentionNotes)
+    notes.flag(METHOD, 0, frame(ledger), torch.tensor([[False, True]]))
+    notes.plans[0] = {}
     before = ledger.capacity
     ledger.reserve(before)
-    assert ledger.derived and ledger.capacity == before
+    assert notes.plans and ledger.capacity == before
     ledger.reserve(before + 1)
-    assert ledger.capacity > before and not ledger.derived
+    assert ledger.capacity > before and not notes.plans
     assert ledger.kinds[0, :2].tolist() == [TEXT, IMAGE]
     assert (ledger.kinds[0, 2:] == GENERATED).all()
-    assert ledger.flags["method", 0].nonzero().tolist() == [[0, 1]]
-    assert ledger.flags["method", 0].shape == ledger.kinds.shape
+    assert notes.flags[METHOD, 0].nonzero().tolist() == [[0, 1]]
+    assert notes.flags[METHOD, 0].shape == ledger.kinds.shape
 
 
 def test_flags_are_noted_for_prompt_tokens_only_and_void_what_was_derived() -> None:
     ledger = Ledger(1, 4, CPU)
     ledger.write(0, _kinds([TEXT, IMAGE, TEXT, TEXT]), prompt_length=2)
-    ledger.derived |= {0: "stale", 1: "kept"}
-    ledger.flag("method", 0, 0, torch.ones(1, 4, dtype=torch.bool))
-    assert ledger.flags["method", 0].nonzero().tolist() == [[0, 0], [0, 1]]
-    assert ledger.derived == {1: "kept"}
-    ledger.flag("method", 0, 3, torch.ones(1, 1, dtype=torch.bool))
-    assert ledger.flags["method", 0].sum() == 2
+    notes = ledger.of(AttentionNotes)
+    notes.plans |= {0: {}, 1: {}}
+    notes.flag(METHOD, 0, frame(ledger), torch.ones(1, 4, dtype=torch.bool))
+    assert notes.flags[METHOD, 0].nonzero().tolist() == [[0, 0], [0, 1]]
+    assert notes.plans == {1: {}}
+    notes.flag(METHOD, 0, frame(ledger, past=3), torch.ones(1, 1, dtype=torch.bool))
+    assert notes.flags[METHOD, 0].sum() == 2
+    ledger.write(2, _kinds([TEXT]), prompt_length=3)
+    assert not notes.plans
+
+
+def test_a_lifetime_keeps_one_object_of_a_class() -> None:
+    life = Lifetime()
+    assert life.get(list) is None and life.of(list) == [] and life.of(list) is life.get(list)
+    kept = life.of(list)
+    with life.keeping([1]):
+        assert life.get(list) == [1]
+        with life.keeping([2]):
+            assert life.kept() == ([2],)
+        assert life.get(list) == [1]
+    assert life.get(list) is kept
+    life.forget(list)
+    assert life.get(list) is None
+    with pytest.raises(ValueError), life.keeping([3]):
+        raise ValueError
+    assert life.get(list) is None

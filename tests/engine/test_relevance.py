@@ -14,8 +14,8 @@ from torch import Tensor
 
 import vlmfix
 import vlmfix.engine.attention
+from vlmfix.engine.pruning import shorten
 from vlmfix.engine.session import SESSION
-from vlmfix.engine.shortening import shorten
 from vlmfix.errors import BadInput
 
 Inputs = dict[str, Any]
@@ -59,7 +59,7 @@ def test_relevance_reads_the_question_that_it_is_told() -> None:
     asked[1, -1] = True
     probe = Probe(layer=1, ratio=0.5)
     with vlmfix.wrapped(tiny.model, probe), torch.no_grad():
-        shorten(tiny.model.__dict__[SESSION], probe, inputs, (asked, asked))
+        shorten(tiny.model.__dict__[SESSION].host, probe, inputs, (asked, asked))
     tiny.model.set_attn_implementation("eager")
     with torch.no_grad():
         weights = tiny.model(**inputs, output_attentions=True).attentions[1].mean(1)
@@ -165,9 +165,10 @@ def test_a_look_leaves_the_model_as_it_was() -> None:
     probe = Probe(layer=1, ratio=0.5)
     with vlmfix.wrapped(tiny.model, probe), torch.no_grad():
         session = tiny.model.__dict__[SESSION]
-        cut = shorten(session, probe, inputs)
-        assert cut is not None and session.frame is None and session.last is None
-        assert session.stack.tokens is probe
+        cut = shorten(session.host, probe, inputs)
+        state = session.host.state
+        assert cut is not None and state.frame is None and state.last is None
+        assert session.stack.methods == (probe,)
         given = cut.kwargs["mm_encoder_outputs"]["image"].pooler_output
     assert [len(part) for part in given] == [2, 2]
     # What it leaves is what the shorter prompts need, not what the look or the prompt before had.

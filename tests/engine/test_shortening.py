@@ -38,9 +38,9 @@ import vlmfix
 from vlmfix.base.attention import AttentionMethod, Keys, Plan, lift_scores
 from vlmfix.base.contrast import Branch, ContrastMethod, Prompt
 from vlmfix.base.pruning import Kept, TokenMethod, VisualTokens
+from vlmfix.engine.encoded import CallImages, Reduction
+from vlmfix.engine.recorder import VisionRecorder
 from vlmfix.engine.session import SESSION
-from vlmfix.engine.shortening import Reduction
-from vlmfix.engine.tap import Tap
 from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
 from vlmfix.families import ModelInfo, describe_model
 from vlmfix.families.tower import describe_tower
@@ -163,14 +163,14 @@ def test_the_budget_is_kept_exactly(name: str) -> None:
         with vlmfix.wrapped(tiny.model, method):
             output = generate(tiny.model, inputs)
             report = vlmfix.last_call(tiny.model)
-            call = tiny.model.__dict__[SESSION].last_call()
+            reductions = tiny.model.__dict__[SESSION].last_call().of(CallImages).reductions
         assert report.visual_tokens == ((kept, count),) * 3
-        newlines = [len(one.positions) - kept for one in call.reductions]
+        newlines = [len(one.positions) - kept for one in reductions]
         assert newlines == [newlines[0]] * 3 and (newlines[0] > 0) == (name == "llava_next")
         shorter = length - (tiny.image_tokens - kept - newlines[0])
         assert report.prompt_length == shorter and report.new_tokens == 6
         # The last token that was written is not in the cache.
-        assert lengths(output.past_key_values) == [shorter + 5] * len(call.reductions)
+        assert lengths(output.past_key_values) == [shorter + 5] * len(reductions)
         assert torch.equal(output.sequences[:, :length], inputs["input_ids"])
 
 
@@ -956,7 +956,7 @@ def test_values_from_the_vision_tower_go_to_the_tokens_that_are_left(name: str, 
     by_hand = cut_by_hand(tiny, inputs, [kept_of(name)] * 2)
     tower = describe_tower(tiny.model, describe_model(tiny.model))
     layers = imba.encoder_layers(tower)
-    with Tap(tower, layers) as tap:
+    with VisionRecorder(tower, layers) as tap:
         encoded(tiny, inputs)
         images = tap.take()
     lifts = []

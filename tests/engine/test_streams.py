@@ -20,7 +20,8 @@ from tiny_configs import IMAGE
 from transformers import DynamicCache, LogitsProcessorList, SuppressTokensLogitsProcessor
 
 import vlmfix
-import vlmfix.engine.streams
+import vlmfix.engine.branches
+import vlmfix.engine.contrast
 from vlmfix.base.attention import AttentionMethod
 from vlmfix.base.contrast import Branch, ContrastMethod, Prompt
 from vlmfix.families import describe_model
@@ -403,50 +404,50 @@ def test_lookup_takes_drafts(name: str) -> None:
 
 
 def _only_the_base_is_reordered(monkeypatch: pytest.MonkeyPatch) -> None:
-    make = vlmfix.engine.streams._with_streams
+    make = vlmfix.engine.branches._with_branches
 
-    def with_streams(kind: type[Any]) -> type[Any]:
+    def with_branches(kind: type[Any]) -> type[Any]:
         class BaseAlone(make(kind)):
             def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-                groups, rows = self.streams
+                groups, rows = self.row_groups
                 rest = torch.arange(rows, groups * rows)
                 super(make(kind), self).reorder_cache(torch.cat([beam_idx, rest]))
 
         return BaseAlone
 
-    monkeypatch.setattr(vlmfix.engine.streams, "_with_streams", with_streams)
+    monkeypatch.setattr(vlmfix.engine.branches, "_with_branches", with_branches)
 
 
 def _positions_of_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
-    _spoil(monkeypatch, shift=lambda streams: torch.zeros_like(streams.shift))
+    _spoil(monkeypatch, shift=lambda branches: torch.zeros_like(branches.shift))
 
 
 def _mask_of_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
-    def base(streams: Any) -> torch.Tensor:
-        visible: torch.Tensor = streams.visible[: streams.rows]
-        return visible.repeat(1 + streams.branches, 1)
+    def base(branches: Any) -> torch.Tensor:
+        visible: torch.Tensor = branches.visible[: branches.rows]
+        return visible.repeat(1 + branches.count, 1)
 
-    _spoil(monkeypatch, visible=base, as_base=lambda streams: True)
+    _spoil(monkeypatch, visible=base, as_base=lambda branches: True)
 
 
 def _spoil(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    """Change fields of the streams at every step."""
-    widen = vlmfix.engine.streams.Streams.widen
+    """Change fields of the branches at every step."""
+    widen = vlmfix.engine.branches.Branches.widen
 
-    def spoiled(streams: Any, *args: Any, **kwargs: Any) -> Any:
-        made = {name: change(streams) for name, change in changes.items()}
-        return widen(replace(streams, **made), *args, **kwargs)
+    def spoiled(branches: Any, *args: Any, **kwargs: Any) -> Any:
+        made = {name: change(branches) for name, change in changes.items()}
+        return widen(replace(branches, **made), *args, **kwargs)
 
-    monkeypatch.setattr(vlmfix.engine.streams.Streams, "widen", spoiled)
+    monkeypatch.setattr(vlmfix.engine.branches.Branches, "widen", spoiled)
 
 
 def _tokens_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    fold = vlmfix.engine.streams._fold
+    fold = vlmfix.engine.contrast._fold
 
-    def spoiled(frame: Any, output: Any, logits: Any, token: torch.Tensor) -> Any:
-        return fold(frame, output, logits, token - 1)
+    def spoiled(method: Any, frame: Any, output: Any, logits: Any, token: torch.Tensor) -> Any:
+        return fold(method, frame, output, logits, token - 1)
 
-    monkeypatch.setattr(vlmfix.engine.streams, "_fold", spoiled)
+    monkeypatch.setattr(vlmfix.engine.contrast, "_fold", spoiled)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])

@@ -18,8 +18,9 @@ from tiny import FAMILIES, OTHERS, TinyFamily, build, generate_kwargs
 from tiny_configs import IMAGE, VIDEO, VISION_END, VISION_START
 from torch import Tensor
 
-import vlmfix.engine.tap
-from vlmfix.engine.tap import Tap, _square_tiles, received_attention
+import vlmfix.engine.recorder
+import vlmfix.families.tower
+from vlmfix.engine.recorder import VisionRecorder, _square_tiles, received_attention
 from vlmfix.errors import BadInput, StateError, UnsupportedModel
 from vlmfix.families import describe_model
 from vlmfix.families.tower import EncodedImage, Tower, describe_tower
@@ -153,7 +154,7 @@ def placed_keys(images: list[EncodedImage], layer: int) -> Tensor:
 
 
 def read(tiny: TinyFamily, inputs: Inputs) -> list[EncodedImage]:
-    with Tap(tower_of(tiny), LAYERS) as tap:
+    with VisionRecorder(tower_of(tiny), LAYERS) as tap:
         encode(tiny.model, inputs)
         return tap.take()
 
@@ -229,7 +230,7 @@ def test_keys_are_what_the_layers_key_projection_gives(base: str) -> None:
     ("hidden", "layer"), [(-2, 22), (-1, 23), (1, 0), (0, 0), (24, 23), ([-2, -5, 16], 22)]
 )
 def test_the_layer_whose_output_is_projected(hidden: Any, layer: int) -> None:
-    assert vlmfix.engine.tap._feature_layer(hidden, 24) == layer
+    assert vlmfix.families.tower._feature_layer(hidden, 24) == layer
 
 
 def test_feature_layers_of_families() -> None:
@@ -360,14 +361,14 @@ def test_chunks_do_not_matter(masked: bool) -> None:
 
 def test_rows_are_held_in_bounded_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    original = vlmfix.engine.tap.reference.row_scores
+    original = vlmfix.engine.recorder.reference.row_scores
 
     def measured(*args: Any) -> Tensor:
         scores: Tensor = original(*args)
         sizes.append(scores.numel() * scores.element_size())
         return scores
 
-    monkeypatch.setattr(vlmfix.engine.tap.reference, "row_scores", measured)
+    monkeypatch.setattr(vlmfix.engine.recorder.reference, "row_scores", measured)
     received_attention(noise(1, 16, 2048, 8), noise(1, 16, 2048, 8), 0.3)
     assert sizes == [64 * 2**20] * 4
 
@@ -385,7 +386,7 @@ def test_batch_equals_singles(name: str) -> None:
 def test_two_images_in_a_prompt(name: str, kwargs: Inputs) -> None:
     tiny = family(name)
     together, apart = two_images(tiny)
-    with Tap(tower_of(tiny), LAYERS) as tap:
+    with VisionRecorder(tower_of(tiny), LAYERS) as tap:
         tiny.model.generate(**together, **generate_kwargs(**kwargs))
         one = tap.take()
         tiny.model.generate(**apart, **generate_kwargs(**kwargs))
@@ -414,7 +415,7 @@ def test_a_tapped_model_is_bit_identical(name: str, base: str) -> None:
         return (result.sequences, *result.logits, logits, encode(model, inputs))
 
     plain = outputs()
-    with Tap(tower_of(tiny), LAYERS) as tap:
+    with VisionRecorder(tower_of(tiny), LAYERS) as tap:
         tapped = outputs()
         from_eager = tap.take()
     assert all(torch.equal(a, b) for a, b in zip(plain, tapped, strict=True))
@@ -426,11 +427,11 @@ def test_a_tapped_model_is_bit_identical(name: str, base: str) -> None:
 def test_detach_restores_everything(name: str) -> None:
     tiny = build(name)
     before, tower = state(tiny.model), tower_of(tiny)
-    with pytest.raises(RuntimeError, match="boom"), Tap(tower, LAYERS):
+    with pytest.raises(RuntimeError, match="boom"), VisionRecorder(tower, LAYERS):
         assert state(tiny.model) != before
         raise RuntimeError("boom")
     assert state(tiny.model) == before
-    tap = Tap(tower, (1,))
+    tap = VisionRecorder(tower, (1,))
     for _ in range(2):
         tap.attach()
         tap.detach()
@@ -443,7 +444,7 @@ def test_only_chosen_layers_are_touched() -> None:
     tower = tower_of(tiny)
     first: Any = tower.layers[0]
     config = first.config
-    with Tap(tower, (1,)) as tap:
+    with VisionRecorder(tower, (1,)) as tap:
         assert first.config is config and tower.layers[1].config is not config
         encode(tiny.model, tiny.inputs())
         assert [set(tile.received) for image in tap.take() for tile in image.tiles] == [{1}]
@@ -454,7 +455,7 @@ def test_a_get_image_features_of_the_users_comes_back() -> None:
     host = tiny.model.model
     own = host.get_image_features
     host.__dict__["get_image_features"] = own
-    with Tap(tower_of(tiny), LAYERS):
+    with VisionRecorder(tower_of(tiny), LAYERS):
         assert host.get_image_features is not own
     assert host.__dict__["get_image_features"] is own
 
@@ -462,7 +463,7 @@ def test_a_get_image_features_of_the_users_comes_back() -> None:
 def test_a_failed_encoding_leaves_nothing_behind() -> None:
     tiny = build("llava")
     good = tiny.inputs()
-    with Tap(tower_of(tiny), LAYERS) as tap:
+    with VisionRecorder(tower_of(tiny), LAYERS) as tap:
         encode(tiny.model, good)
         with pytest.raises(ValueError, match="doesn't match model"):
             encode(tiny.model, {"pixel_values": torch.zeros(1, 3, 20, 20)})
@@ -481,9 +482,9 @@ def test_outside_an_encoding_nothing_is_computed(monkeypatch: pytest.MonkeyPatch
     def forbidden(*_: Any) -> None:
         raise AssertionError("attention was read")
 
-    with Tap(tower_of(tiny), LAYERS) as tap:
+    with VisionRecorder(tower_of(tiny), LAYERS) as tap:
         encode(tiny.model, inputs)
-        monkeypatch.setattr(vlmfix.engine.tap, "received_attention", forbidden)
+        monkeypatch.setattr(vlmfix.engine.recorder, "received_attention", forbidden)
         tower_of(tiny).module(inputs["pixel_values"])
         assert len(tap.take()) == 1
 
@@ -492,7 +493,7 @@ def test_the_last_encoding_counts_and_text_has_none() -> None:
     tiny = build("qwen2_5_vl")
     one, other = tiny.inputs(batch=1, seed=1), tiny.inputs(batch=2, seed=2)
     text = torch.tensor([[1, 20, 21, 22]])
-    with Tap(tower_of(tiny), LAYERS) as tap:
+    with VisionRecorder(tower_of(tiny), LAYERS) as tap:
         tiny.model.generate(text, **generate_kwargs())
         assert tap.take() == []
         encode(tiny.model, one)
@@ -513,7 +514,7 @@ def test_videos_are_not_read() -> None:
         "video_grid_thw": torch.tensor([[1, 4, 4]]),
     }
     plain = tiny.model.generate(**inputs, **generate_kwargs())
-    with Tap(tower_of(tiny), LAYERS) as tap:
+    with VisionRecorder(tower_of(tiny), LAYERS) as tap:
         assert torch.equal(tiny.model.generate(**inputs, **generate_kwargs()), plain)
         with_video = tap.take()
         encode(tiny.model, inputs)
@@ -528,7 +529,7 @@ def test_threads_read_their_own_images() -> None:
     prompts[1]["pixel_values"] = prompts[1]["pixel_values"] * 3
     expected = [read(tiny, prompt) for prompt in prompts]
     failures: list[BaseException] = []
-    with Tap(tower_of(tiny), LAYERS) as tap:
+    with VisionRecorder(tower_of(tiny), LAYERS) as tap:
         barrier = threading.Barrier(2)
 
         def work(index: int) -> None:
@@ -585,17 +586,17 @@ def test_unknown_families_towers_and_settings_are_refused(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("layers", [(), (2,), (-1, 0)])
 def test_layers_that_are_not_there(layers: tuple[int, ...]) -> None:
     with pytest.raises(BadInput, match="from 0 to 1"):
-        Tap(tower_of(family("llava")), layers)
+        VisionRecorder(tower_of(family("llava")), layers)
 
 
 def test_one_tap_at_a_time_and_no_copies() -> None:
     tiny = build("llava")
     tower = tower_of(tiny)
-    with Tap(tower, (0,)) as tap:
+    with VisionRecorder(tower, (0,)) as tap:
         inside = state(tiny.model)
         for layers in ((0,), (1,)):
             with pytest.raises(StateError, match="has a tap already"):
-                Tap(tower_of(tiny), layers).attach()
+                VisionRecorder(tower_of(tiny), layers).attach()
         assert state(tiny.model) == inside
         with pytest.raises(StateError, match="cannot be copied"):
             copy.deepcopy(tiny.model)
@@ -611,7 +612,7 @@ def test_flash_attention_in_the_tower_is_refused() -> None:
         layer.config._attn_implementation_internal = "flash_attention_2"
     before = state(tiny.model)
     with pytest.raises(UnsupportedModel, match="flash_attention_2.*vision_config"):
-        Tap(tower, LAYERS).attach()
+        VisionRecorder(tower, LAYERS).attach()
     assert state(tiny.model) == before
     tiny.model.set_attn_implementation({"vision_config": "sdpa"})  # the way out that it names
     assert len(read(tiny, tiny.inputs())) == 1
@@ -620,7 +621,7 @@ def test_flash_attention_in_the_tower_is_refused() -> None:
 def test_features_that_do_not_fit_the_rule_are_refused() -> None:
     tiny = build("llava")
     pixels = tiny.inputs()["pixel_values"]
-    with Tap(tower_of(tiny), LAYERS) as tap:
+    with VisionRecorder(tower_of(tiny), LAYERS) as tap:
         with pytest.raises(UnsupportedModel, match="17 visual tokens where the tap counts 16"):
             tiny.model.get_image_features(
                 pixel_values=pixels, vision_feature_select_strategy="full", return_dict=True
@@ -633,7 +634,7 @@ def test_a_layer_that_does_not_run_is_named() -> None:
     tower = tower_of(tiny)
     tower.module.encoder.layers[1].forward = lambda hidden, *args, **kwargs: hidden
     with (
-        Tap(tower, LAYERS),
+        VisionRecorder(tower, LAYERS),
         pytest.raises(UnsupportedModel, match=r"layers \[1\] .* did not run"),
     ):
         encode(tiny.model, tiny.inputs())
@@ -643,7 +644,7 @@ def test_patches_that_make_no_whole_squares() -> None:
     tower = tower_of(family("gemma3"))
     calls = {0: [(torch.zeros(1, 25), torch.zeros(1, 25), torch.zeros(1, 25, 2))]}
     with pytest.raises(UnsupportedModel, match="25 patches in 20 x 20 pixels.* 2 x 2 squares"):
-        vlmfix.engine.tap._images(
+        vlmfix.engine.recorder._images(
             tower,
             calls,
             {"pixel_values": torch.zeros(1, 3, 20, 20)},
@@ -675,7 +676,7 @@ def test_the_bundled_model() -> None:
     plain = model.generate(**inputs, max_new_tokens=5, do_sample=False)
     tower = describe_tower(model, describe_model(model))
     layers = (0, len(tower.layers) - 2)
-    with Tap(tower, layers) as tap:
+    with VisionRecorder(tower, layers) as tap:
         tapped = model.generate(**inputs, max_new_tokens=5, do_sample=False)
         images = tap.take()
     assert torch.equal(plain, tapped)

@@ -10,15 +10,17 @@ import pytest
 import torch
 from made_keys import make_keys
 from matrix import family, logits, prompt
+from prompts import observed
 from tiny import build
 
 import vlmfix
 from vlmfix.analysis.calibrate import Calibration, cache_folder, fingerprint, write
+from vlmfix.base.observer import SeenRows
 from vlmfix.engine import attention
 from vlmfix.errors import BadInput, StateError
 from vlmfix.families import describe_model
 from vlmfix.families.kinds import GENERATED, IMAGE, PAD, TEXT
-from vlmfix.methods.gift import GazeShiftFusion, GazeWatcher, fuse, gaze_map, top_heads
+from vlmfix.methods.gift import GazeObserver, GazeShiftFusion, fuse, gaze_map, top_heads
 
 # Keys: other, visual 1, visual 2, the question, a generated token.
 WEIGHTS = torch.tensor([[0.4, 0.1, 0.2, 0.2, 0.1], [0.6, 0.05, 0.05, 0.1, 0.2]]).double()
@@ -39,6 +41,12 @@ def lifted(alpha: float, gaze: torch.Tensor) -> torch.Tensor:
         (5.0, 50.137720, [0.015644, 0.580445, 0.007822, 0.392178, 0.003911]),
     ],
 )
+def seen(weights: torch.Tensor, visual: torch.Tensor, content: list[bool]) -> SeenRows:
+    """Rows from position 0, of a question of which some words carry content."""
+    words = torch.tensor([content])
+    return SeenRows(0, weights, 0, 0, visual, torch.ones_like(words), words)
+
+
 def test_worked_rows(alpha: float, ratio: float, expected: list[float]) -> None:
     lift = lifted(alpha, torch.tensor([[0, 1, 0, 0, 0]]).double())
     weights = WEIGHTS[None, :, None]
@@ -59,9 +67,9 @@ def test_worked_saliency() -> None:
             [[0.02, 0.30, 0.02], [0.02, 0.30, 0.03], [0.02, 0.30, 0.02]],
         ]
     ).double()[None]
-    watcher = GazeWatcher((0,))
-    watcher.observe_weights(0, rows, 0, visual, torch.tensor([[False, True, True]]))
-    rises = watcher.seen[0]
+    observer = GazeObserver((0,))
+    observer.see_weights(seen(rows, visual, [False, True, True]))
+    rises = observer.seen[0]
     totals = torch.tensor([[0.42, 0.01]]).double()
     assert torch.allclose(rises.sum(-1), totals, atol=1e-6)
     assert top_heads(rises.sum(-1), 0.5).tolist() == [[1, 0]]
@@ -70,9 +78,9 @@ def test_worked_saliency() -> None:
     expected = torch.tensor([[0.909091, 1, 0]]).double()
     assert torch.allclose(gaze_map(rises, visual), expected, atol=1e-6)
     # The first content word alone: only the rows that are content count.
-    watcher = GazeWatcher((0,))
-    watcher.observe_weights(0, rows, 0, visual, torch.tensor([[False, True, False]]))
-    assert torch.allclose(watcher.seen[0][0, 0], torch.tensor([0.2, 0, 0]).double())
+    observer = GazeObserver((0,))
+    observer.see_weights(seen(rows, visual, [False, True, False]))
+    assert torch.allclose(observer.seen[0][0, 0], torch.tensor([0.2, 0, 0]).double())
 
 
 def test_map_is_clipped_at_three_standard_deviations() -> None:
@@ -224,9 +232,14 @@ def test_question_without_content_words_counts_in_full() -> None:
     content[1, 3] = True
     question = torch.zeros(2, 7, dtype=torch.bool)
     question[:, 3:6] = True
-    plan = GazeWatcher((1,)).plan(make_keys(KINDS, question=question, content=content))
-    assert plan is not None
-    assert plan.constants[0].tolist() == [question[0].tolist(), content[1].tolist()]
+    counted = []
+    for words in (content, torch.stack([question[0], content[1]])):
+        observer = GazeObserver((1,))
+        rows = torch.rand(2, 1, 7, 7, generator=torch.Generator().manual_seed(0))
+        visual = torch.ones(2, 7, dtype=torch.bool)
+        observer.see_weights(SeenRows(1, rows, 0, 0, visual, question, words))
+        counted.append(observer.seen[1])
+    assert torch.equal(*counted) and bool((counted[0].sum((1, 2)) > 0).all())
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
@@ -238,9 +251,8 @@ def test_the_map_is_that_of_the_models_own_attention(
     monkeypatch.setattr(attention, "_CHUNK_BYTES", chunk_bytes)
     tiny = build(name)
     inputs = prompt(tiny)
-    watcher = GazeWatcher((1,))
-    with vlmfix.wrapped(tiny.model, None), vlmfix.using(tiny.model, watcher):
-        logits(tiny.model, inputs)
+    observer = GazeObserver((1,))
+    observed(tiny.model, inputs, observer)
     tiny.model.set_attn_implementation("eager")
     with torch.no_grad():
         weights = tiny.model(**inputs, output_attentions=True).attentions[1]
@@ -253,7 +265,7 @@ def test_the_map_is_that_of_the_models_own_attention(
             jump = (weights[sample, :, row] - weights[sample, :, row - 1]).clamp_min(0)
             expected += jump * visual[sample]
         assert expected.sum() > 0.1
-        assert torch.allclose(watcher.seen[1][sample], expected, atol=1e-4)
+        assert torch.allclose(observer.seen[1][sample], expected, atol=1e-4)
 
 
 def test_both_ways_to_look_first_give_the_same() -> None:

@@ -21,8 +21,9 @@ from tiny import FAMILIES, build
 from tiny_configs import IMAGE
 
 import vlmfix
+from vlmfix.base.observer import SeenRows
 from vlmfix.base.pruning import VisualTokens, largest
-from vlmfix.engine.shortening import _QuestionRows
+from vlmfix.engine.kept import _QuestionRows
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import describe_model
 from vlmfix.families.tower import Received, Tile
@@ -39,6 +40,12 @@ TILES = torch.tensor([[1.0, 0, 0], [0.8, 0.6, 0], [0, 1, 0], [0, 0, 1]])
 WHOLE = torch.tensor([1.0, 0.5, 0])
 LITERAL = [0.3183, 0.3481, 0.2035, 0.1301]
 SHARP = [0.3809, 0.5448, 0.0637, 0.0106]
+
+
+def seen(weights: torch.Tensor, position: int) -> SeenRows:
+    """Rows (B, H, R, K) from a position."""
+    none = torch.zeros(len(weights), weights.shape[3], dtype=torch.bool)
+    return SeenRows(0, weights, position, 0, none, none, none)
 
 
 # -- worked numbers -------------------------------------------------------------------------------
@@ -96,13 +103,13 @@ def test_worked_text_reduction() -> None:
     heads = torch.stack([rows + 0.01, rows - 0.01])[None]  # their mean over heads counts
     question = torch.tensor([[True, True]])
     for pieces in ([(0, 2)], [(0, 1), (1, 2)]):
-        watcher = _QuestionRows((0,), question=question, rows_end=9, stop=False)
+        observer = _QuestionRows((0,), question=question, rows_end=9, stop=False)
         for first, last in pieces:
-            watcher.observe_weights(0, heads[:, :, first:last], first)
+            observer.see_weights(seen(heads[:, :, first:last], first))
         expected = torch.tensor([[0.10, 0.30, 0.20]])
-        assert torch.allclose(watcher.seen[0], expected, atol=1e-6)
+        assert torch.allclose(observer.seen[0], expected, atol=1e-6)
     other = _QuestionRows((0,), question=torch.tensor([[False, True]]), rows_end=9, stop=False)
-    other.observe_weights(0, heads, 0)
+    other.see_weights(seen(heads, 0))
     assert torch.allclose(other.seen[0], rows[1:], atol=1e-6)
 
 

@@ -20,7 +20,8 @@ from vlmfix.analysis.divergence import (
     measure_divergence,
     prune_outliers,
 )
-from vlmfix.base.attention import Prelude
+from vlmfix.base.attention import ProbePass
+from vlmfix.engine.plans import AttentionNotes
 from vlmfix.errors import BadInput, CompositionError, StateError
 from vlmfix.families import ModelInfo, describe_model
 from vlmfix.families.kinds import IMAGE, PAD, TEXT
@@ -40,7 +41,8 @@ def _text_only(rows: int = 2) -> dict[str, Any]:
 def _ledger_scales(model: Any) -> dict[int, torch.Tensor]:
     """{layer: (B, H)} the factors that are stored for the one live cache of a wrapped model."""
     (ledger,) = model.__dict__["_vlmfix_session"]._ledgers.values()
-    return {layer: scale.values[:, 0, :, 0] for (_, layer), scale in ledger.scales.items()}
+    factors = ledger.of(AttentionNotes).factors
+    return {layer: scale.values[:, 0, :, 0] for (_, layer), scale in factors.items()}
 
 
 def test_worked_layer() -> None:
@@ -240,8 +242,8 @@ def test_options_reach_the_choice(prune: bool, factors: list[int]) -> None:
 class Mirror(VisionAwareHeadReinforcement):
     """VHR whose text stream sees what the image stream sees."""
 
-    def prelude(self, info: ModelInfo) -> Prelude | None:
-        return Prelude("whole", LastHeads(tuple(self.layers(info))))
+    def prelude(self, info: ModelInfo) -> ProbePass | None:
+        return ProbePass("whole", LastHeads(tuple(self.layers(info))))
 
 
 def test_equal_streams_change_nothing() -> None:

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from vlmfix.base.attention import Watcher
-from vlmfix.engine.session import SESSION
+from vlmfix.base.observer import Observer
+from vlmfix.engine.observe import internal_pass
 from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo, describe_model, last_logits
-from vlmfix.families.surgeon import module_state, prompt_without_images, real_tokens
-from vlmfix.wrapper import using, wrapped
+from vlmfix.families.surgeon import prompt_without_images, real_tokens
+from vlmfix.wrapper import session_of
 
 __all__ = [
     "LastHeads",
@@ -86,12 +86,10 @@ def total_divergence(divergence: torch.Tensor, top: int = 4) -> torch.Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class LastHeads(Watcher):
+class LastHeads(Observer):
     """Keeps the head outputs (B, H, D) float32 of the last row of a left-padded prompt."""
 
-    name: ClassVar[str] = "last_heads"
-
-    def observe_heads(self, layer: int, outputs: torch.Tensor) -> None:
+    def see_heads(self, layer: int, outputs: torch.Tensor) -> None:
         # A copy: a view of one row would keep the outputs of the whole prompt alive.
         self.seen[layer] = outputs[:, :, -1].to(torch.float32, copy=True)
 
@@ -142,9 +140,8 @@ def _last_heads(
     model: torch.nn.Module, info: ModelInfo, inputs: Mapping[str, Any]
 ) -> dict[int, torch.Tensor]:
     """Head outputs (B, H, D) of the last row in every attention layer, in one forward."""
-    watcher = LastHeads(tuple(info.attention))
-    watching = using if SESSION in model.__dict__ else wrapped
+    heads = LastHeads(tuple(info.attention))
     arguments = {**inputs, "use_cache": False, **last_logits(model, 1)}
-    with watching(model, watcher), module_state(model), torch.no_grad():
-        model(**arguments)
-    return watcher.seen
+    with session_of(model) as session:
+        internal_pass(session.host, arguments, observers=[heads])
+    return heads.seen

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
 from vlmfix.analysis.teacher_forcing import answer_greedily
-from vlmfix.base.attention import Keys, Plan, Watcher
+from vlmfix.base.observer import Observer, Rows, SeenRows
+from vlmfix.engine.call import Call
+from vlmfix.engine.observe import internal_pass
 from vlmfix.errors import UnsupportedModel
-from vlmfix.families import describe_model
+from vlmfix.families import describe_model, last_logits
 from vlmfix.families.question import find_question
-from vlmfix.wrapper import wrapped
+from vlmfix.wrapper import session_of
 
 __all__ = ["Gaze", "measure_gaze", "pooled_correlation", "positive_change"]
 
@@ -76,7 +78,7 @@ class Gaze:
 
 
 @dataclass(frozen=True, eq=False)
-class _GazeWatcher(Watcher):
+class _GazeObserver(Observer):
     """Keeps the changes at content rows, and the masses of answer rows.
 
     Attributes:
@@ -94,26 +96,20 @@ class _GazeWatcher(Watcher):
     masses: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     rows_seen: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
-    name: ClassVar[str] = "gaze"
-    rows: ClassVar[Literal["predicting", "text"]] = "text"
+    rows: ClassVar[Rows] = "text"
 
-    def plan(self, keys: Keys) -> Plan | None:
-        return Plan((keys.visual,), [True] * len(keys.kinds))
-
-    def observe_weights(
-        self, layer: int, weights: torch.Tensor, position: int, *plan: torch.Tensor
-    ) -> None:
-        (visual,) = plan
+    def see_weights(self, rows: SeenRows) -> None:
+        layer, weights, position, visual = rows.layer, rows.weights, rows.position, rows.visual
         device = weights.device
-        rows = slice(position + 1, position + weights.shape[2])  # each beside the one before it
+        here = slice(position + 1, position + weights.shape[2])  # each beside the one before it
         change = positive_change(weights, visual).transpose(1, 2)
-        content = self.content[:, rows].to(device)
+        content = self.content[:, here].to(device)
         self.changes.setdefault(layer, []).append(change[content].cpu())
         question = self.question[:, : weights.shape[3]].to(device)
         kinds = torch.stack((visual, question), dim=-1).to(weights.dtype)
         masses = weights[:, :, 1:].mean(1) @ kinds
         self.masses.setdefault(layer, []).append(masses.cpu())
-        self.rows_seen.setdefault(layer, []).append(self.answer[:, rows].cpu())
+        self.rows_seen.setdefault(layer, []).append(self.answer[:, here].cpu())
 
 
 def measure_gaze(
@@ -144,14 +140,16 @@ def measure_gaze(
     answer = forced.inputs["attention_mask"].bool().clone()
     answer[:, : forced.prompt_length] = False
     layers = tuple(sorted(info.attention))
-    watcher = _GazeWatcher(layers, question=question, content=content, answer=answer)
-    with wrapped(model, watcher):
-        forced.read(model)
+    gaze = _GazeObserver(layers, question=question, content=content, answer=answer)
+    call = Call(prompt_length=forced.prompt_length, rows=len(ids))
+    arguments = {**forced.inputs, "use_cache": False, **last_logits(model, 1)}
+    with session_of(model) as session:
+        internal_pass(session.host, arguments, call=call, observers=[gaze])
     changes, correlations = [0.0] * info.num_layers, [0.0] * info.num_layers
     for layer in layers:
-        changes[layer] = float(torch.cat(watcher.changes[layer]).mean())
-        masses = torch.cat(watcher.masses[layer], dim=1)
-        rows = torch.cat(watcher.rows_seen[layer], dim=1)
+        changes[layer] = float(torch.cat(gaze.changes[layer]).mean())
+        masses = torch.cat(gaze.masses[layer], dim=1)
+        rows = torch.cat(gaze.rows_seen[layer], dim=1)
         pairs = [masses[at][rows[at]] for at in range(len(masses))]
         correlations[layer] = pooled_correlation(pairs)
     return Gaze(tuple(changes), tuple(correlations))

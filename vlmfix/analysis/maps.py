@@ -1,32 +1,32 @@
 """How much attention rows of a prompt, or of an answer, pay to each visual token, as maps.
 
-One extra forward over prompt and answer, in which a watcher looks and nothing is edited that is
+One extra forward over prompt and answer, in which an observer looks and nothing is edited that is
 not edited anyway: on a wrapped model the maps show the rows as its methods leave them. No eager
 mode, no full attention matrices. Where a visual token stands in its image follows from the inputs
-and the family's layout (tap.py), so the vision tower is not read.
+and the family's layout (families/tower.py), so the vision tower is not read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from vlmfix.base.attention import Watcher
+from vlmfix.base.attention import AttentionMethod
+from vlmfix.base.observer import Observer, Rows, SeenRows
 from vlmfix.chat import end_tokens
 from vlmfix.engine.call import Call
-from vlmfix.engine.frame import Stack
 from vlmfix.engine.ledger import Ledger
-from vlmfix.engine.session import SESSION, Session
+from vlmfix.engine.observe import internal_pass
+from vlmfix.engine.stages import make_stack
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import ModelInfo, last_logits
 from vlmfix.families.kinds import PAD, TEXT, VIDEO
 from vlmfix.families.prompt import prompt_kinds
 from vlmfix.families.question import find_question
-from vlmfix.families.surgeon import module_state, real_tokens
+from vlmfix.families.surgeon import real_tokens
 from vlmfix.families.tower import (
     Tower,
     describe_tower,
@@ -34,7 +34,7 @@ from vlmfix.families.tower import (
     packed_index,
     tile_shape,
 )
-from vlmfix.wrapper import wrapped
+from vlmfix.wrapper import session_of
 
 __all__ = [
     "AttentionMap",
@@ -125,8 +125,8 @@ def attention_map(
         raise BadInput(
             "attention_map reads whole prompts: pass input_ids (B, L), and no past_key_values."
         )
-    with _session(model) as session:
-        info = session.info
+    with session_of(model) as session:
+        info = session.host.info
         chosen_layers = _layers(info, layers)
         chosen_heads = _heads(info, heads)
         ledger = _ledger(info, inputs, ids)
@@ -138,32 +138,22 @@ def attention_map(
         chosen_rows = _rows(ledger, rows, lengths, full["input_ids"].shape[1])
         visual = ledger.visual()[:, : full["input_ids"].shape[1]]
         images = placed_images(traceable_tower(model, info), inputs, visual.sum(1).tolist())
-        watcher = RowKeeper(
+        keeper = RowKeeper(
             chosen_layers, wanted=tuple(chosen_rows), visual=visual.cpu(), heads=chosen_heads
         )
-        call = Call(methods=(), prompt_length=ids.shape[1], rows=len(ids), question=question)
-        stack = Stack((*session.stack.attention, watcher), info)
-        more: dict[str, Any] = {"use_cache": False, "return_dict": True, **last_logits(model, 1)}
-        with session.apart(stack, call), module_state(model), torch.no_grad():
-            model(**{**full, **more})
+        call = Call(prompt_length=ids.shape[1], rows=len(ids), question=question)
+        editing = [x for x in session.stack.methods if isinstance(x, AttentionMethod)]
+        inputs = {**full, "use_cache": False, **last_logits(model, 1)}
+        stack = make_stack(editing, info)
+        internal_pass(session.host, inputs, stack=stack, call=call, observers=[keeper])
     return [
-        list(maps_of(watcher, sample, own, chosen_layers, chosen_heads))
+        list(maps_of(keeper, sample, own, chosen_layers, chosen_heads))
         for sample, own in enumerate(images)
     ]
 
 
-@contextmanager
-def _session(model: Any) -> Iterator[Session]:
-    """The session of a wrapped model, or one of a plain model for as long as this takes."""
-    if SESSION in getattr(model, "__dict__", {}):
-        yield model.__dict__[SESSION]
-    else:
-        with wrapped(model, None):
-            yield model.__dict__[SESSION]
-
-
 @dataclass(frozen=True, eq=False)
-class RowKeeper(Watcher):
+class RowKeeper(Observer):
     """Keeps the weights of wanted rows on visual keys.
 
     Attributes:
@@ -178,12 +168,10 @@ class RowKeeper(Watcher):
     heads: tuple[int, ...] | None = None
     kept: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
 
-    name: ClassVar[str] = "attention_map"
-    rows: ClassVar[Literal["predicting", "text"]] = "text"
+    rows: ClassVar[Rows] = "text"
 
-    def observe_weights(
-        self, layer: int, weights: torch.Tensor, position: int, *plan: torch.Tensor
-    ) -> None:
+    def see_weights(self, rows: SeenRows) -> None:
+        layer, weights, position = rows.layer, rows.weights, rows.position
         # Pieces overlap by their first row, which is never one of the text rule's on its own.
         seen = range(position + 1, position + weights.shape[2])
         for sample, wanted in enumerate(self.wanted):
@@ -196,7 +184,7 @@ class RowKeeper(Watcher):
 
 
 def maps_of(
-    watcher: RowKeeper,
+    keeper: RowKeeper,
     sample: int,
     images: Sequence[Placed],
     layers: tuple[int, ...],
@@ -205,10 +193,10 @@ def maps_of(
     """The maps of one prompt."""
     if not images:
         return
-    asked = watcher.wanted[sample]
+    asked = keeper.wanted[sample]
     ascending = sorted(set(asked))
     order = [ascending.index(row) for row in asked]
-    kept = [torch.cat(watcher.kept[layer, sample], dim=1)[:, order] for layer in layers]
+    kept = [torch.cat(keeper.kept[layer, sample], dim=1)[:, order] for layer in layers]
     sizes = [tokens for tokens, _ in images]
     for weights, (_, views) in zip(
         torch.split(torch.stack(kept), sizes, dim=-1), images, strict=True

@@ -3,7 +3,7 @@
 Prompts that begin alike, up to the end of their last image, share that beginning: it runs once,
 and each of them goes on from a copy of its keys and values. When the answers are written, the
 cache is cut back to the prompts, and the rows that predicted the answers run once more, all in one
-forward, under a watcher: with any attention implementation, and no full attention matrix.
+forward, under an observer: with any attention implementation, and no full attention matrix.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from vlmfix.analysis.maps import (
 )
 from vlmfix.chat import chat_inputs, end_tokens, split_chat
 from vlmfix.engine.call import Call
-from vlmfix.engine.frame import Stack
 from vlmfix.engine.ledger import Ledger
+from vlmfix.engine.observe import internal_pass
 from vlmfix.engine.session import SESSION, Session
+from vlmfix.engine.stack import PLAIN
 from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo, last_logits
 from vlmfix.families.kinds import IMAGE
@@ -85,7 +86,7 @@ def look(
         BadInput: messages or an image that cannot be used; a prompt that ends with its image.
         UnsupportedModel: a family whose visual tokens cannot be traced to places.
     """
-    info: ModelInfo = model.__dict__[SESSION].info
+    info: ModelInfo = model.__dict__[SESSION].host.info
     keys = [_identity(processor, chat) for chat in chats]
     asked = dict(zip(keys, chats, strict=True))
     inputs = chat_inputs(model, processor, list(asked.values()))
@@ -122,7 +123,7 @@ def look_whole(
 ) -> list[Look]:
     """`look` on arguments of the model's generate() for prompts that are run whole."""
     session: Session = model.__dict__[SESSION]
-    with session.use(Stack((), session.info)), module_state(model), torch.no_grad():
+    with session.use(PLAIN), module_state(model), torch.no_grad():
         generated = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -130,7 +131,7 @@ def look_whole(
             num_beams=1,
             repetition_penalty=1.0,
             no_repeat_ngram_size=0,
-            suppress_tokens=_never(session.info),
+            suppress_tokens=_never(session.host.info),
         )
         maps = attention_map(model, inputs, rows="answer", layers=layers, generated=generated)
     answers = generated[:, inputs["input_ids"].shape[1] :].tolist()
@@ -165,8 +166,8 @@ def look_from_start(
         A look per ending.
     """
     session: Session = model.__dict__[SESSION]
-    info = session.info
-    with session.use(Stack((), info)), module_state(model), torch.no_grad():
+    info = session.host.info
+    with session.use(PLAIN), module_state(model), torch.no_grad():
         cache = _new_cache(model)
         ids, mask, shift = _run_start(model, info, inputs, cache)
         kinds = prompt_kinds(info, ids, 0, {**inputs, "attention_mask": mask})
@@ -175,7 +176,7 @@ def look_from_start(
         visual = kinds[owner] == IMAGE
         cache.batch_select_indices(torch.tensor(owner, device=ids.device))
         mask, shift = mask[owner], shift[owner]
-        # Two columns at least: a watcher sees the rows of a forward behind its first one.
+        # Two columns at least: an observer sees the rows of a forward behind its first one.
         rows, seen = (pad(x, (1, 0)) for x in _padded(endings, ids.device, left=True))
         mask = torch.cat([mask, seen], dim=1)
         wanted = range(len(owner)) if complete is None else complete
@@ -184,21 +185,19 @@ def look_from_start(
         cache.crop(last - 1 - cache.get_seq_length())
         added, real = _padded([answer[:-1] for answer in answers], ids.device, left=False)
         rows, mask = torch.cat([rows[:, -2:], added], dim=1), torch.cat([mask, real], dim=1)
-        watcher = RowKeeper(
+        keeper = RowKeeper(
             tuple(layers),
             wanted=tuple(tuple(range(last, last + len(answer))) for answer in answers),
             visual=pad(visual, (0, mask.shape[1] - visual.shape[1])).cpu(),
         )
         # The prompts ran plain, so no ledger was kept; what follows a cache needs one.
         session.remember(cache, ledger)
-        call = Call(methods=(), prompt_length=ids.shape[1], rows=len(owner))
-        with session.apart(Stack((watcher,), info), call):
-            model(**_behind(model, cache, rows, mask, shift))
+        call = Call(prompt_length=ids.shape[1], rows=len(owner))
+        inputs_behind = _behind(model, cache, rows, mask, shift)
+        internal_pass(session.host, inputs_behind, call=call, observers=[keeper])
     images = placed_images(traceable_tower(model, info), inputs, (kinds == IMAGE).sum(1).tolist())
     return [
-        Look(
-            answer, list(maps_of(watcher, at, images[owner[at]], tuple(layers), None)), shared=True
-        )
+        Look(answer, list(maps_of(keeper, at, images[owner[at]], tuple(layers), None)), shared=True)
         for at, answer in enumerate(answers)
     ]
 

@@ -16,13 +16,14 @@ import torch
 from vlmfix.analysis.maps import Placed, placed_images
 from vlmfix.base.pruning import LayerTokenMethod, PruningMethod, TokenMethod
 from vlmfix.engine.call import Call
-from vlmfix.engine.frame import Stack
+from vlmfix.engine.kept import ask
+from vlmfix.engine.layer_pruning import KeptPlaceholders
+from vlmfix.engine.observe import internal_pass
 from vlmfix.engine.session import SESSION, Session
-from vlmfix.engine.shortening import ask
+from vlmfix.engine.stages import make_stack
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import last_logits, vision_arguments
 from vlmfix.families.question import find_question
-from vlmfix.families.surgeon import module_state
 from vlmfix.families.tower import describe_tower
 from vlmfix.registry import MethodSpec
 from vlmfix.wrapper import using, wrapped
@@ -103,13 +104,13 @@ def visual_tokens(
         )
     with _session(model, method) as session:
         pruning = _pruning(session)
-        placeholders = torch.isin(ids, ids.new_tensor(session.info.image_token_ids))
+        placeholders = torch.isin(ids, ids.new_tensor(session.host.info.image_token_ids))
         if inputs.get("pixel_values") is None or not bool(placeholders.any()):
             raise BadInput(
                 "no prompt has an image: pass pixel_values, and input_ids with the placeholders "
                 "that the model's processor writes."
             )
-        question = None if processor is None else find_question(processor, session.info, ids)
+        question = None if processor is None else find_question(processor, session.host.info, ids)
         images = _images(session, inputs, placeholders.sum(1).tolist())
         if isinstance(pruning, TokenMethod):
             return _reduced(session, pruning, inputs, question, images)
@@ -145,7 +146,7 @@ def _images(
 ) -> list[list[Placed]] | None:
     """Per prompt, where the placeholders of its images lie; None where it cannot be told."""
     try:
-        tower = describe_tower(session.model, session.info)
+        tower = describe_tower(session.host.model, session.host.info)
     except UnsupportedModel:
         return None
     return placed_images(tower, inputs, counts)
@@ -159,7 +160,7 @@ def _reduced(
     images: list[list[Placed]] | None,
 ) -> list[list[KeptTokens]]:
     """What stays before the language model."""
-    asked = ask(session, method, dict(inputs), question)
+    asked = ask(session.host, method, dict(inputs), question)
     assert asked is not None  # there are pixels
     found: list[list[KeptTokens]] = [[] for _ in asked.placeholders]
     tiles = None if images is None else [iter(own) for own in images]
@@ -185,13 +186,13 @@ def _dropped(
     images: list[list[Placed]] | None,
 ) -> list[list[KeptTokens]]:
     """What stays between layers: the prompts run once."""
-    model: Any = session.model
-    call = Call(methods=(), prompt_length=placeholders.shape[1], rows=len(placeholders))
-    more: dict[str, Any] = {"use_cache": False, "return_dict": True, **last_logits(model, 1)}
-    stack = Stack((method,), session.info)
-    with session.apart(stack, call), module_state(model), torch.no_grad():
-        model(**{**inputs, **more})
-    kept = placeholders if call.kept is None else call.kept
+    model: Any = session.host.model
+    call = Call(prompt_length=placeholders.shape[1], rows=len(placeholders))
+    arguments = {**inputs, "use_cache": False, **last_logits(model, 1)}
+    stack = make_stack([method], session.host.info)
+    internal_pass(session.host, arguments, stack=stack, call=call)
+    chosen = call.get(KeptPlaceholders)
+    kept = placeholders if chosen is None else chosen.kept
     if images is None:
         images = _unplaced(model, inputs, placeholders.sum(1).tolist())
     found = []

@@ -13,12 +13,13 @@ from typing import ClassVar, Literal
 import torch
 
 from vlmfix.base.method import Method
+from vlmfix.base.observer import Observer, Rows
 from vlmfix.families import ModelInfo
 from vlmfix.families.kinds import IMAGE, VIDEO
 from vlmfix.families.tower import Received, Tower
 from vlmfix.kernels.reference import FusedEdit
 
-__all__ = ["AttentionMethod", "FusedEdit", "Keys", "Plan", "Prelude", "Watcher", "lift_scores"]
+__all__ = ["AttentionMethod", "FusedEdit", "Keys", "Plan", "ProbePass", "lift_scores"]
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,13 @@ class Keys:
     Attributes:
         layer: index of the decoder layer.
         num_heads: its query heads.
-        kinds: (B, K) uint8 of ledger.py.
+        kinds: (B, K) uint8 of families/kinds.py.
         flags: (B, K) bool, what `flag_tokens` noted at this layer; None without it.
         question: (B, K) bool, text of the user's question: after the last visual token, without
             the chat template's tail where the processor is known (`vlmfix.generate`).
         content: (B, K) bool, tokens of the question that carry content; all of it where the
             processor is not known.
-        seen: what the watcher of `prelude` kept, by layer.
+        seen: what the observer of `probe_pass` kept, by layer.
         image_values: (B, K) float32, what `image_values` gave to each visual token, 0 elsewhere.
     """
 
@@ -78,27 +79,25 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Prelude:
-    """An extra forward before the prompt's own, in which a watcher looks and nothing is edited.
+class ProbePass:
+    """An extra forward before the prompt's own, in which an observer looks and nothing is edited.
 
     `prompt` is "whole" (the same prompt again) or "text" (the visual tokens deleted).
     """
 
     prompt: Literal["whole", "text"]
-    watcher: Watcher
+    observer: Observer
 
 
 @dataclass(frozen=True)
 class AttentionMethod(Method):
     """A method that edits the attention of some decoder layers.
 
-    `rows` says which query rows are edited: "predicting" = the rows that predict a generated
-    token (the last prompt row, then every generated one); "text" = every text row that has a
-    visual token before it, and every generated row.
+    `rows` says which query rows are edited (see `observer.Rows`).
     """
 
     stage: ClassVar[Literal["pixels", "tokens", "attention", "logits"]] = "attention"
-    rows: ClassVar[Literal["predicting", "text"]] = "predicting"
+    rows: ClassVar[Rows] = "predicting"
     #: "prompt": head_scale is asked once, at the last prompt row, and holds for all rows;
     #: "step": it is asked for every row that predicts, and holds for that row.
     head_scale_from: ClassVar[Literal["prompt", "step"]] = "prompt"
@@ -116,8 +115,8 @@ class AttentionMethod(Method):
         """Note prompt tokens at a layer's input: hidden (B, Q, D) -> (B, Q) bool."""
         raise NotImplementedError
 
-    def prelude(self, info: ModelInfo) -> Prelude | None:
-        """The extra forward that the plans need, with a watcher made for this one prompt."""
+    def probe_pass(self, info: ModelInfo) -> ProbePass | None:
+        """The extra forward that the plans need, with an observer made for this one prompt."""
         return None
 
     def encoder_layers(self, tower: Tower) -> tuple[int, ...]:
@@ -167,20 +166,6 @@ class AttentionMethod(Method):
         """
         return False
 
-    def observe_weights(
-        self, layer: int, weights: torch.Tensor, position: int, *plan: torch.Tensor
-    ) -> None:
-        """See softmax rows (B, H, R, K) of the rows from `position` of the prompt; no effect.
-
-        The rows of the method's rule, each with the row before it. Long prompts come in pieces
-        that overlap by one row, so that every row is seen once beside the one before it.
-        """
-        raise NotImplementedError
-
-    def observe_heads(self, layer: int, outputs: torch.Tensor) -> None:
-        """See the head outputs (B, H, R, D) of the rows that predict; no effect."""
-        raise NotImplementedError
-
     def edits_rows(self) -> bool:
         """Whether this method changes attention rows (and not only scales heads or looks)."""
         return any(map(self.overrides, ("edit_scores", "edit_weights", "score_scale")))
@@ -188,26 +173,6 @@ class AttentionMethod(Method):
     def overrides(self, function: str) -> bool:
         """Whether this method has a function of its own of that name."""
         return getattr(type(self), function) is not getattr(AttentionMethod, function)
-
-
-@dataclass(frozen=True, eq=False)
-class Watcher(AttentionMethod):
-    """Looks at some layers of one forward and keeps something of each; edits nothing."""
-
-    watched: tuple[int, ...]
-    seen: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    name: ClassVar[str] = "watcher"
-
-    # One watcher is one look: eq=False alone would inherit the comparison by fields.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
-
-    def layers(self, info: ModelInfo) -> Sequence[int]:
-        return self.watched
-
-    def plan(self, keys: Keys) -> Plan | None:
-        return Plan((), [True] * len(keys.kinds))
 
 
 def lift_scores(scores: torch.Tensor, lift: torch.Tensor) -> torch.Tensor:

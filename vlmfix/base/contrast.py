@@ -3,7 +3,7 @@
 A contrastive method decodes each prompt several times at once: as it is, and in branches that see
 something else (noise, less of the image, no image). Every branch writes the same tokens; what it
 would have written next is weighed against what the prompt as it is would have. The method says
-what its branches see and how logits combine, both on plain tensors; streams.py runs them.
+what its branches see and how logits combine, both on plain tensors; engine/contrast.py runs them.
 """
 
 from __future__ import annotations
@@ -79,10 +79,6 @@ class ContrastMethod(Method):
 
     def streams(self) -> int:
         """How many branches these settings weigh; 0 runs none, and `contrast` gets none."""
-        raise NotImplementedError
-
-    def neutral(self) -> bool:
-        """Whether these settings leave all logits as they are."""
         raise NotImplementedError
 
     def watched(self, info: ModelInfo) -> Sequence[int]:

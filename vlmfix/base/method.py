@@ -48,6 +48,10 @@ class Method:
         """Why this prepared method can change nothing on its model; None if it can."""
         return None
 
+    def neutral(self) -> bool:
+        """Whether these settings leave everything as it is, so that nothing has to run."""
+        return False
+
     def spec(self) -> str:
         """The method and the options that differ from the defaults, e.g. "var:keep=0.4"."""
         changed = [

@@ -1,22 +1,20 @@
 """The base class of methods that drop or merge visual tokens before the language model sees them.
 
 A method gets the visual tokens of one image at a time and says which of them stay, and of which
-tokens each of these is made. shortening.py encodes the images, asks, and cuts the prompts.
+tokens each of these is made. engine/pruning.py encodes the images, asks, and cuts the prompts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from vlmfix.base.method import Method, check_range
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import ModelInfo
-
-if TYPE_CHECKING:
-    from vlmfix.families.tower import Received, Tile, Tower
+from vlmfix.families.tower import Received, Tile, Tower, describe_tower
 
 __all__ = [
     "Kept",
@@ -36,7 +34,7 @@ class VisualTokens:
 
     Attributes:
         features: (n, D) what the language model would get, in the model's dtype.
-        tiles: what the vision tower saw as one image, one after the other (tap.py); () for a
+        tiles: what the vision tower saw as one image, one after the other; () for a
             family whose tokens cannot be traced to places.
         place: (n,) int64, where each token stands among the tokens of all tiles, put one after the
             other and each row by row; None without tiles.
@@ -70,7 +68,7 @@ class VisualTokens:
         return tile, inside // columns, inside % columns
 
     def received(self, layer: int, what: Literal["column", "cls"] = "column") -> torch.Tensor:
-        """(n,) float32: attention that each token receives within its tile (see tap.Received).
+        """(n,) float32: attention that each token receives within its tile (see tower.Received).
 
         Args:
             layer: of the vision tower, one of `encoder_layers`.
@@ -82,7 +80,7 @@ class VisualTokens:
         return torch.cat(values).to(self.place.device)[self.place]
 
     def keys(self, layer: int) -> torch.Tensor:
-        """(n, D) float32: key of each token in a layer of the vision tower (see tap.Received).
+        """(n, D) float32: key of each token in a layer of the vision tower (see tower.Received).
 
         Args:
             layer: one of `encoder_layers`.
@@ -175,8 +173,6 @@ class TokenMethod(PruningMethod):
 
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> TokenMethod:
         if self.needs_tiles:
-            from vlmfix.families.tower import describe_tower
-
             try:
                 describe_tower(model, info)
             except UnsupportedModel as error:

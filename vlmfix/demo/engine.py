@@ -56,7 +56,7 @@ class Engine:
         model, processor = vlmfix.load(name, **self._how)
         self.model = vlmfix.wrap(model, None)
         self.processor, self.name = processor, name
-        self.info = model.__dict__[SESSION].info
+        self.info = model.__dict__[SESSION].host.info
         self.number += 1
 
     def change_model(self, name: str) -> None:

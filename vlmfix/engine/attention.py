@@ -1,6 +1,6 @@
 """The one attention function that vlmfix registers.
 
-It is reached through a per-module copy of the configuration that names it (session.py), so only
+It is reached through a per-module copy of the configuration that names it (hooks.py), so only
 the layers that a method wants ever come here. A layer with nothing to edit calls the model's own
 attention and is bit-identical. During decoding, a layer with an edit computes its few rows here
 *instead of* the model's attention, so the KV cache is read once.
@@ -8,17 +8,19 @@ attention and is bit-identical. During decoding, a layer with an edit computes i
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vlmfix.base.observer import Observer, SeenRows
+from vlmfix.engine.branches import Branches
+from vlmfix.engine.call import Call
+from vlmfix.engine.dispatch import AttentionOutput, in_python
 from vlmfix.engine.edits import (
     Chosen,
     Edit,
@@ -31,38 +33,24 @@ from vlmfix.engine.edits import (
     edited_weights,
     row_count,
 )
+from vlmfix.engine.frame import Frame, Window
+from vlmfix.engine.plans import Plans
+from vlmfix.engine.state import Implementation, State
 from vlmfix.errors import CompositionError, UnsupportedModel
 from vlmfix.kernels import ops, reference
 
-if TYPE_CHECKING:
-    from vlmfix.engine.frame import Frame, Window
-    from vlmfix.engine.session import Session
-
-__all__ = [
-    "NAME",
-    "SLOT",
-    "AttentionOutput",
-    "Implementation",
-    "Slot",
-    "attention_forward",
-    "base_attention",
-    "in_python",
-]
+__all__ = ["NAME", "SLOT", "Slot", "attention_forward"]
 
 NAME = "vlmfix"  # the name under which transformers dispatches to attention_forward
 SLOT = "_vlmfix"  # where an attention module keeps its Slot
 _CHUNK_BYTES = 64 * 2**20  # rows of a prefill are edited in chunks of at most this many bytes
 
-AttentionOutput = tuple[torch.Tensor, "torch.Tensor | None"]
-Function = TypeVar("Function", bound=Callable[..., Any])
-Implementation = Literal["auto", "torch", "triton"]
-
 
 @dataclass(frozen=True)
 class Slot:
-    """What an attention module needs to find its session and the attention it replaced."""
+    """What an attention module needs to find its thread's state, and the attention it replaced."""
 
-    session: Session
+    state: State
     layer: int
     base: Callable[..., AttentionOutput]
     impl: Implementation
@@ -95,9 +83,9 @@ def attention_forward(
         )
         return output
     inputs = Inputs(module, query, key, value, attention_mask, kwargs)
-    prepared = slot.session.prepared_steps
+    prepared = slot.state.prepared
     if prepared is not None:  # a decode step whose Python part ran outside the compiled graph
-        steps = prepared.get(slot.layer)
+        steps = prepared.get(("attention", slot.layer))
         if not steps:
             return slot.run(inputs)
         rows, batch = len(steps[0].edit.plan.samples), len(query)
@@ -109,57 +97,64 @@ def attention_forward(
     return _hooked_attention(slot, inputs)
 
 
-def base_attention(module: Any) -> Callable[..., AttentionOutput]:
-    """The attention function that a module's own configuration names."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    function: Callable[..., AttentionOutput] = ALL_ATTENTION_FUNCTIONS.get_interface(
-        module.config._attn_implementation, eager
-    )
-    return function
-
-
-def in_python(function: Function) -> Function:
-    """Keep a function out of torch.compile's graphs: frames, plans and counts are Python state."""
-    kept: Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]  # torch
-    return kept
-
-
 @in_python
 def _hooked_attention(slot: Slot, inputs: Inputs) -> AttentionOutput:
     """Attention of a layer that some stack wants: edited, or the model's own."""
-    frame = slot.session.frame
+    frame = slot.state.frame
     if frame is None:
         return slot.run(inputs)
-    edits = tuple(edit for edit in frame.edits(slot.layer, inputs.query.device) if edit.live)
-    streams = frame.ledger.streams
-    if not edits and streams is None:
+    frame.reached.add(slot.layer)
+    plans, branches = frame.get(Plans), frame.ledger.get(Branches)
+    planned = () if plans is None else plans.edits(slot.layer, inputs.query.device)
+    edits = tuple(edit for edit in planned if edit.live)
+    observers = frame.observers_of(slot.layer)
+    if not edits and not observers and branches is None:
         return slot.run(inputs)
-    if edits and inputs.kwargs.get("s_aux") is not None:
+    if (edits or observers) and inputs.kwargs.get("s_aux") is not None:
         raise UnsupportedModel(
             f"layer {slot.layer} of {type(inputs.module).__name__} uses learned attention sinks, "
             "which the row path does not model. No method that edits attention can run on this "
             "model."
         )
 
-    if streams is None:
-        return _edited(slot, frame, edits, inputs)
+    if branches is None:
+        return _edited(slot, frame, edits, observers, inputs)
     # Edits see the base rows alone; behind them come the rows of branches.
-    base = inputs.samples(0, streams.rows)
-    groups = [_edited(slot, frame, edits, base) if edits else _unedited(slot, frame, base)]
-    for branch, first in enumerate(streams.first, 1):
-        rows = inputs.samples(branch * streams.rows, (branch + 1) * streams.rows)
+    base = inputs.samples(0, branches.rows)
+    busy = edits or observers
+    groups = [
+        _edited(slot, frame, edits, observers, base) if busy else _unedited(slot, frame, base)
+    ]
+    for branch, first in enumerate(branches.first, 1):
+        rows = inputs.samples(branch * branches.rows, (branch + 1) * branches.rows)
         rows = rows.keys_from(max(0, first - frame.offset(slot.layer)))
         groups.append(_unedited(slot, frame, rows))
     outputs, weights = zip(*groups, strict=True)
     return torch.cat(outputs), None if weights[0] is None else weights[0]
 
 
-def _edited(slot: Slot, frame: Frame, edits: tuple[Edit, ...], inputs: Inputs) -> AttentionOutput:
-    _watch(slot, frame, edits, inputs)
+def _edited(
+    slot: Slot,
+    frame: Frame,
+    edits: tuple[Edit, ...],
+    observers: Sequence[Observer],
+    inputs: Inputs,
+) -> AttentionOutput:
+    _show_weights(slot, frame, edits, observers, inputs)
     if not frame.decoding:
-        return _prefill(slot, frame, edits, inputs)
-    steps = frame.steps(slot.layer, edits, inputs.keys, inputs.query.dtype)
-    return _decode(slot, steps, frame, inputs), None
+        result, weights = _prefill(slot, frame, edits, inputs)
+        _show_heads(slot, frame, observers, result)
+        return result, weights
+    steps = (
+        () if not edits else _plans(frame).steps(slot.layer, edits, inputs.keys, inputs.query.dtype)
+    )
+    return _decode(slot, steps, frame.call, inputs), None
+
+
+def _plans(frame: Frame) -> Plans:
+    plans = frame.get(Plans)
+    assert plans is not None  # there are edits
+    return plans
 
 
 def _unedited(slot: Slot, frame: Frame, inputs: Inputs) -> AttentionOutput:
@@ -178,9 +173,7 @@ def _unedited(slot: Slot, frame: Frame, inputs: Inputs) -> AttentionOutput:
 # -- decode ------------------------------------------------------------------------------------
 
 
-def _decode(
-    slot: Slot, steps: tuple[Step, ...], frame: Frame | None, inputs: Inputs
-) -> torch.Tensor:
+def _decode(slot: Slot, steps: tuple[Step, ...], call: Call | None, inputs: Inputs) -> torch.Tensor:
     """All rows belong to generated tokens: (B, Q, H, D), edited, without the model's own pass.
 
     Nothing here but tensors and facts that hold for the whole prompt, so that it compiles.
@@ -199,11 +192,11 @@ def _decode(
                 mask=as_bool(visible), softcap=inputs.kwargs.get("softcap"), impl="triton",
             )  # fmt: skip
             counted = row_count(step.edit, None, query) if step.edit.scores else done.edited
-            count(slot.layer, frame, step, counted)
+            count(slot.layer, call, step, counted)
             result = done.out.transpose(1, 2)
         else:
             chosen = [(step, step.edit, step.tensors, None) for step in on_rows]
-            result = edited_rows(slot.layer, frame, chosen, inputs, query, visible)
+            result = edited_rows(slot.layer, call, chosen, inputs, query, visible)
     for step in steps:
         if step.factors is not None:
             values, changed = step.factors
@@ -214,7 +207,7 @@ def _decode(
             changed = values[..., 0] != 1
         else:
             continue
-        count(slot.layer, frame, step, changed.expand(result.shape[:-1]))
+        count(slot.layer, call, step, changed.expand(result.shape[:-1]))
         result = result * values
     return result
 
@@ -237,11 +230,11 @@ def _prefill(slot: Slot, frame: Frame, edits: tuple[Edit, ...], inputs: Inputs) 
             chunk = _chosen(slot, frame, on_rows, inputs, first, last)
             visible = inputs.visible(first, last - first)
             rows = query[:, :, first:last]
-            edited = edited_rows(slot.layer, frame, chunk, inputs, rows, visible)
+            edited = edited_rows(slot.layer, frame.call, chunk, inputs, rows, visible)
             pieces.append(_choose(edited, result[:, first:last], [rows for *_, rows in chunk]))
         result = torch.cat(pieces, dim=1)
     for edit in edits:
-        if edit.scales_heads or edit.sees_heads:
+        if edit.scales_heads:
             result = _heads(slot, frame, edit, inputs, result)
     return result, base_weights
 
@@ -284,18 +277,25 @@ def _choose(
     return torch.where(union[:, :, None, None], edited, base)
 
 
-# -- watching ----------------------------------------------------------------------------------
+# -- observing ---------------------------------------------------------------------------------
 
 
-def _watch(slot: Slot, frame: Frame, edits: tuple[Edit, ...], inputs: Inputs) -> None:
-    """Show the rows of every watcher's rule, each with the row before it, as they are used."""
+def _show_weights(
+    slot: Slot,
+    frame: Frame,
+    edits: tuple[Edit, ...],
+    observers: Sequence[Observer],
+    inputs: Inputs,
+) -> None:
+    """Show the rows of every observer's rule, each with the row before it, as they are used."""
     queries = inputs.query.shape[2]
-    for watcher in edits:
-        window = frame.window(watcher.method.rows) if watcher.sees_weights else None
+    for observer in observers:
+        window = frame.window(observer.rows) if observer.overrides("see_weights") else None
         if window is None:
             continue
-        on_rows = _windows(frame, edits)
-        tensors = watcher.tensors(frame.offset(slot.layer), inputs.keys)
+        on_rows, device = _windows(frame, edits), inputs.query.device
+        visual = frame.visual(slot.layer, inputs.keys, device)
+        question, content = frame.ledger.question.to(device), frame.ledger.content.to(device)
         step = max(2, _chunk(inputs))
         for first in range(max(0, window.start - 1), queries, step - 1):
             last = min(first + step, queries)
@@ -305,7 +305,20 @@ def _watch(slot: Slot, frame: Frame, edits: tuple[Edit, ...], inputs: Inputs) ->
             visible = inputs.visible(first, last - first)
             rows = inputs.query[:, :, first:last]
             weights, _ = edited_weights(slot.layer, None, chunk, inputs, rows, visible)
-            watcher.method.observe_weights(slot.layer, weights, frame.past + first, *tensors)
+            start, first_key = frame.past + first, frame.offset(slot.layer)
+            observer.see_weights(
+                SeenRows(slot.layer, weights, start, first_key, visual, question, content)
+            )
+
+
+def _show_heads(
+    slot: Slot, frame: Frame, observers: Sequence[Observer], result: torch.Tensor
+) -> None:
+    """Show the head outputs (B, Q, H, D) of the rows that predict."""
+    window = frame.window("predicting")
+    for observer in observers:
+        if window is not None and observer.overrides("see_heads"):
+            observer.see_heads(slot.layer, result[:, window.start :].transpose(1, 2))
 
 
 # -- heads -------------------------------------------------------------------------------------
@@ -314,13 +327,9 @@ def _watch(slot: Slot, frame: Frame, edits: tuple[Edit, ...], inputs: Inputs) ->
 def _heads(
     slot: Slot, frame: Frame, edit: Edit, inputs: Inputs, result: torch.Tensor
 ) -> torch.Tensor:
-    """Head scale and head-output probe on a prefill's result (B, Q, H, D), before o_proj."""
+    """Head scale on a prefill's result (B, Q, H, D), before o_proj."""
     method = edit.method
     window = frame.window("predicting")
-    if edit.sees_heads and window is not None:
-        method.observe_heads(slot.layer, result[:, window.start :].transpose(1, 2))
-    if not edit.scales_heads:
-        return result
     if edit.plan.heads is None and method.head_scale_from == "step":
         if window is None:
             return result
@@ -334,11 +343,12 @@ def _heads(
         values[:, window.start :, :, 0] = scale.transpose(1, 2).to(result.dtype)
         changed = values[..., 0] != 1
     else:
-        stored = frame.factors(slot.layer, edit, result.dtype)
+        plans = _plans(frame)
+        stored = plans.factors(slot.layer, edit, result.dtype)
         if stored is None:
             decided = _decide_heads(slot, frame, edit, inputs, result)
             stored = HeadFactors.of(decided, result.dtype)
-            frame.ledger.scales[method, slot.layer] = stored
+            plans.notes.factors[method, slot.layer] = stored
         values, changed = stored
     frame.call.count(slot.layer, changed.expand(result.shape[:-1]))
     return result * values

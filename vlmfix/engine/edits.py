@@ -1,7 +1,7 @@
 """What edits do to attention rows: the primitives behind the attention function.
 
-One path serves the rows of a prefill, those of a decode step and those that a watcher sees: scores,
-head factors from scores, score edits, mask, softmax, weight edits, values. Plain torch throughout;
+One path serves the rows of a prefill, those of a decode step and those that an observer sees:
+scores, head factors from scores, score edits, mask, softmax, weight edits, values. Plain torch throughout;
 attention.py says which rows, and when the fused kernel takes over.
 """
 
@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from vlmfix.base.attention import AttentionMethod, FusedEdit, Plan
+from vlmfix.engine.call import Call
 from vlmfix.kernels import reference
-
-if TYPE_CHECKING:
-    from vlmfix.engine.frame import Frame
 
 __all__ = [
     "Chosen",
@@ -102,15 +100,10 @@ class Edit:
     weights: bool
     score_scale: bool
     heads: bool
-    sees_weights: bool
-    sees_heads: bool
 
     @classmethod
     def of(cls, method: AttentionMethod, plan: Plan) -> Edit:
-        names = (
-            "edit_scores", "edit_weights", "score_scale", "head_scale",
-            "observe_weights", "observe_heads",
-        )  # fmt: skip
+        names = ("edit_scores", "edit_weights", "score_scale", "head_scale")
         return cls(method, plan, *(method.overrides(name) for name in names))
 
     @property
@@ -157,7 +150,7 @@ class Step:
         tensors: the plan's tensors for the keys of this step, and its constants.
         fused: the same row edit for the fused kernel, for the keys of this step.
         factors: head factors that hold for this prompt.
-        counter: int64 scalar that takes the number of edited rows; None where a frame counts.
+        counter: int64 scalar that takes the number of edited rows; None where the call counts.
     """
 
     edit: Edit
@@ -167,10 +160,10 @@ class Step:
     counter: torch.Tensor | None
 
 
-def count(layer: int, frame: Frame | None, step: Step | None, rows: torch.Tensor | int) -> None:
+def count(layer: int, call: Call | None, step: Step | None, rows: torch.Tensor | int) -> None:
     """Add edited rows: to the call, or to the step's counter inside a compiled graph."""
-    if frame is not None:
-        frame.call.count(layer, rows)
+    if call is not None:
+        call.count(layer, rows)
     elif step is not None and step.counter is not None:
         step.counter.add_(rows.sum() if isinstance(rows, torch.Tensor) else rows)
 
@@ -189,14 +182,14 @@ Chosen: TypeAlias = (
 
 def edited_rows(
     layer: int,
-    frame: Frame | None,
+    call: Call | None,
     edits: Chosen,
     inputs: Inputs,
     query: torch.Tensor,
     visible: torch.Tensor | None,
 ) -> torch.Tensor:
     """Edited attention for the rows in `query` (B, H, R, D) -> (B, R, H, D)."""
-    weights, factors = edited_weights(layer, frame, edits, inputs, query, visible)
+    weights, factors = edited_weights(layer, call, edits, inputs, query, visible)
     output = reference.attend(weights, inputs.value)
     if factors is not None:
         output = output * factors[..., None].to(output.dtype)
@@ -205,7 +198,7 @@ def edited_rows(
 
 def edited_weights(
     layer: int,
-    frame: Frame | None,
+    call: Call | None,
     edits: Chosen,
     inputs: Inputs,
     query: torch.Tensor,
@@ -223,12 +216,12 @@ def edited_weights(
             if chosen is not None:
                 scale = torch.where(chosen[:, None, :], scale, torch.ones_like(scale))
             factors = scale if factors is None else factors * scale
-            count(layer, frame, step, scale != 1)
+            count(layer, call, step, scale != 1)
     for step, edit, plan, chosen in edits:
         if edit.scores:
             edited = edit.method.edit_scores(scores, *plan)
             scores = edited if chosen is None else _where(chosen, edited, scores)
-            count(layer, frame, step, row_count(edit, chosen, query))
+            count(layer, call, step, row_count(edit, chosen, query))
     weights = torch.softmax(reference.mask_scores(scores, visible), dim=-1)
     for step, edit, plan, chosen in edits:
         if edit.weights:
@@ -237,7 +230,7 @@ def edited_weights(
                 edited = _where(chosen, edited, weights)
                 changed = changed & chosen[:, None, :]
             weights = edited
-            count(layer, frame, step, changed)
+            count(layer, call, step, changed)
     return weights, factors
 
 

@@ -2,79 +2,81 @@
 
 The ledger belongs to a cache, not to a step counter: beams, roll-back, chunked prefill, static
 and sliding caches all read the same positions, because a position never changes its kind.
-Whatever lies beyond the prompt is GENERATED without being written, so decoding writes nothing
-and a rejected draft needs no undoing.
+Positions beyond the prompt are GENERATED without being written, so decoding writes nothing and a
+rejected draft needs no undoing.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
 
 import torch
 
+from vlmfix.engine.lifetime import Lifetime
 from vlmfix.families.kinds import GENERATED, IMAGE, PAD, TEXT, VIDEO
 
-__all__ = ["Ledger"]
+__all__ = ["Ledger", "Memory"]
 
 _GROWTH = 256  # positions added at once, so that growing buffers are rare during decoding
 
 
-class Ledger:
-    """Kinds and per-layer facts of the keys of one cache (or of one forward without a cache).
+class Memory:
+    """What a stage remembers of the prompts of one ledger; base class of what ledgers keep."""
+
+    def grow(self, capacity: int) -> None:
+        """The ledger has room for so many keys from now on."""
+
+    def changed(self) -> None:
+        """Kinds were written or the question became known: nothing derived from them holds."""
+
+    def require(self, stages: Collection[str]) -> None:
+        """Refuse a forward over this cache under stages that cannot go on from this memory.
+
+        Args:
+            stages: names of the stages that run.
+
+        Raises:
+            StateError: the stage that must go on is not among them.
+        """
+
+
+class Ledger(Lifetime):
+    """Kinds of the keys of one cache (or of one forward without a cache), and stages' memories.
 
     Attributes:
-        kinds: (B, capacity) uint8, values of this module.
+        kinds: (B, capacity) uint8, values of families/kinds.py.
         prompt_length: positions below it are prompt, the rest is generated.
         last_prompt: (B,) position of the last prompt token that is not padding.
-        flags: {(method, layer): (B, capacity) bool}, what a method noted about prompt tokens.
-        scales: {(method, layer): edits.HeadFactors}, the head factors of this prompt.
-        seen: {method: {layer: tensor}}, what the watcher of a method's prelude kept.
-        image_values: {method: (B, capacity) float32}, what a method gave to each visual token.
-        derived: {layer: anything}, what was derived from kinds and flags; emptied when they change.
-        streams: the branch rows of the cache (streams.Streams), once they have been joined to it.
-        contrast: the contrastive method that has run its branches of the prompt.
-        dropped: what later layers no longer hold of the prompt (dropping.Dropped).
-        pieces: {name: tensor}, per-token inputs of a prompt whose branches are still to run.
     """
 
     def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
+        super().__init__()
         shape = (batch, capacity + _GROWTH)
         self.kinds = torch.full(shape, GENERATED, dtype=torch.uint8, device=device)
         self.prompt_length = 0
         self._written = 0
         self.last_prompt = torch.zeros(batch, dtype=torch.long, device=device)
-        self.flags: dict[tuple[Any, int], torch.Tensor] = {}
-        self.scales: dict[tuple[Any, int], Any] = {}
-        self.seen: dict[Any, dict[int, torch.Tensor]] = {}
-        self.image_values: dict[Any, torch.Tensor] = {}
         self._question: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.derived: dict[int, Any] = {}
-        self.streams: Any = None
-        self.contrast: Any = None
-        self.dropped: Any = None
-        self.pieces: dict[str, torch.Tensor] | None = None
 
     @property
     def capacity(self) -> int:
         return self.kinds.shape[1]
 
+    def memories(self) -> list[Memory]:
+        """What stages remember here."""
+        return [thing for thing in self.kept() if isinstance(thing, Memory)]
+
     def reserve(self, positions: int) -> None:
-        """Make room for `positions` keys; new room is GENERATED and unflagged."""
+        """Make room for `positions` keys; new room is GENERATED."""
         if positions <= self.capacity:
             return
         extra = positions - self.capacity + _GROWTH
         self.kinds = torch.nn.functional.pad(self.kinds, (0, extra), value=GENERATED)
-        self.flags = {
-            key: torch.nn.functional.pad(flags, (0, extra)) for key, flags in self.flags.items()
-        }
-        self.image_values = {
-            key: torch.nn.functional.pad(values, (0, extra))
-            for key, values in self.image_values.items()
-        }
+        for memory in self.memories():
+            memory.grow(self.capacity)
         if self._question is not None:
             question, content = self._question
             self.say_question(question, content)
-        self.derived.clear()
 
     def write(self, start: int, kinds: torch.Tensor, prompt_length: int) -> None:
         """Enter the kinds (B, Q) of the positions from `start`; positions past the prompt stay."""
@@ -86,18 +88,7 @@ class Ledger:
         valid = self.kinds[:, :prompt_length] != PAD
         last = valid.shape[1] - 1 - valid.flip(1).to(torch.uint8).argmax(1)
         self.last_prompt = torch.where(valid.any(1), last, torch.full_like(last, -1))
-        self.derived.clear()
-
-    def flag(self, method: Any, layer: int, start: int, flags: torch.Tensor) -> None:
-        """Note (B, Q) flags of a method about the tokens from `start`; prompt tokens only."""
-        buffer = self.flags.get((method, layer))
-        if buffer is None:
-            buffer = torch.zeros_like(self.kinds, dtype=torch.bool)
-            self.flags[method, layer] = buffer
-        stop = min(start + flags.shape[1], self.prompt_length)
-        if stop > start:
-            buffer[:, start:stop] = flags[:, : stop - start]
-            self.derived.pop(layer, None)
+        self._changed()
 
     @property
     def whole(self) -> bool:
@@ -111,7 +102,11 @@ class Ledger:
             torch.nn.functional.pad(mask, (0, room - mask.shape[1])) for mask in (question, content)
         ]
         self._question = (masks[0].to(self.kinds.device), masks[1].to(self.kinds.device))
-        self.derived.clear()
+        self._changed()
+
+    def _changed(self) -> None:
+        for memory in self.memories():
+            memory.changed()
 
     @property
     def question(self) -> torch.Tensor:

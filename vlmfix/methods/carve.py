@@ -427,7 +427,7 @@ class _Places:
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.processor = processor
-        self.cuts = describe_tower(model, model.__dict__[SESSION].info).layout == "tiles"
+        self.cuts = describe_tower(model, model.__dict__[SESSION].host.info).layout == "tiles"
         self.known: dict[tuple[int, int], list[Box]] = {}
 
     def of(self, image: Image.Image) -> list[Box]:

@@ -10,12 +10,13 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from vlmfix.analysis.calibrate import load_calibration
-from vlmfix.base.attention import AttentionMethod, Keys, Plan, Prelude, Watcher
+from vlmfix.base.attention import AttentionMethod, Keys, Plan, ProbePass
 from vlmfix.base.method import Preset, check_range, find_preset
+from vlmfix.base.observer import Observer, Rows, SeenRows
 from vlmfix.errors import BadInput, StateError
 from vlmfix.families import ModelInfo
 
-__all__ = ["GazeShiftFusion", "GazeWatcher", "fuse", "gaze_map", "top_heads"]
+__all__ = ["GazeObserver", "GazeShiftFusion", "fuse", "gaze_map", "top_heads"]
 
 
 def top_heads(amounts: torch.Tensor, share: float) -> torch.Tensor:
@@ -87,27 +88,21 @@ def fuse(
 
 
 @dataclass(frozen=True, eq=False)
-class GazeWatcher(Watcher):
+class GazeObserver(Observer):
     """Sums, per head and visual token, the jumps of attention at the question's content words.
 
     seen[layer] is (B, H, K) float32.
     """
 
-    rows: ClassVar[Literal["predicting", "text"]] = "text"
-    reads_question: ClassVar[bool] = True
+    rows: ClassVar[Rows] = "text"
 
-    def plan(self, keys: Keys) -> Plan | None:
+    def see_weights(self, rows: SeenRows) -> None:
+        layer, weights, position = rows.layer, rows.weights, rows.position
         # A question without any content word counts in full.
-        content = keys.content | (keys.question & ~keys.content.any(1, keepdim=True))
-        return Plan((keys.visual,), [True] * len(content), constants=(content,))
-
-    def observe_weights(
-        self, layer: int, weights: torch.Tensor, position: int, *plan: torch.Tensor
-    ) -> None:
-        visual, content = plan
+        content = rows.content | (rows.question & ~rows.content.any(1, keepdim=True))
         read = content[:, position + 1 : position + weights.shape[2]]
         rises = (weights[:, :, 1:] - weights[:, :, :-1]).clamp_min(0) * read[:, None, :, None]
-        total = rises.sum(2) * visual[:, None]
+        total = rises.sum(2) * rows.visual[:, None]
         self.seen[layer] = self.seen[layer] + total if layer in self.seen else total
 
 
@@ -215,11 +210,11 @@ class GazeShiftFusion(AttentionMethod):
     def layers(self, info: ModelInfo) -> Sequence[int]:
         return self.edited_layers or ()
 
-    def prelude(self, info: ModelInfo) -> Prelude | None:
+    def probe_pass(self, info: ModelInfo) -> ProbePass | None:
         assert self.saliency_layer is not None  # set by prepared()
         if not self.alpha or not self.edited_layers:
             return None
-        return Prelude("whole", GazeWatcher((self.saliency_layer,)))
+        return ProbePass("whole", GazeObserver((self.saliency_layer,)))
 
     def plan(self, keys: Keys) -> Plan | None:
         assert self.alpha is not None and self.saliency_layer is not None  # set by prepared()

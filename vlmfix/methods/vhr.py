@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 
 from vlmfix.analysis.divergence import LastHeads, head_divergence, prune_outliers, select_heads
-from vlmfix.base.attention import AttentionMethod, Keys, Plan, Prelude
+from vlmfix.base.attention import AttentionMethod, Keys, Plan, ProbePass
 from vlmfix.base.method import Preset, check_range, find_preset
 from vlmfix.errors import BadInput, StateError
 from vlmfix.families import ModelInfo
@@ -106,10 +106,10 @@ class VisionAwareHeadReinforcement(AttentionMethod):
     def layers(self, info: ModelInfo) -> Sequence[int]:
         return self.reinforced_layers or ()
 
-    def prelude(self, info: ModelInfo) -> Prelude | None:
+    def probe_pass(self, info: ModelInfo) -> ProbePass | None:
         if self.alpha == 1 or not self.reinforced_layers or self.knocks_out():
             return None
-        return Prelude("text", LastHeads(self.reinforced_layers))
+        return ProbePass("text", LastHeads(self.reinforced_layers))
 
     def knocks_out(self) -> bool:
         return self.vhd_source == "knockout"

@@ -2,13 +2,13 @@
 
 Methods that weigh or drop visual tokens by what the image encoder itself looks at (IMBA, HiPrune,
 VisionZip) need, per patch, how much attention it receives in one or two layers, or its key there.
-A `Tap` computes that beside the tower's own attention: no eager mode, no more than 64 MiB of
-attention rows at once, and the tower's output stays bit for bit the same. It then says which visual
-token each value belongs to.
+A `VisionRecorder` computes that next to the tower's own attention: no eager mode, no more than
+64 MiB of attention rows at once, and the tower's output stays bit for bit the same. It then says
+which visual token each value belongs to.
 
 How: the chosen attention modules get a copy of their configuration that names a function
 registered here, which reads queries and keys and then calls the attention that was there before;
-`get_image_features` is shadowed on the model, so that a tap knows where an encoding starts and
+`get_image_features` is shadowed on the model, so that a recorder knows where an encoding starts and
 ends, what its images are, and how many visual tokens came out. Videos are encoded unread.
 families/tower.py says how patches become visual tokens.
 """
@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import torch
 from transformers import AttentionInterface
 
-from vlmfix.engine.attention import AttentionOutput, base_attention, in_python
+from vlmfix.engine.dispatch import AttentionOutput, base_attention, in_python
 from vlmfix.errors import BadInput, StateError, UnsupportedModel
 from vlmfix.families.tower import (
     EncodedImage,
@@ -40,10 +40,10 @@ from vlmfix.families.tower import (
 )
 from vlmfix.kernels import reference
 
-__all__ = ["Tap", "received_attention"]
+__all__ = ["VisionRecorder", "received_attention"]
 
-NAME = "vlmfix_tap"  # the name under which transformers dispatches to _tapped_attention
-SLOT = "_vlmfix_tap"  # where an attention module keeps its _Slot
+NAME = "vlmfix_recorder"  # the name under which transformers dispatches to _recorded_attention
+SLOT = "_vlmfix_recorder"  # where an attention module keeps its _Slot
 _CHUNK_BYTES = 64 * 2**20  # attention rows are computed in chunks of at most this many bytes
 
 
@@ -95,9 +95,9 @@ def received_attention(
 
 @dataclass(frozen=True)
 class _Slot:
-    """What a tapped attention module needs: its tap, its index, the attention it replaced."""
+    """What a recorded attention module needs: its recorder, its index, its own attention."""
 
-    tap: Tap
+    recorder: VisionRecorder
     layer: int
     base: Callable[..., AttentionOutput]
 
@@ -107,16 +107,16 @@ class _Slot:
 _Calls = dict[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]
 
 
-class Tap:
+class VisionRecorder:
     """Reads the attention of some layers of a vision tower, each time images are encoded.
 
     While attached, an encoding costs the attention rows of the chosen layers once more; nothing
     else is slower. Results belong to the thread that encoded:
 
         tower = describe_tower(model, info)
-        with Tap(tower, (0, len(tower.layers) - 2)) as tap:
+        with VisionRecorder(tower, (0, len(tower.layers) - 2)) as recorder:
             model.generate(**inputs)
-            for image in tap.take(): ...
+            for image in recorder.take(): ...
 
     generate() encodes all images of its batch once, before beams are expanded; a bare forward
     encodes inside itself, before the decoder runs. Images come in the order of the prompts, row by
@@ -136,33 +136,33 @@ class Tap:
         last = len(tower.layers) - 1
         if not self.layers or self.layers[0] < 0 or self.layers[-1] > last:
             raise BadInput(
-                f"tap layers {self.layers} of the vision tower of {tower.model_type!r}: give at "
-                f"least one index from 0 to {last}."
+                f"recorded layers {self.layers} of the vision tower of {tower.model_type!r}: give "
+                f"at least one index from 0 to {last}."
             )
         self._local = threading.local()
         self._configs: dict[int, Any] = {}
         self._shadowed: dict[str, Any] = {}
 
     def attach(self) -> None:
-        """Put the tap in; where it cannot, the model is left as it was.
+        """Put the recorder in; where it cannot, the model is left as it was.
 
         Raises:
-            StateError: this tower has a tap already.
+            StateError: this tower has a recorder already.
             UnsupportedModel: the tower runs flash or flex attention.
         """
         tower = self.tower
         if any(SLOT in layer.__dict__ for layer in tower.layers):
             raise StateError(
-                f"the vision tower of this {tower.model_type!r} model has a tap already. Detach it "
-                "first, or attach one tap with the layers of both."
+                f"the vision tower of this {tower.model_type!r} model has a recorder already. "
+                "Detach it first, or attach one recorder with the layers of both."
             )
         for layer in self.layers:
             module: Any = tower.layers[layer]
             implementation = module.config._attn_implementation
             if implementation not in ("sdpa", "eager", None):
                 raise UnsupportedModel(
-                    f"the vision tower runs {implementation!r} attention, which the tap cannot "
-                    "stand in for. Switch the tower, the language model may stay as it is: "
+                    f"the vision tower runs {implementation!r} attention, which the recorder "
+                    "cannot stand in for. Switch the tower, the language model may stay as it is: "
                     'model.set_attn_implementation({"vision_config": "sdpa"}).'
                 )
         host: Any = tower.host
@@ -182,7 +182,7 @@ class Tap:
             host.__dict__[name] = shadow
 
     def detach(self) -> None:
-        """Take the tap out; the model is then bit for bit what it was. Twice does no harm."""
+        """Take the recorder out; the model is then bit for bit what it was. Twice does no harm."""
         for layer, config in self._configs.items():
             module: Any = self.tower.layers[layer]
             module.config = config
@@ -195,7 +195,7 @@ class Tap:
                 self.tower.host.__dict__[name] = own
         self._shadowed.clear()
 
-    def __enter__(self) -> Tap:
+    def __enter__(self) -> VisionRecorder:
         self.attach()
         return self
 
@@ -209,8 +209,8 @@ class Tap:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise StateError(
-            "a model with a tap in its vision tower cannot be copied or pickled. Call detach() "
-            "(or vlmfix.unwrap(model)) first."
+            "a model with a recorder in its vision tower cannot be copied or pickled. Call "
+            "detach() (or vlmfix.unwrap(model)) first."
         )
 
     def __reduce__(self) -> NoReturn:
@@ -271,7 +271,7 @@ class Tap:
 
 
 @in_python
-def _tapped_attention(
+def _recorded_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -281,11 +281,11 @@ def _tapped_attention(
 ) -> AttentionOutput:
     """transformers' attention signature: query (B, H, Q, D), key and value (B, Hkv, K, D)."""
     slot: _Slot = module.__dict__[SLOT]
-    slot.tap._record(slot.layer, query, key, attention_mask, kwargs.get("scaling"))
+    slot.recorder._record(slot.layer, query, key, attention_mask, kwargs.get("scaling"))
     return slot.base(module, query, key, value, attention_mask, **kwargs)
 
 
-AttentionInterface.register(NAME, _tapped_attention)
+AttentionInterface.register(NAME, _recorded_attention)
 
 
 # -- from patches to visual tokens ----------------------------------------------------------------
@@ -316,16 +316,17 @@ def _images(
     if silent:
         raise UnsupportedModel(
             f"layers {silent} of the vision tower of {tower.model_type!r} did not run attention "
-            "that the tap could read. Ask for other layers."
+            "that the recorder could read. Ask for other layers."
         )
     images = _LAYOUTS[tower.layout](tower, calls, arguments)
     expected = sum(len(image.index) for image in images)
     tokens = sum(math.prod(part.shape[:-1]) for part in features)
     if tokens != expected:
         raise UnsupportedModel(
-            f"the vision tower of {tower.model_type!r} made {tokens} visual tokens where the tap "
-            f"counts {expected}, so its values would go to the wrong tokens. Call the model with "
-            "the arguments of its processor and the feature settings of its configuration."
+            f"the vision tower of {tower.model_type!r} made {tokens} visual tokens where the "
+            f"recorder counts {expected}, so its values would go to the wrong tokens. Call the "
+            "model with the arguments of its processor and the feature settings of its "
+            "configuration."
         )
     if not tower.has_cls:
         return images

@@ -1,4 +1,4 @@
-"""Visual tokens dropped between two decoder layers: later layers see, and cache, fewer of them.
+"""The stage of methods that prune visual tokens between two decoder layers.
 
 The layer before shows what the last prompt token attends to; at the next one the hidden states of
 the prompt are cut to what a method keeps, and from there on each layer gets positions and masks for
@@ -7,26 +7,37 @@ these alone. The first layer's cache stays whole, and it is the one that transfo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
-from vlmfix.engine.watchers import LastRow
-from vlmfix.errors import BadInput, CompositionError
+from vlmfix.base.attention import AttentionMethod
+from vlmfix.base.method import Method
+from vlmfix.base.pruning import LayerTokenMethod
+from vlmfix.engine.frame import Frame
+from vlmfix.engine.hooks import Host
+from vlmfix.engine.ledger import Memory
+from vlmfix.engine.observe import LastRow
+from vlmfix.engine.stage import Forward, Stage
+from vlmfix.errors import BadInput, CompositionError, StateError
+from vlmfix.families import ModelInfo
 from vlmfix.families.kinds import PAD
 
-if TYPE_CHECKING:
-    from vlmfix.base.pruning import LayerTokenMethod
-    from vlmfix.engine.frame import Frame
-
-__all__ = ["Dropped", "check_prompt", "enter_layer", "last_row_watcher"]
+__all__ = ["Dropped", "KeptPlaceholders", "LayerPruningStage"]
 
 
 @dataclass(frozen=True)
-class Dropped:
+class KeptPlaceholders:
+    """Of one call: (B, L) bool, the visual tokens of the prompts that later layers keep."""
+
+    kept: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Dropped(Memory):
     """What the layers from `first` on keep of the prompts of one cache.
 
     Attributes:
@@ -42,33 +53,94 @@ class Dropped:
     filler: torch.Tensor
     length: int
 
+    def require(self, stages: Collection[str]) -> None:
+        if LayerPruningStage.name not in stages:
+            raise StateError(
+                "later layers of this KV cache hold fewer tokens, which a method has dropped. Go "
+                "on with the same method, or start from the prompt without this cache."
+            )
+
     def places(self, total: int) -> torch.Tensor:
         """(B, P + total - L): the columns that stay of `total`; all behind the prompt do."""
         behind = torch.arange(self.length, total, device=self.index.device)
         return torch.cat([self.index, behind.expand(len(self.index), -1)], dim=1)
 
 
-def last_row_watcher(method: LayerTokenMethod, frame: Frame) -> LastRow:
-    """Sees what the method chooses by."""
-    layer = method.first_layer(frame.stack.info) - 1
-    return LastRow((layer,), row=frame.ledger.prompt_length - 1)
+@dataclass(frozen=True, eq=False)
+class LayerPruningStage(Stage):
+    """Cuts the hidden states of prompts where a method's first layer begins."""
+
+    method: LayerTokenMethod
+    first: int
+
+    name: ClassVar[str] = "layer pruning"
+
+    @classmethod
+    def of(cls, methods: Sequence[Method], info: ModelInfo) -> LayerPruningStage | None:
+        own = [method for method in methods if isinstance(method, LayerTokenMethod)]
+        live = [method for method in own if not method.neutral()]
+        return cls(live[0], live[0].first_layer(info)) if live else None
+
+    @classmethod
+    def check(cls, methods: Sequence[Method], info: ModelInfo) -> None:
+        own = [method for method in methods if isinstance(method, LayerTokenMethod)]
+        attention = any(
+            isinstance(method, AttentionMethod) and set(method.layers(info)) & set(info.attention)
+            for method in methods
+        )
+        if own and (attention or any(x.stage in ("hidden", "logits") for x in methods)):
+            raise CompositionError(
+                f"{own[0].name} leaves some layers fewer keys than others, which no method that "
+                "edits attention or hidden states or combines logits reckons with. Prune before "
+                "the language model instead (hiprune, divprune, ...), or run it alone."
+            )
+
+    def reach(self, host: Host) -> None:
+        host.reach_attention([self.first - 1])
+        host.reach_inputs(range(self.first, host.info.num_layers))
+
+    def before_forward(self, forward: Forward) -> None:
+        frame = forward.frame
+        ledger = frame.ledger
+        if frame.decoding or not bool(ledger.visual().any()):
+            return
+        _check_prompt(self.method, forward)
+        observer = LastRow((self.first - 1,), row=ledger.prompt_length - 1)
+        frame.observe([observer])
+        frame.keep(observer)
+
+    def enter_layer(
+        self, frame: Frame, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        ledger, observer = frame.ledger, frame.get(LastRow)
+        if frame.past == 0 and layer == self.first and observer is not None:  # there is an image
+            dropped = _drop(self.method, frame, layer, observer.seen[layer - 1])
+            if dropped is None:
+                ledger.forget(Dropped)
+            else:
+                ledger.keep(dropped)
+        known = ledger.get(Dropped)
+        if known is None or layer < known.first:
+            return args, kwargs
+        return _cut_inputs(known, frame, layer, args, kwargs)
 
 
-def check_prompt(method: LayerTokenMethod, frame: Frame, kwargs: Mapping[str, Any]) -> None:
+def _check_prompt(method: LayerTokenMethod, forward: Forward) -> None:
     """Refuse, before a prompt runs, what cannot be cut in the middle.
 
     Raises:
         CompositionError: a cache whose layers must be equally long, or a prompt in chunks.
         BadInput: a prompt that is padded on the right.
     """
-    cache, length = kwargs.get("past_key_values"), frame.ledger.prompt_length
+    frame, cache = forward.frame, forward.cache
+    length = frame.ledger.prompt_length
     if frame.queries < length:
         raise CompositionError(
             f"{method.name} must see the whole prompt at once, but this forward holds "
             f"{frame.queries} of its {length} tokens (chunked prefill, or a later turn over a "
             "cache). Generate without prefill_chunk_size or past_key_values."
         )
-    if isinstance(cache, Cache):
+    if cache is not None:
         wrong = {type(x).__name__ for x in cache.layers if type(x) is not DynamicLayer}
         if wrong or cache.offloading:
             raise CompositionError(
@@ -82,19 +154,10 @@ def check_prompt(method: LayerTokenMethod, frame: Frame, kwargs: Mapping[str, An
         )
 
 
-def enter_layer(
-    frame: Frame, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The arguments of a decoder layer for the columns that stay; None: as they are."""
-    method, ledger = frame.stack.drops, frame.ledger
-    if method is None:
-        return None
-    first = method.first_layer(frame.stack.info)
-    if frame.past == 0 and layer == first and method in ledger.seen:  # there is an image
-        ledger.dropped = _drop(method, frame, layer)
-    dropped: Dropped | None = ledger.dropped
-    if dropped is None or layer < dropped.first:
-        return None
+def _cut_inputs(
+    dropped: Dropped, frame: Frame, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a decoder layer for the columns that stay."""
     changed = dict(kwargs)
     total = frame.past + frame.queries
     places = dropped.places(total)
@@ -147,14 +210,17 @@ def _choose(
     return kept, sizes
 
 
-def _drop(method: LayerTokenMethod, frame: Frame, layer: int) -> Dropped | None:
+def _drop(
+    method: LayerTokenMethod, frame: Frame, layer: int, attention: torch.Tensor
+) -> Dropped | None:
     """What stays of every prompt; None if everything does."""
     ledger, call = frame.ledger, frame.call
     length = ledger.prompt_length
     visual = ledger.visual()[:, :length]
-    kept, sizes = _choose(method, ledger.seen[method][layer - 1].to(visual.device), visual)
+    kept, sizes = _choose(method, attention.to(visual.device), visual)
     copies = len(visual) // (call.rows or len(visual))  # beams and returned sequences agree
-    call.visual_tokens, call.kept = tuple(sizes[::copies]), kept[::copies]
+    call.visual_tokens = tuple(sizes[::copies])
+    call.keep(KeptPlaceholders(kept[::copies]))
     if torch.equal(kept, visual):
         return None
     keep = (ledger.kinds[:, :length] != PAD) & (kept | ~visual)

@@ -1,0 +1,147 @@
+"""The stage of methods that edit attention, with their probe passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+
+from vlmfix.base.attention import AttentionMethod
+from vlmfix.base.method import Method
+from vlmfix.engine.frame import Frame
+from vlmfix.engine.hooks import Host
+from vlmfix.engine.plans import AttentionNotes, LayerMethods, Plans
+from vlmfix.engine.probe import Rerun, probe, run_last_token
+from vlmfix.engine.stage import DecodeStep, Forward, Generation, Stage
+from vlmfix.families import ModelInfo
+from vlmfix.families.kinds import IMAGE, VIDEO
+from vlmfix.families.tower import describe_tower
+
+__all__ = ["AttentionStage"]
+
+
+@dataclass
+class _Counters:
+    """int64 scalars that compiled steps add edited rows to, by layer.
+
+    A graph that changes an input is recorded as a CUDA graph only if that input never moves, so
+    each thread keeps its counters from call to call.
+    """
+
+    kept: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class _LentCounters:
+    """Those of the thread's counters that the compiled steps of one call use."""
+
+    by_layer: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionStage(Stage):
+    """Plans the edits of attention layers; attention.py runs them.
+
+    Attributes:
+        methods: in the order of the stack.
+        by_layer: the same, for each layer that they edit.
+        probes: those that want an extra forward before the prompt's own.
+        alone: whether no other method runs.
+    """
+
+    methods: tuple[AttentionMethod, ...]
+    by_layer: LayerMethods
+    probes: tuple[AttentionMethod, ...]
+    alone: bool
+
+    name: ClassVar[str] = "attention"
+
+    @classmethod
+    def of(cls, methods: Sequence[Method], info: ModelInfo) -> AttentionStage | None:
+        own = tuple(method for method in methods if isinstance(method, AttentionMethod))
+        by_layer: dict[int, tuple[AttentionMethod, ...]] = {}
+        for method in own:
+            for layer in method.layers(info):
+                if layer in info.attention:
+                    by_layer[layer] = (*by_layer.get(layer, ()), method)
+        probes = tuple(method for method in own if method.probe_pass(info) is not None)
+        return cls(own, by_layer, probes, len(methods) == 1) if own else None
+
+    @property
+    def reads_question(self) -> bool:
+        return any(method.reads_question for method in self.methods)
+
+    def reach(self, host: Host) -> None:
+        host.reach_attention(self.by_layer)
+        host.reach_inputs(
+            layer
+            for layer, methods in self.by_layer.items()
+            if any(method.overrides("flag_tokens") for method in methods)
+        )
+        readers = [method for method in self.methods if method.overrides("image_values")]
+        if readers:
+            tower = host.tower or describe_tower(host.model, host.info)
+            layers = {layer for method in readers for layer in method.encoder_layers(tower)}
+            host.record_tower(tower, layers)
+
+    def before_forward(self, forward: Forward) -> None:
+        frame = forward.frame
+        ledger = frame.ledger
+        if frame.past and not frame.decoding:
+            kinds = ledger.kinds[:, frame.past : frame.past + frame.queries]
+            if bool(((kinds == IMAGE) | (kinds == VIDEO)).any()):
+                ledger.of(AttentionNotes).image_values.clear()  # a later turn brought images
+        frame.expected.update(self.by_layer)
+        if self.probes and not frame.past:
+            probe(forward, self.probes, self.alone)
+        if frame.get(Rerun) is None:
+            host = forward.host
+            frame.keep(Plans(self, self.by_layer, frame, host.info, host.recorder))
+
+    def enter_layer(
+        self, frame: Frame, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        for method in () if frame.decoding else self.by_layer.get(layer, ()):
+            if method.overrides("flag_tokens"):
+                hidden = args[0] if args else kwargs["hidden_states"]
+                notes = frame.ledger.of(AttentionNotes)
+                notes.flag(method, layer, frame, method.flag_tokens(hidden))
+        return args, kwargs
+
+    def after_forward(self, forward: Forward, output: Any) -> Any:
+        rerun = forward.frame.get(Rerun)
+        return output if rerun is None else run_last_token(forward, rerun, output)
+
+    # -- compiled steps -----------------------------------------------------------------------
+
+    def before_step(self, step: DecodeStep) -> None:
+        host, frame = step.host, step.frame
+        plans = Plans(self, self.by_layer, frame, host.info, host.recorder)
+        for layer in self.by_layer:
+            device = host.device(layer)
+            counter = self._counter(step, layer, device)
+            edits = plans.edits(layer, device)
+            length = step.cache.get_max_length(layer)
+            step.prepared[self.name, layer] = tuple(
+                replace(prepared, counter=counter)
+                for prepared in plans.steps(layer, edits, length, host.model.dtype)
+            )
+
+    def _counter(self, step: DecodeStep, layer: int, device: torch.device) -> torch.Tensor:
+        lent = step.frame.call.of(_LentCounters).by_layer
+        if layer not in lent:
+            mine = step.host.state.thread.of(_Counters).kept
+            if layer not in mine:
+                mine[layer] = torch.zeros((), dtype=torch.int64, device=device)
+                torch._dynamo.mark_static_address(mine[layer])
+            lent[layer] = mine[layer].zero_()
+        return lent[layer]
+
+    def after_generate(self, generation: Generation, output: Any) -> Any:
+        lent = generation.call.of(_LentCounters).by_layer
+        for layer, counter in lent.items():
+            generation.call.count(layer, counter.clone())
+        lent.clear()
+        return output

@@ -1,0 +1,516 @@
+"""The stage of contrastive methods: branches run beside the prompts, and logits are combined.
+
+The prompts run as generate() runs them. When they are through, each branch prefills in an internal
+pass, and its keys and values are joined, padded on the left, behind the base rows of the very cache
+that generate() holds (branches.py). From then on one forward serves all rows: its inputs are
+widened before and its logits combined after, so that the caller of the model sees base rows alone.
+
+docs/experiments/contrast.md holds the experiment that chose this over a second forward per step.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+
+from vlmfix.base.contrast import Branch, ContrastMethod, Prompt
+from vlmfix.base.method import Method
+from vlmfix.engine.branches import JOINABLE, Branches, join_rows
+from vlmfix.engine.dispatch import in_python
+from vlmfix.engine.encoded import CallImages
+from vlmfix.engine.frame import Frame
+from vlmfix.engine.hooks import Host
+from vlmfix.engine.kept import encode_reduced
+from vlmfix.engine.ledger import Memory
+from vlmfix.engine.observe import LastRow, internal_pass
+from vlmfix.engine.stage import DecodeStep, Forward, Generation, Stage
+from vlmfix.engine.state import State
+from vlmfix.errors import BadInput, CompositionError, StateError
+from vlmfix.families import ModelInfo, last_logits, vision_arguments
+from vlmfix.families.kinds import PAD
+from vlmfix.families.prompt import carries_vision
+from vlmfix.families.surgeon import PER_TOKEN, TOKEN_TYPES, prompt_without_images
+
+__all__ = ["ContrastStage"]
+
+
+@dataclass(eq=False)
+class _Notes(Memory):
+    """What the prompts of one ledger need for their branches.
+
+    Attributes:
+        method: the method that has run its branches of the prompts.
+        pieces: {name: tensor}, per-token inputs of prompts whose branches are still to run.
+        seen: what `ContrastMethod.watched` layers paid attention to, see `Prompt.seen`.
+    """
+
+    method: ContrastMethod | None = None
+    pieces: dict[str, torch.Tensor] | None = None
+    seen: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Vision:
+    """What a generate() call was given of images, before it encoded them."""
+
+    given: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _CallBranches:
+    """What the branches of a call see, once the method has been asked."""
+
+    all: tuple[Branch, ...]
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """The positions that the decoder was given in a forward, if it was given any."""
+
+    ids: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class _Token:
+    """Of a compiled step: (1,) int64, the token to be chosen, counted from 1 in the answer."""
+
+    number: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Filling:
+    """Says that the forwards of this thread are a branch whose embeddings are replaced."""
+
+    branch: Branch
+
+
+@dataclass(frozen=True, eq=False)
+class ContrastStage(Stage):
+    """Runs the branches of one method, and lets it combine their logits with those of the base."""
+
+    method: ContrastMethod
+
+    name: ClassVar[str] = "contrast"
+
+    @classmethod
+    def of(cls, methods: Sequence[Method], info: ModelInfo) -> ContrastStage | None:
+        own = [method for method in methods if isinstance(method, ContrastMethod)]
+        live = [method for method in own if not method.neutral()]
+        return cls(live[0]) if live else None
+
+    @classmethod
+    def check(cls, methods: Sequence[Method], info: ModelInfo) -> None:
+        own = [method.name for method in methods if isinstance(method, ContrastMethod)]
+        if len(own) > 1:
+            raise CompositionError(
+                f"{' and '.join(own)} both combine the logits, each against branches of its own, "
+                "and no paper says how two such combinations add up. Keep one of them; methods "
+                "that edit attention or change images stack with it."
+            )
+
+    def reach(self, host: Host) -> None:
+        decoder = host.model.get_decoder()
+        host.add_hook("decoder", decoder, _decoder_hook(host.state), pre=True)
+        # The rows of a decode step are faster in two products on a CPU, see attention.py.
+        layers = host.info.attention
+        host.reach_attention(at for at in layers if host.device(at).type == "cpu")
+
+    def before_generate(self, generation: Generation) -> None:
+        # generate() encodes images before the first forward.
+        vision = vision_arguments(generation.host.model, generation.given)
+        if features := vision.get("mm_encoder_outputs"):  # which beams repeat in place
+            vision["mm_encoder_outputs"] = {kind: copy.copy(x) for kind, x in features.items()}
+        generation.call.keep(_Vision(vision))
+
+    def before_forward(self, forward: Forward) -> None:
+        method, frame, kwargs = self.method, forward.frame, forward.kwargs
+        ledger, config = frame.ledger, forward.host.model.config
+        notes, branches = ledger.of(_Notes), ledger.get(Branches)
+        by_name = kwargs.get("return_dict")
+        if not (config.return_dict if by_name is None else by_name):
+            raise BadInput(f"{method.name} combines logits by name: leave return_dict=False out.")
+        behind_prompt = bool(frame.past) and notes.pieces is None
+        if behind_prompt:
+            _check_cache(method, notes, branches, kwargs)
+        if not method.streams():
+            return
+        if behind_prompt:
+            if branches is not None:
+                forward.kwargs = branches.widen(kwargs, frame)
+            return
+        _check_prompt(method, frame, forward.cache)
+        if forward.cache is not None:
+            _keep_pieces(notes, kwargs, frame.queries)
+        known = frame.call.get(_CallBranches)
+        if frame.past + frame.queries < ledger.prompt_length or known is not None:
+            return
+        watched = tuple(method.watched(forward.host.info))
+        if watched:
+            observer = LastRow(watched, row=ledger.prompt_length - 1)
+            forward.host.reach_attention(set(watched) & set(forward.host.info.attention))
+            frame.observe([observer])
+            notes.seen = observer.seen
+
+    def after_forward(self, forward: Forward, output: Any) -> Any:
+        return combine(self.method, forward, output)
+
+    def before_step(self, step: DecodeStep) -> None:
+        ledger = step.frame.ledger
+        # The length of a static cache may be a tensor, which the step will change.
+        past = torch.as_tensor(step.cache.get_seq_length(), device=step.host.device(0))
+        step.frame.keep(_Token((past - ledger.prompt_length + 2).reshape(1)))
+        branches = ledger.get(Branches)
+        if branches is not None:
+            step.kwargs = branches.widen(step.kwargs, step.frame)
+
+    def after_step(self, step: DecodeStep, output: Any) -> Any:
+        token = step.frame.get(_Token)
+        assert token is not None  # before_step() keeps it
+        return combine_decoded(self.method, step.frame, output, token.number)
+
+
+# -- before a forward ------------------------------------------------------------------------------
+
+
+def _check_cache(
+    method: ContrastMethod, notes: _Notes, branches: Branches | None, kwargs: Mapping[str, Any]
+) -> None:
+    """Refuse tokens behind a prompt whose branches are not there, are others, or cannot follow."""
+    if method.streams() and notes.method is None:
+        raise StateError(
+            f"this KV cache was filled while {method.name} was off, so its branches are missing. "
+            "Start from the prompt, without this cache."
+        )
+    if branches is not None and notes.method is not None and notes.method != method:
+        raise StateError(
+            f"this KV cache holds the branches of {notes.method.spec()!r}, not those of "
+            f"{method.spec()!r}. Go on with the same method and options, or start from the prompt "
+            "without this cache."
+        )
+    if method.streams() and carries_vision(kwargs):
+        raise StateError(
+            f"{method.name} cannot take images in a later turn: its branches have gone their "
+            "own way. Generate from the whole conversation, without past_key_values."
+        )
+
+
+def _check_prompt(method: ContrastMethod, frame: Frame, cache: Cache | None) -> None:
+    length = frame.ledger.prompt_length
+    end = frame.past + frame.queries
+    if end < length and frame.call.rows is None:
+        raise CompositionError(
+            f"{method.name} must see a whole prompt in one forward, but this one holds "
+            f"{frame.queries} of its {length} tokens. Give it whole, or let "
+            "generate(prefill_chunk_size=...) cut it."
+        )
+    if end >= length and bool((frame.ledger.kinds[:, length - 1] == PAD).any()):
+        raise BadInput(
+            f"{method.name} reads the logits of the last column, where a prompt is padded. Pad on "
+            'the left: processor.tokenizer.padding_side = "left".'
+        )
+    if cache is None:
+        return
+    wrong = {type(layer).__name__ for layer in cache.layers if type(layer) not in JOINABLE}
+    if wrong or cache.offloading:
+        what = ", ".join(sorted(wrong)) or "offloaded layers"
+        raise CompositionError(
+            f"{method.name} runs its branches in the rows of one KV cache, which it cannot do with "
+            f"{what}. Generate with a dynamic or a static cache."
+        )
+
+
+def _keep_pieces(notes: _Notes, kwargs: Mapping[str, Any], queries: int) -> None:
+    """Collect what belongs to each token of a prompt, which may come in chunks."""
+    pieces = notes.pieces = notes.pieces or {}
+    for name in PER_TOKEN:
+        value = kwargs.get(name)
+        if value is None:
+            continue
+        before = pieces.get(name)
+        if before is None or value.shape[-1] != queries:  # some are handed over whole each time
+            pieces[name] = value
+        else:
+            pieces[name] = torch.cat([before, value], dim=-1)
+
+
+# -- after a forward -------------------------------------------------------------------------------
+
+
+def combine(method: ContrastMethod, forward: Forward, output: Any) -> Any:
+    """Combine the branches of a forward that has run; after a prompt, run them first.
+
+    Args:
+        method: combines.
+        forward: with the arguments as `before_forward` left them.
+        output: what it returned.
+
+    Returns:
+        The output, with float32 logits (R, Q, V) and nothing of the branches.
+    """
+    frame = forward.frame
+    ledger, notes = frame.ledger, frame.ledger.of(_Notes)
+    end, length = frame.past + frame.queries, ledger.prompt_length
+    if end < length:  # a chunk of the prompt: nothing is sampled from it
+        return output
+    # The rows that predict: of a prompt the last one, and drafts behind it.
+    kept = min(output.logits.shape[1], end - max(length - 1, frame.past))
+    token = torch.arange(end - kept, end, device=output.logits.device) - length + 2
+    prompt = frame.past == 0 or notes.pieces is not None
+    if not (prompt and method.streams()):
+        return combine_decoded(method, frame, output, token)
+    if bool(ledger.visual()[:, :length].any()):
+        branches = _run_branches(method, forward, kept)
+        output = _fold(method, frame, output, [output.logits, *branches], token)
+    notes.pieces, notes.method = None, method
+    return output
+
+
+def combine_decoded(method: ContrastMethod, frame: Frame, output: Any, token: torch.Tensor) -> Any:
+    """Combine the branches of a decode step; `token` (R,) as in `ContrastMethod.contrast`."""
+    branches = frame.ledger.get(Branches)
+    if not method.streams():
+        return _fold(method, frame, output, [output.logits], token)
+    if branches is None:  # prompts without an image have none
+        return output
+    logits = output.logits.chunk(1 + branches.count)
+    for name in ("hidden_states", "attentions"):
+        if output.get(name) is not None:
+            output[name] = tuple(x if x is None else x[: branches.rows] for x in output[name])
+    return _fold(method, frame, output, logits, token)
+
+
+def _fold(
+    method: ContrastMethod,
+    frame: Frame,
+    output: Any,
+    logits: Sequence[torch.Tensor],
+    token: torch.Tensor,
+) -> Any:
+    """Put the combination of base and branch logits into an output."""
+    kept = len(token)
+    base, *branches = (own[:, -kept:].float() for own in logits)
+    # A branch that overflowed says nothing; its row then speaks for itself.
+    branches = [torch.where(x.isnan().any(-1, keepdim=True), base, x) for x in branches]
+    has_image = frame.ledger.visual().any(1).to(base.device)
+    combined = method.contrast(base, branches, token.to(base.device))
+    combined = torch.where(has_image[:, None, None], combined, base)
+    frame.call.contrasted.append(has_image.sum() * kept)
+    frame.call.streams = max(frame.call.streams, len(logits))
+    output.logits = torch.cat([logits[0][:, :-kept].float(), combined], dim=1)
+    return output
+
+
+def _run_branches(method: ContrastMethod, forward: Forward, kept: int) -> list[torch.Tensor]:
+    """Prefill the branches of a prompt that has just run: (R, kept, V) logits of each."""
+    host, frame, kwargs = forward.host, forward.frame, forward.kwargs
+    ledger, call, cache = frame.ledger, frame.call, forward.cache
+    notes, images = ledger.of(_Notes), call.of(CallImages)
+    length, rows = ledger.prompt_length, len(ledger.kinds)
+    tokens = {name: kwargs[name] for name in PER_TOKEN if kwargs.get(name) is not None}
+    tokens |= notes.pieces or {}
+    if "position_ids" not in tokens:  # a bare forward: the model made them
+        made = torch.arange(tokens["input_ids"].shape[1], device=ledger.kinds.device)[None]
+        positions = frame.get(_Positions)
+        known = None if positions is None else positions.ids
+        tokens["position_ids"] = made if known is None else known
+    copies = rows // (call.rows or rows)
+    vision = call.get(_Vision)
+    given = vision.given if vision else {}
+    given = given or vision_arguments(host.model, forward.given)
+    prompt = Prompt(
+        info=host.info,
+        ids=tokens["input_ids"][::copies, :length],
+        real=(ledger.kinds[::copies, :length] != PAD),
+        visual=ledger.visual()[::copies, :length],
+        vision={name: value for name, value in given.items() if name != "mm_encoder_outputs"},
+        seen={layer: row[::copies] for layer, row in notes.seen.items()},
+        placeholders=images.placeholders,
+    )
+    branches = call.get(_CallBranches)
+    if branches is None:  # without a cache every step is a prompt, and the branches hold
+        branches = call.keep(_CallBranches(tuple(method.branches(prompt))))
+    encoded = given
+    if copies == 1 and kwargs.get("mm_encoder_outputs") and not frame.past:
+        encoded = {"mm_encoder_outputs": kwargs["mm_encoder_outputs"]}
+    following = _following(tokens["position_ids"], length)
+    logits, caches, visible, shifts = [], [], [_left(prompt.real, length)], []
+    # Without a cache every row has a tail of its own: a copy of each prompt runs at a time.
+    turns = [slice(first, None, copies) for first in range(copies if cache is None else 1)]
+    for branch in branches.all:
+        ran = [
+            _prefill(host, prompt, branch, encoded, images, cache, tokens, turn, kept)
+            for turn in turns
+        ]
+        call.extra_passes += len(ran)
+        if cache is None:
+            merged = ran[0].logits.new_empty(rows, *ran[0].logits.shape[1:])
+            for turn, one in zip(turns, ran, strict=True):
+                merged[turn] = one.logits
+            logits.append(merged)
+            continue
+        one = ran[0]
+        if copies > 1:
+            one.cache.batch_repeat_interleave(copies)
+        logits.append(one.logits.repeat_interleave(copies, 0))
+        caches.append(one.cache)
+        visible.append(_left(one.visible, length))
+        shifts.append(one.shift)
+    if cache is not None:
+        join_rows(cache, caches, rows)
+        as_base = all(torch.equal(seen, visible[0]) for seen in visible[1:])
+        ledger.keep(
+            Branches(
+                count=len(caches),
+                visible=torch.cat([seen.repeat_interleave(copies, 0) for seen in visible]),
+                following=following.expand(rows, 1),
+                shift=torch.cat([shift.repeat_interleave(copies, 0) for shift in shifts]),
+                as_base=as_base,
+                first=tuple(int(seen.any(0).to(torch.uint8).argmax()) for seen in visible[1:]),
+            )
+        )
+    return logits
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """One branch, prefilled: logits (B, kept, V), its cache, its visible keys and its shift."""
+
+    logits: torch.Tensor
+    cache: Any
+    visible: torch.Tensor
+    shift: torch.Tensor
+
+
+def _prefill(
+    host: Host,
+    prompt: Prompt,
+    branch: Branch,
+    encoded: Mapping[str, Any],
+    images: CallImages,
+    cache: Cache | None,
+    tokens: Mapping[str, torch.Tensor],
+    chosen: slice,
+    kept: int,
+) -> _Ran:
+    """Prefill one branch on the prompts, and on the tokens behind them, of the chosen rows."""
+    length = prompt.ids.shape[1]
+    total = tokens["input_ids"].shape[1]
+    rows = len(tokens["input_ids"])
+    mine = {
+        name: value[..., chosen, :] if value.shape[-2] == rows else value
+        for name, value in tokens.items()
+    }
+    visible = prompt.real if branch.hidden is None else prompt.real & ~branch.hidden
+    inputs: dict[str, Any] = {name: value[..., :length] for name, value in mine.items()}
+    inputs["attention_mask"] = visible.long()
+    shift = torch.zeros(len(prompt.ids), 1, dtype=torch.long, device=prompt.ids.device)
+    if not branch.image:
+        following = _following(mine["position_ids"], length)
+        inputs = prompt_without_images(host.model, host.info, inputs)
+        visible = inputs["attention_mask"].bool()
+        shift = inputs["position_ids"][:, -1:] + 1 - following
+    else:
+        vision = encoded if branch.vision is None else branch.vision
+        inputs |= _image_inputs(host, vision, images)
+    if total > length:
+        _append(inputs, mine, length)
+    text = host.model.config.get_text_config(decoder=True)
+    own = DynamicCache(config=text) if cache is not None else None
+    if cache is not None and any(map(cache.is_recording_past, range(len(cache.layers)))):
+        own.activate_past_recording()  # type: ignore[union-attr]
+    inputs |= {"past_key_values": own, "use_cache": own is not None}
+    inputs |= last_logits(host.model, kept)
+    thread = host.state.thread
+    filling = thread.keeping(_Filling(branch)) if branch.filled is not None else nullcontext()
+    with filling:
+        output = internal_pass(host, inputs)
+    return _Ran(output.logits[:, -kept:], own, visible, shift)
+
+
+def _image_inputs(host: Host, vision: Mapping[str, Any], images: CallImages) -> Mapping[str, Any]:
+    """Pixels, or encoded and cut as those of the base were."""
+    if images.reductions is None or "mm_encoder_outputs" in vision:
+        return vision
+    return encode_reduced(host, vision, images.reductions)
+
+
+def _append(inputs: dict[str, Any], tokens: Mapping[str, torch.Tensor], length: int) -> None:
+    """Put the tokens behind the prompt (drafts, or all that was generated) behind the branch's."""
+    ids = tokens["input_ids"][:, length:]
+    extra = ids.shape[1]
+    mask = inputs["attention_mask"]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
+    inputs["attention_mask"] = torch.cat([mask, mask.new_ones(ids.shape)], dim=1)
+    last = inputs["position_ids"][..., -1:]
+    steps = torch.arange(1, extra + 1, device=last.device)
+    inputs["position_ids"] = torch.cat([inputs["position_ids"], last + steps], dim=-1)
+    for name in TOKEN_TYPES:
+        types = tokens.get(name)
+        if types is None or name not in inputs:
+            continue
+        if types.shape[-1] > length:
+            inputs[name] = torch.cat([inputs[name], types[:, length:]], dim=1)
+        else:  # transformers does not extend it over the drafts of the first forward
+            inputs[name] = torch.nn.functional.pad(inputs[name], (0, extra))
+
+
+def _following(positions: torch.Tensor, length: int) -> torch.Tensor:
+    """Position of the first token behind prompts of `length` columns: (B or 1, 1).
+
+    Behind text the axes of M-RoPE agree, so the last one speaks for all.
+    """
+    axes = positions.reshape(-1, *positions.shape[-2:])
+    return axes[-1][:, length - 1 : length] + 1
+
+
+def _left(mask: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.nn.functional.pad(mask, (length - mask.shape[1], 0))
+
+
+# -- embeddings ------------------------------------------------------------------------------------
+
+
+def _decoder_hook(state: State) -> Any:
+    """A forward pre-hook of the decoder: notes positions, and fills in what a branch says."""
+
+    def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        return None if state.prepared is not None else enter(args, kwargs)
+
+    @in_python
+    def enter(args: Any, kwargs: dict[str, Any]) -> Any:
+        filling = state.thread.get(_Filling)
+        if filling is not None:
+            return args, _replace_embeddings(filling.branch, kwargs)
+        if state.frame is not None:
+            state.frame.keep(_Positions(kwargs.get("position_ids")))
+        return None
+
+    return hook
+
+
+def _replace_embeddings(branch: Branch, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a decoder's forward with the embeddings of some visual tokens replaced.
+
+    Features that enter deeper layers at visual tokens (DeepStack) are 0 at the same ones.
+    """
+    embeddings, filled = kwargs["inputs_embeds"], branch.filled
+    assert filled is not None
+    extra = embeddings.shape[1] - filled.shape[1]  # tokens behind the prompt
+    place = torch.nn.functional.pad(filled, (0, extra)).to(embeddings.device)
+    fill = torch.as_tensor(branch.fill).to(embeddings)
+    if fill.ndim:
+        fill = torch.nn.functional.pad(fill, (0, 0, 0, extra))
+    changed = {**kwargs, "inputs_embeds": torch.where(place[..., None], fill, embeddings)}
+    deep = kwargs.get("deepstack_visual_embeds")
+    if deep is not None:
+        gone = place[kwargs["visual_pos_masks"]]
+        changed["deepstack_visual_embeds"] = [
+            features.masked_fill(gone.to(features.device)[:, None], 0.0) for features in deep
+        ]
+    return changed

@@ -1,0 +1,188 @@
+"""The model with vlmfix's hooks in it: what is hooked, and how everything comes out again."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from vlmfix.engine.attention import NAME, SLOT, Slot
+from vlmfix.engine.dispatch import base_attention
+from vlmfix.engine.recorder import VisionRecorder
+from vlmfix.engine.state import Implementation, State
+from vlmfix.families import ModelInfo
+from vlmfix.families.tower import EncodedImage, Tower
+
+__all__ = ["Hooks", "Host"]
+
+
+class Hooks(Protocol):
+    """What a host calls: around each forward of the model, and where a hooked layer begins."""
+
+    def before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        """A forward pre-hook of the model."""
+
+    def after(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """A forward hook of the model."""
+
+    def end(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        """A forward hook of the model that runs after an exception, too."""
+
+    def enter_layer(self, layer: int, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        """A forward pre-hook of a decoder layer."""
+
+
+class Host:
+    """A model, its structure, and what of it is hooked.
+
+    Stages ask for what they need (`reach_attention`, `reach_inputs`, `record_tower`, `add_hook`);
+    asking twice does no harm. Nothing is hooked that no stage asked for.
+
+    Attributes:
+        model: the model.
+        info: its structure.
+        impl: how edited rows are computed while decoding.
+        state: what the threads that use it do.
+        recorder: of its vision tower; None while no stage reads it.
+        lock: held while hooks change.
+    """
+
+    def __init__(self, model: torch.nn.Module, info: ModelInfo, impl: Implementation) -> None:
+        self.model: Any = model
+        self.info, self.impl, self.state = info, impl, State()
+        self.recorder: VisionRecorder | None = None
+        self.lock = threading.RLock()
+        self._hooks: Hooks | None = None
+        self._handles: list[Any] = []
+        self._hooked: set[Any] = set()
+        self._configs: dict[int, Any] = {}
+        self._shadowed: dict[str, Any] = {}
+        self._restore_implementation: Callable[[], None] | None = None
+
+    # -- in and out ---------------------------------------------------------------------------
+
+    def attach(self, hooks: Hooks, shadows: Mapping[str, Callable[..., Any]]) -> None:
+        """Put the hooks of the model itself in.
+
+        Args:
+            hooks: what they call.
+            shadows: functions to put over methods of the model, on this object only.
+        """
+        self._hooks = hooks
+        self._use_supported_attention()
+        self._handles += [
+            self.model.register_forward_pre_hook(hooks.before, with_kwargs=True),
+            self.model.register_forward_hook(hooks.after, with_kwargs=True),
+            self.model.register_forward_hook(hooks.end, always_call=True),
+        ]
+        for name, function in shadows.items():
+            self._shadowed[name] = self.model.__dict__.get(name)
+            self.model.__dict__[name] = function
+
+    def detach(self) -> None:
+        """Take everything out; the model is then bit for bit what it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._hooked.clear()
+        for layer, config in self._configs.items():
+            module: Any = self.info.attention[layer]
+            module.config = config
+            module.__dict__.pop(SLOT, None)
+        self._configs.clear()
+        if self.recorder is not None:
+            self.recorder.detach()
+            self.recorder = None
+        for name, before in self._shadowed.items():
+            del self.model.__dict__[name]
+            if before is not None:
+                self.model.__dict__[name] = before
+        self._shadowed.clear()
+        if self._restore_implementation is not None:
+            self._restore_implementation()
+            self._restore_implementation = None
+
+    def model_method(self, name: str) -> Callable[..., Any]:
+        """A shadowed method as it was: the user's own on this object, else the class's."""
+        method = getattr(type(self.model), name)
+        found: Callable[..., Any] = self._shadowed.get(name) or method.__get__(self.model)
+        return found
+
+    def device(self, layer: int) -> torch.device:
+        """Where a decoder layer computes."""
+        return next(self.info.layers[layer].parameters()).device
+
+    # -- what stages ask for ------------------------------------------------------------------
+
+    def reach_attention(self, layers: Iterable[int]) -> None:
+        """Dispatch the attention of decoder layers to `attention_forward`."""
+        for layer in layers:
+            if layer in self._configs:
+                continue
+            module: Any = self.info.attention[layer]
+            self._configs[layer] = module.config
+            module.__dict__[SLOT] = Slot(self.state, layer, base_attention(module), self.impl)
+            # The model object keeps its own configuration, so it goes on making its native masks.
+            override = copy.copy(module.config)
+            override._attn_implementation_internal = NAME
+            module.config = override
+
+    def reach_inputs(self, layers: Iterable[int]) -> None:
+        """Call `Hooks.enter_layer` where these decoder layers begin."""
+        assert self._hooks is not None  # stages ask after attach()
+        for layer in layers:
+            hook = partial(self._hooks.enter_layer, layer)
+            self.add_hook(("input", layer), self.info.layers[layer], hook, pre=True)
+
+    def add_hook(
+        self, key: Any, module: torch.nn.Module, hook: Callable[..., Any], *, pre: bool = False
+    ) -> None:
+        """Register a forward hook (or pre-hook) that takes keyword arguments, once per key."""
+        if key in self._hooked:
+            return
+        register = module.register_forward_pre_hook if pre else module.register_forward_hook
+        self._handles.append(register(hook, with_kwargs=True))
+        self._hooked.add(key)
+
+    def record_tower(self, tower: Tower, layers: Iterable[int]) -> None:
+        """Record these layers of the vision tower, next to those that are recorded already."""
+        wanted, before = set(layers), self.recorder
+        if before is not None:
+            if wanted <= set(before.layers):
+                return
+            wanted.update(before.layers)
+            before.detach()
+        self.recorder = VisionRecorder(tower, wanted)
+        self.recorder.attach()
+
+    @property
+    def tower(self) -> Tower | None:
+        """The vision tower that is recorded, if one is."""
+        return None if self.recorder is None else self.recorder.tower
+
+    def take_images(self) -> list[EncodedImage] | None:
+        """What was recorded of this thread's last encoding; None without a recorder."""
+        return None if self.recorder is None else self.recorder.take()
+
+    # -- attention implementations ------------------------------------------------------------
+
+    def _use_supported_attention(self) -> None:
+        """Switch a flash or flex decoder to SDPA while wrapped: its masks would not fit here."""
+        model = self.model
+        text = model.config.get_text_config(decoder=True)
+        if text._attn_implementation in ("sdpa", "eager", None):
+            return
+        before = text._attn_implementation
+        key = next(k for k in model.config.sub_configs if getattr(model.config, k, None) is text)
+        warnings.warn(
+            f"the decoder runs {before!r} attention, whose masks vlmfix cannot read; it runs SDPA "
+            "until vlmfix.unwrap(model).",
+            stacklevel=5,
+        )
+        model.set_attn_implementation({key: "sdpa"})
+        self._restore_implementation = lambda: model.set_attn_implementation({key: before})
