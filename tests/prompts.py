@@ -118,7 +118,7 @@ class Probe(TokenMethod):
 
 
 def observed(model: Any, inputs: Inputs, observer: Observer) -> Tensor:
-    """Next-token logits (B, V) of an internal pass of the plain model, at which an observer looks."""
+    """Next-token logits (B, V) of an internal pass of the plain model, which an observer sees."""
     with session_of(model) as session:
         logits: Tensor = internal_pass(session.host, inputs, observers=[observer]).logits
     return logits[:, -1]

@@ -18,9 +18,11 @@ from tiny import FAMILIES, OTHERS, TinyFamily, build, generate_kwargs
 from tiny_configs import IMAGE, VIDEO, VISION_END, VISION_START
 from torch import Tensor
 
+import vlmfix.engine.patches
 import vlmfix.engine.recorder
 import vlmfix.families.tower
-from vlmfix.engine.recorder import VisionRecorder, _square_tiles, received_attention
+from vlmfix.engine.patches import _square_tiles
+from vlmfix.engine.recorder import VisionRecorder, received_attention
 from vlmfix.errors import BadInput, StateError, UnsupportedModel
 from vlmfix.families import describe_model
 from vlmfix.families.tower import EncodedImage, Tower, describe_tower
@@ -644,7 +646,7 @@ def test_patches_that_make_no_whole_squares() -> None:
     tower = tower_of(family("gemma3"))
     calls = {0: [(torch.zeros(1, 25), torch.zeros(1, 25), torch.zeros(1, 25, 2))]}
     with pytest.raises(UnsupportedModel, match="25 patches in 20 x 20 pixels.* 2 x 2 squares"):
-        vlmfix.engine.recorder._images(
+        vlmfix.engine.patches.recorded_images(
             tower,
             calls,
             {"pixel_values": torch.zeros(1, 3, 20, 20)},

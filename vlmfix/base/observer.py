@@ -10,10 +10,10 @@ import torch
 
 __all__ = ["Observer", "Rows", "SeenRows"]
 
-#: Which query rows: "predicting" = those that predict a generated token (the last prompt row, then
-#: every generated one); "text" = every text row that has a visual token before it, and every
-#: generated row.
-Rows = Literal["predicting", "text"]
+#: Which rows of a forward: "generated" = those of generated tokens; "predicting" = those that
+#: predict a generated token (the last prompt row, then every generated one); "text" = every text
+#: row that has a visual token before it, and every generated row; "all" = every row but padding.
+Rows = Literal["generated", "predicting", "text", "all"]
 
 
 @dataclass(frozen=True)

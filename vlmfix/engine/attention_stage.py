@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
-
-import torch
 
 from vlmfix.base.attention import AttentionMethod
 from vlmfix.base.method import Method
+from vlmfix.engine.counters import lend
 from vlmfix.engine.frame import Frame
 from vlmfix.engine.hooks import Host
 from vlmfix.engine.plans import AttentionNotes, LayerMethods, Plans
 from vlmfix.engine.probe import Rerun, probe, run_last_token
-from vlmfix.engine.stage import DecodeStep, Forward, Generation, Stage
+from vlmfix.engine.stage import DecodeStep, Forward, Stage
 from vlmfix.families import ModelInfo
 from vlmfix.families.kinds import IMAGE, VIDEO
 from vlmfix.families.tower import describe_tower
 
 __all__ = ["AttentionStage"]
-
-
-@dataclass
-class _Counters:
-    """int64 scalars that compiled steps add edited rows to, by layer.
-
-    A graph that changes an input is recorded as a CUDA graph only if that input never moves, so
-    each thread keeps its counters from call to call.
-    """
-
-    kept: dict[int, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class _LentCounters:
-    """Those of the thread's counters that the compiled steps of one call use."""
-
-    by_layer: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,27 +102,10 @@ class AttentionStage(Stage):
         plans = Plans(self, self.by_layer, frame, host.info, host.recorder)
         for layer in self.by_layer:
             device = host.device(layer)
-            counter = self._counter(step, layer, device)
+            counter = lend(host, frame.call, layer, device)
             edits = plans.edits(layer, device)
             length = step.cache.get_max_length(layer)
             step.prepared[self.name, layer] = tuple(
                 replace(prepared, counter=counter)
                 for prepared in plans.steps(layer, edits, length, host.model.dtype)
             )
-
-    def _counter(self, step: DecodeStep, layer: int, device: torch.device) -> torch.Tensor:
-        lent = step.frame.call.of(_LentCounters).by_layer
-        if layer not in lent:
-            mine = step.host.state.thread.of(_Counters).kept
-            if layer not in mine:
-                mine[layer] = torch.zeros((), dtype=torch.int64, device=device)
-                torch._dynamo.mark_static_address(mine[layer])
-            lent[layer] = mine[layer].zero_()
-        return lent[layer]
-
-    def after_generate(self, generation: Generation, output: Any) -> Any:
-        lent = generation.call.of(_LentCounters).by_layer
-        for layer, counter in lent.items():
-            generation.call.count(layer, counter.clone())
-        lent.clear()
-        return output

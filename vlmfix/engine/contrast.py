@@ -12,30 +12,33 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
 from vlmfix.base.contrast import Branch, ContrastMethod, Prompt
 from vlmfix.base.method import Method
 from vlmfix.engine.branches import JOINABLE, Branches, join_rows
-from vlmfix.engine.dispatch import in_python
 from vlmfix.engine.encoded import CallImages
 from vlmfix.engine.frame import Frame
 from vlmfix.engine.hooks import Host
-from vlmfix.engine.kept import encode_reduced
 from vlmfix.engine.ledger import Memory
-from vlmfix.engine.observe import LastRow, internal_pass
+from vlmfix.engine.observe import LastRow
+from vlmfix.engine.prefill import (
+    DecoderPositions,
+    decoder_hook,
+    following_position,
+    padded_left,
+    prefill_branch,
+)
 from vlmfix.engine.stage import DecodeStep, Forward, Generation, Stage
-from vlmfix.engine.state import State
 from vlmfix.errors import BadInput, CompositionError, StateError
-from vlmfix.families import ModelInfo, last_logits, vision_arguments
+from vlmfix.families import ModelInfo, vision_arguments
 from vlmfix.families.kinds import PAD
 from vlmfix.families.prompt import carries_vision
-from vlmfix.families.surgeon import PER_TOKEN, TOKEN_TYPES, prompt_without_images
+from vlmfix.families.surgeon import PER_TOKEN
 
 __all__ = ["ContrastStage"]
 
@@ -70,24 +73,10 @@ class _CallBranches:
 
 
 @dataclass(frozen=True)
-class _Positions:
-    """The positions that the decoder was given in a forward, if it was given any."""
-
-    ids: torch.Tensor | None
-
-
-@dataclass(frozen=True)
 class _Token:
     """Of a compiled step: (1,) int64, the token to be chosen, counted from 1 in the answer."""
 
     number: torch.Tensor
-
-
-@dataclass(frozen=True)
-class _Filling:
-    """Says that the forwards of this thread are a branch whose embeddings are replaced."""
-
-    branch: Branch
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +105,7 @@ class ContrastStage(Stage):
 
     def reach(self, host: Host) -> None:
         decoder = host.model.get_decoder()
-        host.add_hook("decoder", decoder, _decoder_hook(host.state), pre=True)
+        host.add_hook("decoder", decoder, decoder_hook(host.state), pre=True)
         # The rows of a decode step are faster in two products on a CPU, see attention.py.
         layers = host.info.attention
         host.reach_attention(at for at in layers if host.device(at).type == "cpu")
@@ -316,7 +305,7 @@ def _run_branches(method: ContrastMethod, forward: Forward, kept: int) -> list[t
     tokens |= notes.pieces or {}
     if "position_ids" not in tokens:  # a bare forward: the model made them
         made = torch.arange(tokens["input_ids"].shape[1], device=ledger.kinds.device)[None]
-        positions = frame.get(_Positions)
+        positions = frame.get(DecoderPositions)
         known = None if positions is None else positions.ids
         tokens["position_ids"] = made if known is None else known
     copies = rows // (call.rows or rows)
@@ -338,13 +327,13 @@ def _run_branches(method: ContrastMethod, forward: Forward, kept: int) -> list[t
     encoded = given
     if copies == 1 and kwargs.get("mm_encoder_outputs") and not frame.past:
         encoded = {"mm_encoder_outputs": kwargs["mm_encoder_outputs"]}
-    following = _following(tokens["position_ids"], length)
-    logits, caches, visible, shifts = [], [], [_left(prompt.real, length)], []
+    following = following_position(tokens["position_ids"], length)
+    logits, caches, visible, shifts = [], [], [padded_left(prompt.real, length)], []
     # Without a cache every row has a tail of its own: a copy of each prompt runs at a time.
     turns = [slice(first, None, copies) for first in range(copies if cache is None else 1)]
     for branch in branches.all:
         ran = [
-            _prefill(host, prompt, branch, encoded, images, cache, tokens, turn, kept)
+            prefill_branch(host, prompt, branch, encoded, images, cache, tokens, turn, kept)
             for turn in turns
         ]
         call.extra_passes += len(ran)
@@ -359,7 +348,7 @@ def _run_branches(method: ContrastMethod, forward: Forward, kept: int) -> list[t
             one.cache.batch_repeat_interleave(copies)
         logits.append(one.logits.repeat_interleave(copies, 0))
         caches.append(one.cache)
-        visible.append(_left(one.visible, length))
+        visible.append(padded_left(one.visible, length))
         shifts.append(one.shift)
     if cache is not None:
         join_rows(cache, caches, rows)
@@ -375,142 +364,3 @@ def _run_branches(method: ContrastMethod, forward: Forward, kept: int) -> list[t
             )
         )
     return logits
-
-
-@dataclass(frozen=True)
-class _Ran:
-    """One branch, prefilled: logits (B, kept, V), its cache, its visible keys and its shift."""
-
-    logits: torch.Tensor
-    cache: Any
-    visible: torch.Tensor
-    shift: torch.Tensor
-
-
-def _prefill(
-    host: Host,
-    prompt: Prompt,
-    branch: Branch,
-    encoded: Mapping[str, Any],
-    images: CallImages,
-    cache: Cache | None,
-    tokens: Mapping[str, torch.Tensor],
-    chosen: slice,
-    kept: int,
-) -> _Ran:
-    """Prefill one branch on the prompts, and on the tokens behind them, of the chosen rows."""
-    length = prompt.ids.shape[1]
-    total = tokens["input_ids"].shape[1]
-    rows = len(tokens["input_ids"])
-    mine = {
-        name: value[..., chosen, :] if value.shape[-2] == rows else value
-        for name, value in tokens.items()
-    }
-    visible = prompt.real if branch.hidden is None else prompt.real & ~branch.hidden
-    inputs: dict[str, Any] = {name: value[..., :length] for name, value in mine.items()}
-    inputs["attention_mask"] = visible.long()
-    shift = torch.zeros(len(prompt.ids), 1, dtype=torch.long, device=prompt.ids.device)
-    if not branch.image:
-        following = _following(mine["position_ids"], length)
-        inputs = prompt_without_images(host.model, host.info, inputs)
-        visible = inputs["attention_mask"].bool()
-        shift = inputs["position_ids"][:, -1:] + 1 - following
-    else:
-        vision = encoded if branch.vision is None else branch.vision
-        inputs |= _image_inputs(host, vision, images)
-    if total > length:
-        _append(inputs, mine, length)
-    text = host.model.config.get_text_config(decoder=True)
-    own = DynamicCache(config=text) if cache is not None else None
-    if cache is not None and any(map(cache.is_recording_past, range(len(cache.layers)))):
-        own.activate_past_recording()  # type: ignore[union-attr]
-    inputs |= {"past_key_values": own, "use_cache": own is not None}
-    inputs |= last_logits(host.model, kept)
-    thread = host.state.thread
-    filling = thread.keeping(_Filling(branch)) if branch.filled is not None else nullcontext()
-    with filling:
-        output = internal_pass(host, inputs)
-    return _Ran(output.logits[:, -kept:], own, visible, shift)
-
-
-def _image_inputs(host: Host, vision: Mapping[str, Any], images: CallImages) -> Mapping[str, Any]:
-    """Pixels, or encoded and cut as those of the base were."""
-    if images.reductions is None or "mm_encoder_outputs" in vision:
-        return vision
-    return encode_reduced(host, vision, images.reductions)
-
-
-def _append(inputs: dict[str, Any], tokens: Mapping[str, torch.Tensor], length: int) -> None:
-    """Put the tokens behind the prompt (drafts, or all that was generated) behind the branch's."""
-    ids = tokens["input_ids"][:, length:]
-    extra = ids.shape[1]
-    mask = inputs["attention_mask"]
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
-    inputs["attention_mask"] = torch.cat([mask, mask.new_ones(ids.shape)], dim=1)
-    last = inputs["position_ids"][..., -1:]
-    steps = torch.arange(1, extra + 1, device=last.device)
-    inputs["position_ids"] = torch.cat([inputs["position_ids"], last + steps], dim=-1)
-    for name in TOKEN_TYPES:
-        types = tokens.get(name)
-        if types is None or name not in inputs:
-            continue
-        if types.shape[-1] > length:
-            inputs[name] = torch.cat([inputs[name], types[:, length:]], dim=1)
-        else:  # transformers does not extend it over the drafts of the first forward
-            inputs[name] = torch.nn.functional.pad(inputs[name], (0, extra))
-
-
-def _following(positions: torch.Tensor, length: int) -> torch.Tensor:
-    """Position of the first token behind prompts of `length` columns: (B or 1, 1).
-
-    Behind text the axes of M-RoPE agree, so the last one speaks for all.
-    """
-    axes = positions.reshape(-1, *positions.shape[-2:])
-    return axes[-1][:, length - 1 : length] + 1
-
-
-def _left(mask: torch.Tensor, length: int) -> torch.Tensor:
-    return torch.nn.functional.pad(mask, (length - mask.shape[1], 0))
-
-
-# -- embeddings ------------------------------------------------------------------------------------
-
-
-def _decoder_hook(state: State) -> Any:
-    """A forward pre-hook of the decoder: notes positions, and fills in what a branch says."""
-
-    def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-        return None if state.prepared is not None else enter(args, kwargs)
-
-    @in_python
-    def enter(args: Any, kwargs: dict[str, Any]) -> Any:
-        filling = state.thread.get(_Filling)
-        if filling is not None:
-            return args, _replace_embeddings(filling.branch, kwargs)
-        if state.frame is not None:
-            state.frame.keep(_Positions(kwargs.get("position_ids")))
-        return None
-
-    return hook
-
-
-def _replace_embeddings(branch: Branch, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a decoder's forward with the embeddings of some visual tokens replaced.
-
-    Features that enter deeper layers at visual tokens (DeepStack) are 0 at the same ones.
-    """
-    embeddings, filled = kwargs["inputs_embeds"], branch.filled
-    assert filled is not None
-    extra = embeddings.shape[1] - filled.shape[1]  # tokens behind the prompt
-    place = torch.nn.functional.pad(filled, (0, extra)).to(embeddings.device)
-    fill = torch.as_tensor(branch.fill).to(embeddings)
-    if fill.ndim:
-        fill = torch.nn.functional.pad(fill, (0, 0, 0, extra))
-    changed = {**kwargs, "inputs_embeds": torch.where(place[..., None], fill, embeddings)}
-    deep = kwargs.get("deepstack_visual_embeds")
-    if deep is not None:
-        gone = place[kwargs["visual_pos_masks"]]
-        changed["deepstack_visual_embeds"] = [
-            features.masked_fill(gone.to(features.device)[:, None], 0.0) for features in deep
-        ]
-    return changed

@@ -1,7 +1,8 @@
 """What edits do to attention rows: the primitives behind the attention function.
 
 One path serves the rows of a prefill, those of a decode step and those that an observer sees:
-scores, head factors from scores, score edits, mask, softmax, weight edits, values. Plain torch throughout;
+scores, head factors from scores, score edits, mask, softmax, weight edits, values. Plain torch
+throughout;
 attention.py says which rows, and when the fused kernel takes over.
 """
 

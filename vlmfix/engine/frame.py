@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache
 
-from vlmfix.base.observer import Observer
+from vlmfix.base.observer import Observer, Rows
 from vlmfix.engine.call import Call
 from vlmfix.engine.ledger import Ledger
 from vlmfix.engine.lifetime import Lifetime
-from vlmfix.families.kinds import GENERATED, TEXT
+from vlmfix.families.kinds import GENERATED, PAD, TEXT
 
 __all__ = ["Frame", "Window", "key_capacity", "sliding_offsets"]
 
@@ -82,22 +82,24 @@ class Frame(Lifetime):
         offset = self.offset(layer)
         return self.ledger.visual()[:, offset : offset + keys].to(device)
 
-    def window(self, rule: str) -> Window | None:
+    def window(self, rule: Rows) -> Window | None:
         """The rows that a rule of `observer.Rows` chooses in this forward; None if none."""
         if rule not in self._windows:
             self._windows[rule] = self._window(rule)
         return self._windows[rule]
 
-    def _window(self, rule: str) -> Window | None:
+    def _window(self, rule: Rows) -> Window | None:
         ledger = self.ledger
         if self.decoding:
             return Window(0, None)
         kinds = ledger.kinds[:, self.past : self.past + self.queries]
         positions = torch.arange(self.past, self.past + self.queries, device=kinds.device)
         chosen = kinds == GENERATED
-        if rule == "predicting":
+        if rule == "all":
+            chosen = kinds != PAD
+        elif rule == "predicting":
             chosen = chosen | (positions == ledger.last_prompt[:, None])
-        else:
+        elif rule == "text":
             seen = ledger.visual()[:, : self.past + self.queries].cumsum(1)[:, self.past :] > 0
             chosen = chosen | ((kinds == TEXT) & seen)
         anywhere = chosen.any(0).nonzero()

@@ -17,6 +17,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
 from vlmfix.engine.call import Call
+from vlmfix.engine.counters import collect
 from vlmfix.engine.dispatch import in_python
 from vlmfix.engine.frame import Frame, key_capacity, sliding_offsets
 from vlmfix.engine.hooks import Host
@@ -169,6 +170,7 @@ class Session:
         finally:
             state.call = outer
         call.finish(output)
+        collect(call)
         state.last = call
         for stage in reversed(stack.stages):
             output = stage.after_generate(generation, output)
