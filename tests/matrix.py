@@ -30,6 +30,7 @@ from vlmfix.methods.ptp import PyramidTokenPruning
 from vlmfix.methods.random_tokens import RandomTokens
 from vlmfix.methods.rbd import ReBalancingContrastiveDecoding
 from vlmfix.methods.spin import ImageGuidedHeadSuppression
+from vlmfix.methods.steer import Steer, SteeringVectors
 from vlmfix.methods.uniform import UniformGrid
 from vlmfix.methods.vaf import VisualAmplificationFusion
 from vlmfix.methods.var import VisualAttentionRedistribution
@@ -64,6 +65,17 @@ _SINKS: dict[str, Any] = {
     "minimum_visual_mass": 0.02,
     "last_layer": "official",
 }
+
+#: A direction of length 1 for two layers of a tiny model.
+VECTORS = SteeringVectors(
+    {
+        layer: torch.nn.functional.normalize(
+            torch.randn(64, generator=torch.Generator().manual_seed(layer)), dim=0
+        )
+        for layer in (0, 2)
+    },
+    "random",
+)
 
 ROWS = (
     Row(
@@ -149,6 +161,11 @@ ROWS = (
         "spin",
         ImageGuidedHeadSuppression(rho=0.5, epsilon=0.1),
         ImageGuidedHeadSuppression(rho=1.0),
+    ),
+    Row(
+        "steer",
+        Steer(vectors=VECTORS, strength=4.0),
+        Steer(vectors=VECTORS, strength=0.0),
     ),
     Row(
         "uniform",

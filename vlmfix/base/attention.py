@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.base.method import Method
+from vlmfix.base.method import Method, StageName
 from vlmfix.base.observer import Observer, Rows
 from vlmfix.families import ModelInfo
 from vlmfix.families.kinds import IMAGE, VIDEO
@@ -96,7 +96,7 @@ class AttentionMethod(Method):
     `rows` says which query rows are edited (see `observer.Rows`).
     """
 
-    stage: ClassVar[Literal["pixels", "tokens", "attention", "logits"]] = "attention"
+    stage: ClassVar[StageName] = "attention"
     rows: ClassVar[Rows] = "predicting"
     #: "prompt": head_scale is asked once, at the last prompt row, and holds for all rows;
     #: "step": it is asked for every row that predicts, and holds for that row.

@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
-from vlmfix.base.method import Method
+from vlmfix.base.method import Method, StageName
 from vlmfix.families import ModelInfo
 
 __all__ = ["Branch", "ContrastMethod", "Prompt", "keep_plausible", "noise_generator"]
@@ -75,7 +75,7 @@ class Branch:
 class ContrastMethod(Method):
     """A method that combines the logits of the prompts with those of branches."""
 
-    stage: ClassVar[Literal["pixels", "tokens", "attention", "logits"]] = "logits"
+    stage: ClassVar[StageName] = "logits"
 
     def streams(self) -> int:
         """How many branches these settings weigh; 0 runs none, and `contrast` gets none."""

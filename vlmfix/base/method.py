@@ -9,23 +9,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = [
     "Method",
     "Preset",
+    "StageName",
     "check_range",
     "find_preset",
     "layer_range",
 ]
+
+
+#: Where a method takes part, in the order in which its kinds run.
+StageName = Literal["pixels", "tokens", "attention", "hidden", "logits"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Method:
     """One published method, as a frozen dataclass whose fields are the paper's knobs."""
 
     name: ClassVar[str]
-    stage: ClassVar[Literal["pixels", "tokens", "attention", "logits"]]
+    stage: ClassVar[StageName]
 
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> Method:
         """This method with every model-dependent default filled in.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from vlmfix.base.method import Method
+from vlmfix.base.method import Method, StageName
 
 __all__ = ["PixelMethod"]
 
@@ -15,7 +15,7 @@ __all__ = ["PixelMethod"]
 class PixelMethod(Method):
     """A method that looks at the prompts, changes their images, and asks again."""
 
-    stage: ClassVar[Literal["pixels", "tokens", "attention", "logits"]] = "pixels"
+    stage: ClassVar[StageName] = "pixels"
 
     def rewrite(
         self, model: Any, processor: Any, chats: Sequence[Any]

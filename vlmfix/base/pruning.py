@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.base.method import Method, check_range
+from vlmfix.base.method import Method, StageName, check_range
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import ModelInfo
 from vlmfix.families.tower import Received, Tile, Tower, describe_tower
@@ -116,7 +116,7 @@ class PruningMethod(Method):
         default=None, metadata={"help": "share of them that is kept; see the page for the default"}
     )
 
-    stage: ClassVar[Literal["pixels", "tokens", "attention", "logits"]] = "tokens"
+    stage: ClassVar[StageName] = "tokens"
     #: What is kept if neither is given: 192 of the 576 visual tokens of LLaVA-1.5, the largest
     #: budget of most papers.
     default_ratio: ClassVar[float] = 1 / 3

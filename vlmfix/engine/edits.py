@@ -2,8 +2,7 @@
 
 One path serves the rows of a prefill, those of a decode step and those that an observer sees:
 scores, head factors from scores, score edits, mask, softmax, weight edits, values. Plain torch
-throughout;
-attention.py says which rows, and when the fused kernel takes over.
+throughout; attention.py says which rows, and when the fused kernel takes over.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from vlmfix.base.attention import AttentionMethod
 from vlmfix.base.method import Method
 from vlmfix.engine.attention_stage import AttentionStage
 from vlmfix.engine.contrast import ContrastStage
+from vlmfix.engine.hidden import HiddenStage
 from vlmfix.engine.layer_pruning import LayerPruningStage
 from vlmfix.engine.pixels import PixelStage
 from vlmfix.engine.pruning import PruningStage
@@ -24,6 +25,7 @@ STAGES: tuple[type[Stage], ...] = (
     PruningStage,
     AttentionStage,
     LayerPruningStage,
+    HiddenStage,
     ContrastStage,
 )
 
