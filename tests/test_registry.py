@@ -8,9 +8,9 @@ from matrix import family
 import vlmfix
 from vlmfix.errors import BadInput, UnknownMethod
 from vlmfix.methods.pai import PayAttentionToImage
+from vlmfix.methods.table import NOT_OFFERED
 from vlmfix.methods.var import VisualAttentionRedistribution
 from vlmfix.registry import (
-    NOT_OFFERED,
     build,
     build_stack,
     describe,

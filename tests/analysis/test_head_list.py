@@ -13,6 +13,7 @@ from vlmfix.analysis.head_list import head_list, head_names
 from vlmfix.base.method import Method
 from vlmfix.errors import BadInput
 from vlmfix.families import describe_model
+from vlmfix.methods import table
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Listed(Method):
 def listed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A method with a list of heads, in the registry."""
     row = registry.MethodInfo("listed", f"{__name__}:Listed", "", "attention", "", "")
-    monkeypatch.setattr(registry, "METHODS", (*registry.METHODS, row))
+    monkeypatch.setattr(table, "METHODS", (*table.METHODS, row))
 
 
 @pytest.mark.parametrize(
