@@ -16,7 +16,8 @@ import re
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import cache
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vlmfix.errors import BadInput, UnknownMethod
@@ -132,7 +133,7 @@ def find(name: str) -> MethodInfo:
 def load_class(row: MethodInfo) -> type[Method]:
     """Import the class of a method."""
     module, _, attribute = row.target.partition(":")
-    loaded: type[Method] = reduce(getattr, attribute.split("."), importlib.import_module(module))
+    loaded: type[Method] = attrgetter(attribute)(importlib.import_module(module))
     return loaded
 
 

@@ -6,6 +6,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from evals_worlds import FakeModel, write_world
 
 import vlmfix.evals
 from vlmfix.errors import BadInput, UnknownTask
+from vlmfix.evals.options import Options
 from vlmfix.evals.reporting.report import to_markdown
-from vlmfix.evals.score import FORMATS, score
-from vlmfix.evals.tasks import TASKS, Answer, Sample
+from vlmfix.evals.score import SCORING, score
+from vlmfix.evals.tasks import Answer, Sample, get_task, list_tasks
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
@@ -195,8 +197,16 @@ def test_what_does_not_go_together(tmp_path: Path) -> None:
         score("pope", a, parser="loose")
 
 
-def test_every_format_is_a_task() -> None:
-    assert set(FORMATS) <= set(TASKS)
+def test_every_task_scores_files() -> None:
+    several = {name for name in list_tasks() if get_task(name).several_parsers}
+    assert several == {"pope", "amber_d"}
+    assert set(SCORING) <= {item.name for item in fields(Options)}
+
+
+def test_options_that_do_not_concern_files_are_refused(tmp_path: Path) -> None:
+    a = {"": write(tmp_path / "a.jsonl", [{"image_id": 3, "caption": "A zebra."}])}
+    with pytest.raises(BadInput, match="limit: these options do not concern answers"):
+        score("chair", a, limit=3)
 
 
 def test_all_parsers_side_by_side(golden: Path, tmp_path: Path) -> None:

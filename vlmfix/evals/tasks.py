@@ -1,18 +1,24 @@
 """What a task is, and the table of tasks.
 
-A task turns data into samples and scores their answers; it never sees a model. To add one, write a
-class with the methods of `Task` in its own file and add its row to `TASKS`.
+A task turns data into samples and scores their answers; it never sees a model. docs/add-a-task.md
+says how to add one, here or in another package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
-from vlmfix.errors import UnknownTask
+from vlmfix.errors import BadInput, UnknownTask
+from vlmfix.evals.inputs.pairing import pair
+from vlmfix.evals.inputs.rows import Row, read_rows
+from vlmfix.evals.options import Options
+from vlmfix.plugins import PlugIns, find_plug_ins
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,6 +32,7 @@ __all__ = [
     "Sample",
     "Task",
     "get_task",
+    "list_tasks",
 ]
 
 TASKS: dict[str, str] = {
@@ -126,46 +133,6 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the caller chose; tasks read what concerns them.
-
-    Args:
-        seed: of every selection and of the bootstrap.
-        limit: ask about the first so many selected images only; None asks about all.
-        n_images: how many images a task selects; None takes all that are eligible.
-        prompt_style: wording of yes/no questions, a key of `prompts.PROMPT_STYLES`.
-        parser: rule for yes/no answers, a key of `parsers.PARSERS`.
-        max_new_tokens: overrides the task's own limit.
-        truncate: "none", or "sentence" to drop the sentence that the token limit cut.
-        questions: ready-made question files by split, instead of building them.
-        splits: which splits of POPE are built, of `pope.SPLITS`; None: those of the paper.
-        ground_truth: objects that POPE asks about: "instances" or "instances+captions"; None takes
-            the captions where there are some and all categories are COCO's.
-        image_ids: the images that CHAIR describes, or a file of them, instead of drawing them.
-        chair_engine: finds objects in captions, of `chair_objects.ENGINES`.
-        chair_mode: "compat", or "fixed" for repaired rules, of `chair_objects.MODES`.
-        amber_similarity: when AMBER takes two nouns for the same: "exact", "spacy", "spacy:MODEL".
-        official_typo: POPE writes "in the imange" after "an", as the published files do.
-    """
-
-    seed: int = 0
-    limit: int | None = None
-    n_images: int | None = 500
-    prompt_style: str = "lmms"
-    parser: str = "official"
-    max_new_tokens: int | None = None
-    truncate: str = "none"
-    questions: Mapping[str, Path] | None = None
-    splits: Sequence[str] | None = None
-    ground_truth: str | None = None
-    image_ids: Path | Sequence[int] | None = None
-    chair_engine: str = "builtin"
-    chair_mode: str = "compat"
-    amber_similarity: str = "exact"
-    official_typo: bool = False
-
-
-@dataclass(frozen=True)
 class Column:
     """One metric as the table shows it.
 
@@ -184,26 +151,32 @@ class Column:
     tested: bool = False
 
 
-class Task(Protocol):
-    """One evaluation.
+class Task(ABC):
+    """One evaluation: a class that derives from this one.
 
     Attributes:
-        name: its key in `TASKS`.
+        name: what users call it, in lower case.
         max_new_tokens: of an answer, unless the options say otherwise.
         columns: what the table shows.
         wants_p_yes: its answers are yes or no, and `Answer.p_yes` is recorded.
+        several_parsers: its answers can be read by any rule of `parsers.PARSERS`, and
+            `vlmfix score --parser` chooses one.
+        images: what `Options.limit` counts, in their order: images, or sets of questions.
     """
 
-    name: str
-    max_new_tokens: int
-    columns: tuple[Column, ...]
-    wants_p_yes: ClassVar[bool]
+    name: ClassVar[str]
+    max_new_tokens: ClassVar[int]
+    columns: ClassVar[tuple[Column, ...]]
+    wants_p_yes: ClassVar[bool] = False
+    several_parsers: ClassVar[bool] = False
+    images: Sequence[Any]
 
-    @classmethod
-    def open(cls, path: str | Path | None) -> DataSource:
+    @staticmethod
+    @abstractmethod
+    def open(path: str | Path | None) -> DataSource:
         """The data at `path`; None: the bundled images.
 
-        Tasks on the same data share this method (`open = CocoData.open`); it is then opened once.
+        Tasks on the same data share this function (`open = CocoData.open`); it is then opened once.
 
         Raises:
             BadInput: not there or not readable; or None, for a task that has no bundled data: the
@@ -211,27 +184,33 @@ class Task(Protocol):
         """
 
     def __init__(self, data: Any, options: Options) -> None:
-        """Take what `open` gave; check the options and the data.
+        """Take what `open` gave; a task checks both here, before a model is asked.
 
         Raises:
-            BadInput: something cannot be used. No model has been asked then.
+            BadInput: something cannot be used.
         """
+        self.data, self.options = data, options
 
     @property
+    @abstractmethod
     def samples(self) -> Sequence[Sample]:
         """The items, in a fixed order, already limited."""
 
     @property
+    @abstractmethod
     def facts(self) -> Mapping[str, Any]:
         """What a reader must know to repeat the run; goes into the results."""
 
     @property
     def partial(self) -> bool:
         """Whether the limit left out images of the full protocol."""
+        return self.options.limit is not None and self.options.limit < len(self.images)
 
+    @abstractmethod
     def parse(self, sample: Sample, answer: Answer) -> tuple[Any, bool | None]:
         """How one answer reads (JSON-able), and whether it is right (None: no such notion)."""
 
+    @abstractmethod
     def score(
         self,
         samples: Sequence[Sample],
@@ -246,15 +225,95 @@ class Task(Protocol):
             draws: the seed of every answer, as `metrics.summarise` takes it; None: greedy.
         """
 
+    # Files of answers, for `vlmfix score`: a task overrides what its files have of their own.
+
+    @classmethod
+    def load_answers(cls, path: str | Path) -> list[Row]:
+        """The rows of a file of answers.
+
+        Raises:
+            BadInput: a file that cannot be read; the message names the line.
+        """
+        return read_rows(path, f"{cls.name} answers")
+
+    @staticmethod
+    def answer_key(row: Row) -> Hashable:
+        """What a row answers; rows that our runs recorded have `sample_id`."""
+        return row.text("sample_id")
+
+    @classmethod
+    def open_answered(
+        cls, rows: Sequence[Row], source: str, annotations: str | Path | None, options: Options
+    ) -> tuple[Any, Options]:
+        """The data, and the options, with which these answers can be scored.
+
+        Args:
+            rows: the answers of one arm.
+            source: names of their files.
+            annotations: what the user named as data; None: the bundled images.
+            options: what the user chose.
+
+        Raises:
+            BadInput: as `open`, or options that this task does not have.
+        """
+        if options.questions:
+            raise BadInput(
+                f"--questions are POPE's; the truth of {cls.name} comes with --annotations PATH"
+            )
+        return cls.open(annotations), options
+
+    def pair_answers(self, rows: Sequence[Row]) -> list[Row]:
+        """The row of every sample, in their order.
+
+        Raises:
+            BadInput: answers that are missing, repeated or to no question, with a list of them.
+        """
+        names = ("sample_id", "image_id", "image", "prompt")
+        records = (
+            Row(sample.sample_id, {name: getattr(sample, name) for name in names})
+            for sample in self.samples
+        )
+        wanted = [self.answer_key(record) for record in records]
+        return pair(wanted, rows, self.answer_key, f"{self.name} answers")
+
+
+def list_tasks() -> list[str]:
+    """Names of all tasks, sorted. Warns of tasks of other packages that cannot be used."""
+    plug_ins = _plug_ins()
+    plug_ins.warn()
+    return sorted([*TASKS, *plug_ins.found])
+
 
 def get_task(name: str) -> type[Task]:
     """The class of a task.
 
     Raises:
-        UnknownTask: no task has that name; the message lists them.
+        UnknownTask: no task has that name, and the message lists them; or it is a task of another
+            package that cannot be used, and the message says why.
     """
-    if name not in TASKS:
-        raise UnknownTask(f"no evaluation task {name!r}: choose from {', '.join(sorted(TASKS))}")
-    module, _, attribute = TASKS[name].partition(":")
-    task: type[Task] = getattr(import_module(module), attribute)
-    return task
+    if name in TASKS:
+        module, _, attribute = TASKS[name].partition(":")
+        task: type[Task] = getattr(import_module(module), attribute)
+        return task
+    plug_ins = _plug_ins()
+    if name in plug_ins.found:
+        task = plug_ins.found[name].kind
+        return task
+    if name in plug_ins.broken:
+        raise UnknownTask(plug_ins.broken[name])
+    raise UnknownTask(f"no evaluation task {name!r}: choose from {', '.join(list_tasks())}")
+
+
+@cache
+def _plug_ins() -> PlugIns:
+    """Tasks of other packages."""
+
+    def fault(kind: Any) -> str | None:
+        if not (isinstance(kind, type) and issubclass(kind, Task)):
+            return f"{kind!r} is no class that derives from vlmfix.evals.tasks.Task"
+        declared = [part for part in ("max_new_tokens", "columns") if not hasattr(kind, part)]
+        if missing := [*declared, *sorted(kind.__abstractmethods__)]:
+            return f"{kind.__name__} lacks {', '.join(missing)}: define them in the class"
+        return None
+
+    return find_plug_ins("vlmfix.tasks", TASKS, fault)

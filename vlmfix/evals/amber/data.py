@@ -23,7 +23,7 @@ from vlmfix.evals.inputs.rows import (
     short,
 )
 
-__all__ = ["GENERATIVE", "GROUPS", "AmberData", "AmberItem", "Lexicon"]
+__all__ = ["GENERATIVE", "GROUPS", "AmberData", "AmberItem", "Lexicon", "answer_key"]
 
 GENERATIVE = "generative"
 
@@ -216,3 +216,8 @@ def _queries(paths: Sequence[Path], items: Mapping[int, AmberItem]) -> dict[int,
             if found.setdefault(number, query) != query:
                 raise BadInput(f"{row.where}: id {number} asks something else in another file")
     return found
+
+
+def answer_key(row: Row) -> int:
+    """AMBER's id of what a row answers."""
+    return row.number("id", "sample_id")

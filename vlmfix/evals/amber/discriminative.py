@@ -16,14 +16,14 @@ from functools import cached_property
 from typing import Any
 
 from vlmfix.errors import BadInput
-from vlmfix.evals.amber.data import GENERATIVE, GROUPS, AmberData
-from vlmfix.evals.inputs.parsers import Parser, Verdict, get_parser
-from vlmfix.evals.inputs.prompts import suffix
+from vlmfix.evals.amber.data import GENERATIVE, GROUPS, AmberData, answer_key
+from vlmfix.evals.inputs.parsers import Parser, Verdict
 from vlmfix.evals.inputs.rows import few
 from vlmfix.evals.scoring.groups import by_draw, summarise_places
 from vlmfix.evals.scoring.metrics import Arm, Ratio, counts_table
 from vlmfix.evals.scoring.stats import Floats
-from vlmfix.evals.tasks import Answer, Column, Options, Sample
+from vlmfix.evals.tasks import Column, Options, Sample
+from vlmfix.evals.yesno import YesNoTask, read_answers, strict_beside
 
 __all__ = [
     "COUNTS",
@@ -54,24 +54,14 @@ EXACT = Parser("amber", _exact)
 """The official script's reading of an answer."""
 
 
-def _count(answer: str, label: str, parser: Parser) -> dict[str, float]:
-    verdict = parser(answer, label)
-    return {
-        "n": 1,
-        "correct": verdict == label,
-        "no_right": verdict == label == "no",
-        "said_no": verdict == "no",
-        "truth_no": label == "no",
-        "yes": verdict == "yes",
-        "unparsed": verdict is None,
-        "empty": not answer.strip(),
-    }
-
-
 def question_counts(answers: Sequence[str], labels: Sequence[str], parser: Parser) -> Floats:
     """(questions, `COUNTS`): what each answer counts as."""
-    pairs = zip(answers, labels, strict=True)
-    return counts_table([_count(answer, label, parser) for answer, label in pairs], COUNTS)
+    rows, _ = read_answers(answers, labels, parser)
+    # The positive class is "no": what POPE's table calls a true negative is right here.
+    for row, label in zip(rows, labels, strict=True):
+        said_no = row["n"] - row["yes"] - row["unparsed"]
+        row |= {"no_right": row["tn"], "said_no": said_no, "truth_no": label == "no"}
+    return counts_table(rows, COUNTS)
 
 
 def _arm(answers: Sequence[str], labels: Sequence[str], parser: Parser) -> Arm:
@@ -152,7 +142,7 @@ def score_questions(
             entry["n_unparsed"] = int(total.get("unparsed", 0))
         return found
 
-    result, strict = by(parser), by(get_parser("strict"))
+    result = strict_beside(by, parser)
     for arm, entry in result.items():
         figures = [
             official_figures(
@@ -160,46 +150,37 @@ def score_questions(
             )
             for at in by_draw(draws, len(labels))
         ]
-        entry["strict"] = strict[arm]
         entry["compat"] = figures if len(figures) > 1 else figures[0]
     return result
 
 
-class AmberDiscriminative:
+class AmberDiscriminative(YesNoTask):
     """The task: every question of AMBER's query files."""
 
     name = "amber_d"
-    max_new_tokens = 16
     columns = (
         Column("accuracy", "accuracy", tested=True),
         Column("precision", "precision"),
         Column("recall", "recall"),
         Column("f1", "F1"),
     )
-    wants_p_yes = True
     open = AmberData.open
+    answer_key = staticmethod(answer_key)
 
     def __init__(self, data: AmberData, options: Options) -> None:
-        self.parser, self._suffix = get_parser(options.parser), suffix(options.prompt_style)
-        self._data, self._options = data, options
+        super().__init__(data, options)
         self._items = [item for item in data.items.values() if item.dimension != GENERATIVE]
         if unasked := [item.number for item in self._items if item.number not in data.queries]:
             raise BadInput(
                 f"amber_d: {data.root} has no query for {len(unasked)} of {len(self._items)} "
                 f"annotated questions: {few(unasked)}: put AMBER's query_all.json there"
             )
-        self._pictures = list(dict.fromkeys(data.queries[item.number][0] for item in self._items))
-
-    @property
-    def partial(self) -> bool:
-        """Whether the limit left out pictures."""
-        limit = self._options.limit
-        return limit is not None and limit < len(self._pictures)
+        self.images = list(dict.fromkeys(data.queries[item.number][0] for item in self._items))
 
     @cached_property
     def samples(self) -> list[Sample]:
         """The questions about the first pictures, in AMBER's order."""
-        asked = set(self._pictures[: self._options.limit])
+        asked = set(self.images[: self.options.limit])
         return [
             Sample(
                 task=self.name,
@@ -207,37 +188,27 @@ class AmberDiscriminative:
                 sample_id=str(item.number),
                 image=picture,
                 image_id=picture,
-                prompt=question + self._suffix,
+                prompt=question + self.suffix,
                 target=item.label,
             )
             for item in self._items
-            for picture, question in [self._data.queries[item.number]]
+            for picture, question in [self.data.queries[item.number]]
             if picture in asked
         ]
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Prompt style and parser."""
-        return {"prompt_style": self._options.prompt_style, "parser": self.parser.name}
-
-    def parse(self, sample: Sample, answer: Answer) -> tuple[str | None, bool]:
-        """The parser's verdict and whether it is the label."""
-        verdict = self.parser(answer.text, sample.target)
-        return verdict, verdict == sample.target
-
-    def score(
+    def scores(
         self,
         samples: Sequence[Sample],
-        arms: Mapping[str, Sequence[Answer]],
-        draws: Sequence[int] | None = None,
+        arms: Mapping[str, Sequence[str]],
+        draws: Sequence[int] | None,
     ) -> dict[str, Any]:
-        """Scores by the chosen parser; the strict one's and the official script's beside them."""
+        """The official script's figures stand beside, too."""
         return score_questions(
-            {arm: [answer.text for answer in answers] for arm, answers in arms.items()},
+            arms,
             [sample.target for sample in samples],
             [sample.split for sample in samples],
             [sample.image for sample in samples],
             self.parser,
-            self._options.seed,
+            self.options.seed,
             draws,
         )

@@ -13,14 +13,14 @@ from functools import cached_property
 from typing import Any
 
 from vlmfix.errors import BadInput
-from vlmfix.evals.amber.data import GENERATIVE, AmberData, AmberItem
+from vlmfix.evals.amber.data import GENERATIVE, AmberData, AmberItem, answer_key
 from vlmfix.evals.amber.objects import Objects, get_similarity, nouns, read_objects
 from vlmfix.evals.inputs.nltk_tools import require_nltk
 from vlmfix.evals.inputs.rows import few
 from vlmfix.evals.scoring.groups import by_draw
 from vlmfix.evals.scoring.metrics import Arm, Ratio, counts_table, summarise
 from vlmfix.evals.scoring.stats import Floats
-from vlmfix.evals.tasks import Answer, Column, Options, Sample
+from vlmfix.evals.tasks import Answer, Column, Options, Sample, Task
 
 __all__ = [
     "CHAIR",
@@ -130,7 +130,7 @@ def score_descriptions(
     return result
 
 
-class AmberGenerative:
+class AmberGenerative(Task):
     """The task: one description per picture, whose nouns NLTK finds."""
 
     name = "amber_g"
@@ -141,25 +141,20 @@ class AmberGenerative:
         Column("hal", "Hal", tested=True),
         Column("cog", "Cog"),
     )
-    wants_p_yes = False
     open = AmberData.open
+    answer_key = staticmethod(answer_key)
 
     def __init__(self, data: AmberData, options: Options) -> None:
+        super().__init__(data, options)
         self._engine = f"nltk {require_nltk()}"
         self._similarity = get_similarity(options.amber_similarity)
-        self._data, self._options, self._lexicon = data, options, data.lexicon
-        self._items = [item for item in data.items.values() if item.dimension == GENERATIVE]
-        if unasked := [item.number for item in self._items if item.number not in data.queries]:
+        self._lexicon = data.lexicon
+        self.images = [item for item in data.items.values() if item.dimension == GENERATIVE]
+        if unasked := [item.number for item in self.images if item.number not in data.queries]:
             raise BadInput(
-                f"amber_g: {data.root} has no query for {len(unasked)} of {len(self._items)} "
+                f"amber_g: {data.root} has no query for {len(unasked)} of {len(self.images)} "
                 f"annotated pictures: {few(unasked)}: put AMBER's query_all.json there"
             )
-
-    @property
-    def partial(self) -> bool:
-        """Whether the limit left out pictures."""
-        limit = self._options.limit
-        return limit is not None and limit < len(self._items)
 
     @cached_property
     def samples(self) -> list[Sample]:
@@ -174,18 +169,18 @@ class AmberGenerative:
                 prompt=query,
                 target=list(item.truth),
             )
-            for item in self._items[: self._options.limit]
-            for picture, query in [self._data.queries[item.number]]
+            for item in self.images[: self.options.limit]
+            for picture, query in [self.data.queries[item.number]]
         ]
 
     @property
     def facts(self) -> dict[str, Any]:
         """How nouns are found and compared."""
-        return {"engine": self._engine, "similarity": self._options.amber_similarity}
+        return {"engine": self._engine, "similarity": self.options.amber_similarity}
 
     def read(self, sample: Sample, answer: Answer) -> tuple[str, Objects]:
         """A description and its objects."""
-        item = self._data.items[int(sample.sample_id)]
+        item = self.data.items[int(sample.sample_id)]
         words = nouns(answer.text)
         found = read_objects(
             words, item.truth, item.hallucinations, self._lexicon, self._similarity
@@ -209,5 +204,5 @@ class AmberGenerative:
             arm: [self.read(*pair) for pair in zip(samples, answers, strict=True)]
             for arm, answers in arms.items()
         }
-        items = [self._data.items[int(sample.sample_id)] for sample in samples]
-        return score_descriptions(read, items, self._options.seed, draws)
+        items = [self.data.items[int(sample.sample_id)] for sample in samples]
+        return score_descriptions(read, items, self.options.seed, draws)

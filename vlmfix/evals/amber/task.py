@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vlmfix.errors import BadInput
 from vlmfix.evals.amber import discriminative as amber_discriminative
 from vlmfix.evals.amber import generative as amber_generative
-from vlmfix.evals.amber.data import GENERATIVE, AmberData, AmberItem
+from vlmfix.evals.amber.data import GENERATIVE, AmberData, AmberItem, answer_key
 from vlmfix.evals.amber.discriminative import (
     F1,
     AmberDiscriminative,
@@ -37,7 +37,7 @@ from vlmfix.evals.inputs.rows import Row, read_rows, short
 from vlmfix.evals.scoring.groups import by_draw
 from vlmfix.evals.scoring.metrics import estimate
 from vlmfix.evals.scoring.stats import Floats, Resamples
-from vlmfix.evals.tasks import Answer, Column, Options, Sample
+from vlmfix.evals.tasks import Answer, Column, Options, Sample, Task
 
 __all__ = ["Amber", "answer_key", "load_answers", "load_questions", "score_answers"]
 
@@ -120,11 +120,6 @@ def score_answers(
         "similarity": similarity if isinstance(similarity, str) else "callback",
         "clusters": "picture" if known else "question (the folder has no query for some)",
     }
-
-
-def answer_key(row: Row) -> int:
-    """AMBER's id of what a row answers."""
-    return row.number("id", "sample_id")
 
 
 def _objects(
@@ -244,7 +239,7 @@ def _with_resamples(resamples: Resamples, counts: Floats, items: NDArray[np.intp
     return np.concatenate([counts.sum(axis=0)[None], resamples.sums(counts, items)])
 
 
-class Amber:
+class Amber(Task):
     """The task: all of AMBER, descriptions and questions."""
 
     name = "amber"
@@ -257,11 +252,12 @@ class Amber:
     )
     wants_p_yes = True
     open = AmberData.open
+    answer_key = staticmethod(answer_key)
 
     def __init__(self, data: AmberData, options: Options) -> None:
+        super().__init__(data, options)
         self._describe = AmberGenerative(data, options)
         self._ask = AmberDiscriminative(data, options)
-        self._data, self._seed = data, options.seed
 
     @property
     def partial(self) -> bool:
@@ -304,8 +300,8 @@ class Amber:
             [samples[i].image for i in described],
             [samples[i].image for i in asked],
             self._ask.parser,
-            self._seed,
+            self.options.seed,
         )
 
     def _items(self, samples: Sequence[Sample], at: Sequence[int]) -> list[AmberItem]:
-        return [self._data.items[int(samples[i].sample_id)] for i in at]
+        return [self.data.items[int(samples[i].sample_id)] for i in at]

@@ -11,18 +11,24 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from vlmfix.errors import BadInput
-from vlmfix.evals.chair.files import choose_captions, read_image_ids
+from vlmfix.evals.chair.files import (
+    choose_captions,
+    image_id_of,
+    last_captions,
+    read_image_ids,
+)
 from vlmfix.evals.chair.objects import ground_truth, mentions, require_engine
 from vlmfix.evals.inputs.coco import CocoData
 from vlmfix.evals.inputs.rows import Row
 from vlmfix.evals.pope.tables import QuestionTable, open_images
 from vlmfix.evals.scoring.metrics import Arm, Ratio, counts_table, summarise
-from vlmfix.evals.tasks import Answer, Column, Options, Sample
+from vlmfix.evals.tasks import Answer, Column, Options, Sample, Task
 
 __all__ = [
     "LENGTH_CAPS",
@@ -223,7 +229,7 @@ def _check_truncate(truncate: str) -> None:
         raise BadInput(f"truncate={truncate!r}: choose 'none' or 'sentence'")
 
 
-class Chair:
+class Chair(Task):
     """The CHAIR task: one description per image."""
 
     name = "chair"
@@ -235,7 +241,6 @@ class Chair:
         Column("words", "words", percent=False, delta=False),
     )
 
-    wants_p_yes = False
     open = staticmethod(open_images)
 
     def __init__(self, data: CocoData | QuestionTable, options: Options) -> None:
@@ -244,18 +249,12 @@ class Chair:
                 f"CHAIR needs annotated images, and {data.name} holds questions: pass a folder or "
                 ".zip in COCO format with --data"
             )
+        super().__init__(data, options)
         _check_truncate(options.truncate)
         self._engine = require_engine(options.chair_engine, options.chair_mode)
-        self._data, self._options = data, options
-        self._images = _choose_images(data, options)
+        self.images = _choose_images(data, options)
         engine, mode = options.chair_engine, options.chair_mode
-        self._truth = ground_truth(data, self._images[: options.limit], engine, mode)
-
-    @property
-    def partial(self) -> bool:
-        """Whether the limit left out images."""
-        limit = self._options.limit
-        return limit is not None and limit < len(self._images)
+        self._truth = ground_truth(data, self.images[: options.limit], engine, mode)
 
     @cached_property
     def samples(self) -> list[Sample]:
@@ -265,12 +264,12 @@ class Chair:
                 task=self.name,
                 split=SPLIT,
                 sample_id=str(image),
-                image=self._data.files[image],
+                image=self.data.files[image],
                 image_id=image,
                 prompt=PROMPT,
                 target=sorted(self._truth[image]),
             )
-            for image in self._images[: self._options.limit]
+            for image in self.images[: self.options.limit]
         ]
 
     @property
@@ -279,19 +278,37 @@ class Chair:
         return {
             "prompt": PROMPT,
             "engine": self._engine,
-            "mode": self._options.chair_mode,
-            "truncate": self._options.truncate,
-            "ground_truth": "instances+captions" if self._data.captions else "instances",
+            "mode": self.options.chair_mode,
+            "truncate": self.options.truncate,
+            "ground_truth": "instances+captions" if self.data.captions else "instances",
         }
 
+    @classmethod
+    def load_answers(cls, path: str | Path) -> list[Row]:
+        """Captions; of several for one image the last counts, with a warning."""
+        return last_captions(super().load_answers(path))
+
+    @staticmethod
+    def answer_key(row: Row) -> int:
+        """The id of the described image."""
+        return image_id_of(row.first("image_id", "image"), row.where)
+
+    @classmethod
+    def open_answered(
+        cls, rows: Sequence[Row], source: str, annotations: str | Path | None, options: Options
+    ) -> tuple[Any, Options]:
+        """Captions are scored of the images that they describe."""
+        data, options = super().open_answered(rows, source, annotations, options)
+        return data, replace(options, image_ids=list(dict.fromkeys(map(cls.answer_key, rows))))
+
     def _caption(self, answer: Answer) -> str:
-        if self._options.truncate == "sentence" and answer.finish == "length":
+        if self.options.truncate == "sentence" and answer.finish == "length":
             return whole_sentences(answer.text)
         return answer.text
 
     def parse(self, sample: Sample, answer: Answer) -> tuple[dict[str, list[str]], bool]:
         """The objects named, those of them that are not there, and whether there are none."""
-        engine, mode = self._options.chair_engine, self._options.chair_mode
+        engine, mode = self.options.chair_engine, self.options.chair_mode
         objects = mentions(self._caption(answer), engine, mode).objects
         wrong = [name for name in objects if name not in sample.target]
         return {"objects": list(objects), "hallucinated": wrong}, not wrong
@@ -337,7 +354,7 @@ class Chair:
         draws: Sequence[int] | None,
     ) -> dict[str, Any]:
         truths = [frozenset(sample.target) for sample in samples]
-        engine, mode = self._options.chair_engine, self._options.chair_mode
+        engine, mode = self.options.chair_engine, self.options.chair_mode
         scored = {
             arm: _arm(
                 [
@@ -348,7 +365,7 @@ class Chair:
             for arm, texts in captions.items()
         }
         splits, images = [s.split for s in samples], [s.image for s in samples]
-        seed = self._options.seed
+        seed = self.options.seed
         return summarise(scored, COUNTS, RATIOS, splits, images, seed=seed, draws=draws)
 
 
@@ -356,7 +373,7 @@ def _choose_images(data: CocoData, options: Options) -> list[int]:
     """Ids of the images to describe: those of a file, or drawn among all."""
     if options.image_ids is not None:
         given, source = options.image_ids, "the list of images"
-        if isinstance(given, Path):
+        if isinstance(given, (str, Path)):
             given, source = read_image_ids(given), str(given)
         wanted = list(given)
         if strange := [image for image in wanted if image not in data.files]:

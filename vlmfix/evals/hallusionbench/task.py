@@ -25,9 +25,10 @@ from vlmfix.evals.inputs.folder import ImageFolder, existing_folder
 from vlmfix.evals.inputs.pairing import answer_text, pair
 from vlmfix.evals.inputs.parsers import get_parser
 from vlmfix.evals.inputs.rows import Row, read_rows, refuse_repeats, short
-from vlmfix.evals.scoring.groups import by_draw, summarise_places
+from vlmfix.evals.scoring.groups import summarise_places
 from vlmfix.evals.scoring.metrics import Arm, Ratio, counts_table
-from vlmfix.evals.tasks import Answer, Column, Options, Sample
+from vlmfix.evals.tasks import Column, Options, Sample
+from vlmfix.evals.yesno import YesNoTask, complete, count_groups, read_answers
 
 __all__ = [
     "SUFFIX",
@@ -249,66 +250,46 @@ def _arm(
     parser: str,
     draws: Sequence[int] | None,
 ) -> Arm:
-    rule = get_parser(parser)
-    verdicts = [rule(a, q.label) for a, q in zip(answers, questions, strict=True)]
-    right = [v == q.label for v, q in zip(verdicts, questions, strict=True)]
-    rows: list[dict[str, float]] = [
-        {
-            "n": 1,
-            "correct": correct,
-            "yes": verdict == "yes",
-            "unparsed": verdict is None,
-            "empty": not answer.strip(),
-        }
-        for answer, verdict, correct in zip(answers, verdicts, right, strict=True)
-    ]
-    for at in by_draw(draws, len(questions)):
-        groups: dict[tuple[str, ...], list[int]] = {}
-        for i in at:
-            question = questions[i]
-            groups.setdefault(("question", *question.set_key, question.question_id), []).append(i)
-            if (question.category, question.figure_id) != ("VS", "0"):
-                groups.setdefault(("figure", *question.set_key, question.figure_id), []).append(i)
-        for (kind, *_), members in groups.items():
-            # What belongs to the group is written to the first of its rows; the whole group lies in
-            # one set, and sets are what the bootstrap draws.
-            rows[members[0]] |= {
-                f"{kind}s": 1,
-                f"right_{kind}s": all(right[i] for i in members),
-            }
+    rows, right = read_answers(answers, [q.label for q in questions], get_parser(parser))
+
+    def question(i: int) -> tuple[str, ...]:
+        return (*questions[i].set_key, questions[i].question_id)
+
+    def figure(i: int) -> tuple[str, ...] | None:
+        no_figure = (questions[i].category, questions[i].figure_id) == ("VS", "0")
+        return None if no_figure else (*questions[i].set_key, questions[i].figure_id)
+
+    # Groups lie in one set each, and sets are what the bootstrap draws.
+    count_groups(rows, draws, question, "questions", "right_questions")
+    count_groups(rows, draws, figure, "figures", "right_figures")
     return Arm(counts_table(rows, COUNTS), right)
 
 
-class HallusionBench:
+class HallusionBench(YesNoTask):
     """The HallusionBench task, without a judge."""
 
     name = "hallusionbench"
-    max_new_tokens = 16
     columns = (
         Column("aacc", "aAcc", tested=True),
         Column("qacc", "qAcc"),
         Column("facc", "fAcc"),
         Column("yes_ratio", "yes"),
     )
-    wants_p_yes = True
+    several_parsers = False
     open = HallusionData.open
+    answer_key = staticmethod(answer_key)
 
     def __init__(self, data: HallusionData, options: Options) -> None:
-        self._questions, self._options = data.questions, options
+        super().__init__(data, options)
+        self.parser = get_parser(PARSER)
         self._by_key = {question.key: question for question in data.questions}
         # A set without some of its questions would count for neither qAcc nor fAcc as meant.
-        self._sets = list(dict.fromkeys(question.set_key for question in data.questions))
-
-    @property
-    def partial(self) -> bool:
-        """Whether the limit left out sets."""
-        limit = self._options.limit
-        return limit is not None and limit < len(self._sets)
+        self.images = list(dict.fromkeys(question.set_key for question in data.questions))
 
     @cached_property
     def samples(self) -> list[Sample]:
         """The questions of the first sets, whole."""
-        asked = set(self._sets[: self._options.limit])
+        asked = set(self.images[: self.options.limit])
         return [
             Sample(
                 task=self.name,
@@ -319,7 +300,7 @@ class HallusionBench:
                 prompt=question.text + SUFFIX,
                 target=question.label,
             )
-            for question in self._questions
+            for question in self.data.questions
             if question.set_key in asked
         ]
 
@@ -328,30 +309,23 @@ class HallusionBench:
         """Ending of the prompt, and parser."""
         return {"prompt_suffix": SUFFIX, "parser": PARSER, "judge": None}
 
-    def parse(self, sample: Sample, answer: Answer) -> tuple[str | None, bool]:
-        """The strict parser's verdict and whether it is the label."""
-        verdict = get_parser(PARSER)(answer.text, sample.target)
-        return verdict, verdict == sample.target
-
-    def score(
+    def scores(
         self,
         samples: Sequence[Sample],
-        arms: Mapping[str, Sequence[Answer]],
-        draws: Sequence[int] | None = None,
+        arms: Mapping[str, Sequence[str]],
+        draws: Sequence[int] | None,
     ) -> dict[str, Any]:
         """aAcc, qAcc and fAcc of all questions, of VD, of VS, and of those with a picture.
 
         A set of which one question failed is left out: its groups would look easier than they are.
         """
         questions = [self._by_key[sample.sample_id] for sample in samples]
-        whole = Counter(self._by_key[sample.sample_id].set_key for sample in self.samples)
-        keys = [(draws[i] if draws else 0, q.set_key) for i, q in enumerate(questions)]
-        answered = Counter(keys)
-        kept = [i for i, key in enumerate(keys) if answered[key] == whole[key[1]]]
+        sizes = Counter(self._by_key[sample.sample_id].set_key for sample in self.samples)
+        kept = complete([question.set_key for question in questions], sizes, draws)
         return _score(
-            {arm: [answers[i].text for i in kept] for arm, answers in arms.items()},
+            {arm: [answers[i] for i in kept] for arm, answers in arms.items()},
             [questions[i] for i in kept],
             PARSER,
-            self._options.seed,
+            self.options.seed,
             draws and [draws[i] for i in kept],
         )

@@ -22,7 +22,7 @@ from vlmfix.emoji.catalogue import NAMES
 from vlmfix.emoji.colours import absent_colours, colours_of_sprites
 from vlmfix.errors import BadInput
 from vlmfix.evals.inputs.coco import Box, CocoData
-from vlmfix.evals.mme.task import SUBSETS, MmeQuestion
+from vlmfix.evals.mme.data import SUBSETS, MmeQuestion
 
 if TYPE_CHECKING:
     from PIL.Image import Image

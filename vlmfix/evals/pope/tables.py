@@ -28,7 +28,7 @@ from vlmfix.evals.pope.files import QuestionFile, image_name, load_splits, quest
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["QuestionTable", "open_images", "question_source"]
+__all__ = ["OwnQuestions", "QuestionTable", "open_images", "question_source"]
 
 _HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?::[\w.-]+)?")
 _FILES = (".json", ".jsonl", ".zip", ".tsv", ".parquet")
@@ -169,6 +169,40 @@ class QuestionTable:
             return self._pictures[name]()
         except (binascii.Error, ValueError, TypeError) as error:
             raise BadInput(f"{self.name}: {name} is not a readable image ({error})") from None
+
+
+class OwnQuestions(QuestionTable):
+    """POPE questions that stand beside their answers, as in our own records.
+
+    Args:
+        rows: one answer to each question.
+        name: of their file.
+
+    Raises:
+        BadInput: rows that do not hold their truth.
+    """
+
+    def __init__(self, rows: Sequence[Row], name: str) -> None:
+        self.name, self._pictures = name, {}
+        if without := [row.where for row in rows if "target" not in row.values]:
+            raise BadInput(
+                f"{len(without)} answers do not say what is true, first {without[0]}: name the "
+                "POPE file that they answer (--questions FILE)"
+            )
+        questions = [
+            Row(
+                row.where,
+                {
+                    "question_id": row.text("sample_id").rpartition(":")[2],
+                    "image": row.first("image"),
+                    "text": row.first("prompt"),
+                    "label": row.first("target"),
+                    "category": row.first("split"),
+                },
+            )
+            for row in rows
+        ]
+        self.splits = question_splits(questions, name)
 
 
 def _cell(table: Any, number: int) -> bytes:

@@ -21,8 +21,7 @@ from typing import Any
 from vlmfix.errors import BadInput
 from vlmfix.evals.chair.objects import category_of, ordered_objects
 from vlmfix.evals.inputs.coco import CocoData
-from vlmfix.evals.inputs.parsers import Parser, get_parser
-from vlmfix.evals.inputs.prompts import suffix
+from vlmfix.evals.inputs.parsers import get_parser
 from vlmfix.evals.inputs.rows import Row
 from vlmfix.evals.pope.builder import (
     OBJECTS_PER_IMAGE,
@@ -31,10 +30,11 @@ from vlmfix.evals.pope.builder import (
     build_questions,
     select_images,
 )
-from vlmfix.evals.pope.files import QuestionFile, pair_answers
-from vlmfix.evals.pope.tables import QuestionTable, open_images, question_source
-from vlmfix.evals.scoring.metrics import Arm, Ratio, counts_table, summarise
-from vlmfix.evals.tasks import Answer, Column, Options, Sample
+from vlmfix.evals.pope.files import QuestionFile, answer_splits, pair_answers, pair_rows
+from vlmfix.evals.pope.tables import OwnQuestions, QuestionTable, open_images, question_source
+from vlmfix.evals.scoring.metrics import Arm, counts_table, summarise
+from vlmfix.evals.tasks import Options, Sample
+from vlmfix.evals.yesno import COUNTS, RATIOS, YesNoTask, read_answers
 
 __all__ = ["SMALL", "SPLITS", "Pope", "score_answers"]
 
@@ -46,38 +46,6 @@ SPLITS = (*STRATEGIES, "small")
 SMALL = 0.02
 
 GROUND_TRUTHS = ("instances", "instances+captions")
-
-COUNTS = ("n", "correct", "tp", "fp", "tn", "fn", "yes", "unparsed", "empty")
-RATIOS = (
-    Ratio("accuracy", {"correct": 1}, {"n": 1}, proportion=True),
-    Ratio("precision", {"tp": 1}, {"tp": 1, "fp": 1}, proportion=True),
-    Ratio("recall", {"tp": 1}, {"tp": 1, "fn": 1}, proportion=True),
-    # 2PR/(P+R) without its detour; undefined where P + R is 0, that is, without a true positive.
-    Ratio("f1", {"tp": 2}, {"tp": 2, "fp": 1, "fn": 1}, defined_if=("tp",)),
-    Ratio("yes_ratio", {"yes": 1}, {"n": 1}, proportion=True),
-)
-
-
-def _count(answer: str | None, label: str, parser: Parser) -> dict[str, float]:
-    verdict = parser(answer, label)
-    yes = verdict == "yes"
-    miss = verdict == "no" or (verdict is None and parser.unparsed_is_miss)
-    return {
-        "n": 1,
-        "correct": verdict == label,
-        "tp": yes and label == "yes",
-        "fp": yes and label == "no",
-        "tn": verdict == "no" and label == "no",
-        "fn": miss and label == "yes",
-        "yes": yes,
-        "unparsed": verdict is None,
-        "empty": not (answer or "").strip(),
-    }
-
-
-def _arm(answers: Sequence[str | None], labels: Sequence[str], parser: Parser) -> Arm:
-    rows = [_count(answer, label, parser) for answer, label in zip(answers, labels, strict=True)]
-    return Arm(counts_table(rows, COUNTS), [bool(row["correct"]) for row in rows])
 
 
 def score_answers(
@@ -105,7 +73,8 @@ def score_answers(
         raise BadInput(f"POPE: no answers for the splits {', '.join(absent)}: pass all of them")
     rows = [(split, q) for split, split_questions in questions.items() for q in split_questions]
     texts = [text for split in questions for text in pair_answers(questions[split], answers[split])]
-    arm = _arm(texts, [q.label for _, q in rows], rule)
+    counts, right = read_answers(texts, [q.label for _, q in rows], rule)
+    arm = Arm(counts_table(counts, COUNTS), right)
     scored = summarise(
         {parser: arm}, COUNTS, RATIOS, [s for s, _ in rows], [q.image for _, q in rows], seed=seed
     )
@@ -113,23 +82,14 @@ def score_answers(
     return entry
 
 
-class Pope:
+class Pope(YesNoTask):
     """The POPE task: its splits over the same images, built from the data or read from files."""
 
     name = "pope"
-    max_new_tokens = 16
-    columns = (
-        Column("accuracy", "accuracy", tested=True),
-        Column("f1", "F1"),
-        Column("yes_ratio", "yes"),
-    )
-
-    wants_p_yes = True
     open = staticmethod(open_images)
 
     def __init__(self, data: CocoData | QuestionTable, options: Options) -> None:
-        self._suffix = suffix(options.prompt_style)
-        self.parser = get_parser(options.parser)
+        super().__init__(data, options)
         chosen = STRATEGIES if options.splits is None else options.splits
         if not chosen or not set(chosen) <= set(SPLITS) or len(set(chosen)) < len(chosen):
             raise BadInput(
@@ -142,7 +102,6 @@ class Pope:
             raise BadInput(
                 f"ground_truth={options.ground_truth!r}: choose {' or '.join(GROUND_TRUTHS)}"
             )
-        self._options = options
         self._ids: Mapping[str, int] = {}
         if isinstance(data, CocoData):
             self._ids = {name: image for image, name in data.files.items()}
@@ -154,20 +113,14 @@ class Pope:
                 self._files = _choose(data.splits, chosen, data.name)
         else:
             self._files = _build(data, options, chosen)
-        self._images = list(
+        self.images = list(
             dict.fromkeys(q.image for file in self._files.values() for q in file.questions)
         )
-
-    @property
-    def partial(self) -> bool:
-        """Whether the limit left out images."""
-        limit = self._options.limit
-        return limit is not None and limit < len(self._images)
 
     @cached_property
     def samples(self) -> list[Sample]:
         """Questions of the selected images, split by split."""
-        asked = set(self._images[: self._options.limit])
+        asked = set(self.images[: self.options.limit])
         return [
             Sample(
                 task=self.name,
@@ -175,7 +128,7 @@ class Pope:
                 sample_id=f"{split}:{q.question_id}",
                 image=q.image,
                 image_id=self._ids.get(q.image, q.image),
-                prompt=q.text + self._suffix,
+                prompt=q.text + self.suffix,
                 target=q.label,
                 follows=f"{split}:{file.follows[q.question_id]}"
                 if q.question_id in file.follows
@@ -189,53 +142,31 @@ class Pope:
     @property
     def facts(self) -> dict[str, Any]:
         """Prompt style, parser and where the questions come from."""
-        return {
-            "prompt_style": self._options.prompt_style,
-            "parser": self.parser.name,
-            "questions": {split: file.variant for split, file in self._files.items()},
-        }
+        variants = {split: file.variant for split, file in self._files.items()}
+        return {**super().facts, "questions": variants}
 
-    def parse(self, sample: Sample, answer: Answer) -> tuple[str | None, bool]:
-        """The parser's verdict and whether it is the label."""
-        verdict = self.parser(answer.text, sample.target)
-        return verdict, verdict == sample.target
+    @classmethod
+    def open_answered(
+        cls, rows: Sequence[Row], source: str, annotations: str | Path | None, options: Options
+    ) -> tuple[Any, Options]:
+        """Question files, annotations, or the truth that the answers hold, as our records do."""
+        if options.questions and annotations is not None:
+            raise BadInput("POPE: --questions and --annotations both say what is true: keep one")
+        if options.questions:
+            return None, options
+        if annotations is not None:
+            return cls.open(annotations), options
+        first = rows[0].first("sampling_seed")
+        return OwnQuestions([r for r in rows if r.first("sampling_seed") == first], source), options
 
-    def score(
-        self,
-        samples: Sequence[Sample],
-        arms: Mapping[str, Sequence[Answer]],
-        draws: Sequence[int] | None = None,
-    ) -> dict[str, Any]:
-        """Scores by the chosen parser, with those of the strict one beside them."""
-        result = self._score(samples, arms, draws, self.parser)
-        strict = self._score(samples, arms, draws, get_parser("strict"))
-        for arm, entry in result.items():
-            entry["n_unparsed"] = _total(entry, "unparsed")
-            entry["strict"] = {**strict[arm], "n_unparsed": _total(strict[arm], "unparsed")}
-        return result
-
-    def _score(
-        self,
-        samples: Sequence[Sample],
-        arms: Mapping[str, Sequence[Answer]],
-        draws: Sequence[int] | None,
-        parser: Parser,
-    ) -> dict[str, Any]:
-        labels = [sample.target for sample in samples]
-        scored = {
-            arm: _arm([answer.text for answer in answers], labels, parser)
-            for arm, answers in arms.items()
-        }
-        return summarise(
-            scored,
-            COUNTS,
-            RATIOS,
-            splits=[sample.split for sample in samples],
-            clusters=[sample.image for sample in samples],
-            seed=self._options.seed,
-            requests=[(sample.image, sample.prompt) for sample in samples],
-            draws=draws,
-        )
+    def pair_answers(self, rows: Sequence[Row]) -> list[Row]:
+        """By image and object, id or order (`pope.files.pair_rows`)."""
+        answered = answer_splits(rows, list(self._files))
+        return [
+            row
+            for split, file in self._files.items()
+            for row in pair_rows(file.questions, answered[split])
+        ]
 
 
 def _build(data: CocoData, options: Options, splits: Sequence[str]) -> dict[str, QuestionFile]:
@@ -271,7 +202,7 @@ def _build(data: CocoData, options: Options, splits: Sequence[str]) -> dict[str,
     return built
 
 
-def _read(sources: Mapping[str, Path]) -> dict[str, QuestionFile]:
+def _read(sources: Mapping[str, str | Path]) -> dict[str, QuestionFile]:
     """Question files by split; "all" stands for the splits that a file names itself."""
     read: dict[str, QuestionFile] = {}
     for split, path in sources.items():
@@ -315,8 +246,3 @@ def _small_objects(data: CocoData, images: Sequence[int]) -> dict[str, list[str]
             "image or less: leave out the split 'small'"
         )
     return small
-
-
-def _total(entry: Mapping[str, Any], count: str) -> int:
-    counts = entry["counts"]
-    return int(sum(place[count] for name, place in counts.items() if name != "pooled"))

@@ -16,17 +16,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from vlmfix.evals.inputs.pairing import answer_text, pair
 from vlmfix.evals.inputs.rows import Row, read_rows
-from vlmfix.evals.rope.data import OBJECTS, RopeData, RopeEntry
-from vlmfix.evals.rope.official import official_figures
-from vlmfix.evals.scoring.groups import by_draw
-from vlmfix.evals.scoring.metrics import Arm, Ratio, counts_table, estimate, summarise
-from vlmfix.evals.scoring.stats import Floats, Resamples
-from vlmfix.evals.tasks import Answer, Column, DataSource, Options, Sample
+from vlmfix.evals.rope.data import RopeData, RopeEntry
+from vlmfix.evals.rope.emoji import EmojiRope
+from vlmfix.evals.rope.scoring import (
+    POSITIONS,
+    SETTINGS,
+    Slot,
+    read_classes,
+    score_slots,
+    slot_id,
+    slots_of,
+)
+from vlmfix.evals.tasks import Answer, Column, DataSource, Options, Sample, Task
 
 __all__ = [
     "SETTINGS",
@@ -41,8 +44,6 @@ __all__ = [
     "score_answers",
 ]
 
-SETTINGS = ("default", "student", "teacher", "single")
-
 PROMPTS = {
     "multi": (
         "Five objects in this image have red boxes, labelled obj1 to obj5. Name the class of each "
@@ -56,20 +57,6 @@ PROMPTS = {
     ),
 }
 
-POSITIONS = range(1, OBJECTS + 1)
-COUNTS = (
-    "n",
-    "correct",
-    "unparsed",
-    *(f"n_{k}" for k in POSITIONS),
-    *(f"correct_{k}" for k in POSITIONS),
-)
-RATIOS = (
-    Ratio("accuracy", {"correct": 1}, {"n": 1}, proportion=True),
-    *(Ratio(f"obj{k}", {f"correct_{k}": 1}, {f"n_{k}": 1}, proportion=True) for k in POSITIONS),
-)
-AVERAGES = ("macro_precision", "macro_recall", "macro_f1", "weighted_precision", "weighted_f1")
-
 
 class RopeSource(DataSource, Protocol):
     """Data that the tasks can ask about.
@@ -81,31 +68,6 @@ class RopeSource(DataSource, Protocol):
 
     entries: list[RopeEntry]
     prompts: dict[str, str] | None
-
-
-def read_classes(answer: str, setting: str) -> list[str]:
-    """The classes that an answer names, in lower case; "" where one cannot be read.
-
-    Args:
-        answer: of the default setting, to five objects; else to one, which the answer may go on
-            from to the next ones.
-        setting: one of `SETTINGS`.
-
-    Returns:
-        Five classes in the default setting, else one.
-    """
-    if setting == "single":
-        return [_name(answer)]
-    # No class has a comma in its name, and some models leave out the space.
-    parts = answer.strip().split(",")
-    if setting != "default":
-        return [_name(parts[0].partition("\n")[0].rpartition(": ")[2])]
-    classes = [_name(part.partition(": ")[2]) for part in parts[:OBJECTS]]
-    return classes + [""] * (OBJECTS - len(classes))
-
-
-def _name(text: str) -> str:
-    return text.strip().strip(".,'\"*").strip().lower()
 
 
 def load_questions(path: str | Path) -> RopeData:
@@ -152,175 +114,14 @@ def score_answers(
     Raises:
         BadInput: answers that are missing, repeated, or to no question.
     """
-    slots = _slots(questions.entries, setting)
-    rows = pair([_id(*slot) for slot in slots], answers, lambda row: row.text("sample_id"), WHAT)
-    entry: dict[str, Any] = _score({"": [answer_text(row) for row in rows]}, slots, setting, seed)[
-        ""
-    ]
-    return entry
-
-
-Slot = tuple[RopeEntry, int | None]
-"""What one answer is about: an entry, and one of its objects, from 0, or None for all five."""
-
-
-def _slots(entries: Sequence[RopeEntry], setting: str) -> list[Slot]:
-    if setting == "default":
-        return [(entry, None) for entry in entries]
-    return [(entry, k) for entry in entries for k in range(OBJECTS)]
-
-
-def _id(entry: RopeEntry, position: int | None) -> str:
-    return entry.image if position is None else f"{entry.image}#{position + 1}"
-
-
-def _score(
-    arms: Mapping[str, Sequence[str]],
-    slots: Sequence[Slot],
-    setting: str,
-    seed: int,
-    draws: Sequence[int] | None = None,
-) -> dict[str, Any]:
-    """One row per object, whichever way it was asked about."""
-    objects = [
-        (i, entry, k)
-        for i, (entry, position) in enumerate(slots)
-        for k in (range(OBJECTS) if position is None else [position])
-    ]
-    truths = [entry.objects[k].name for _, entry, k in objects]
-    splits = [entry.split for _, entry, _ in objects]
-    pictures = [entry.picture for _, entry, _ in objects]
-    drawn = draws and [draws[i] for i, _, _ in objects]
-    said = {
-        arm: [c for text in texts for c in read_classes(text, setting)]
-        for arm, texts in arms.items()
-    }
-    scored = {
-        arm: _arm(classes, truths, [k for _, _, k in objects]) for arm, classes in said.items()
-    }
-    result = summarise(scored, COUNTS, RATIOS, splits, pictures, seed=seed, draws=drawn)
-    _add_averages(result, said, truths, splits, pictures, seed, drawn)
-    for arm, entry in result.items():
-        entry["n_unparsed"] = sum(not name for name in said[arm])
-        figures = [_compat(arms[arm], slots, setting, at) for at in by_draw(draws, len(slots))]
-        entry["compat"] = figures if len(figures) > 1 else figures[0]
-    return result
-
-
-def _arm(classes: Sequence[str], truths: Sequence[str], positions: Sequence[int]) -> Arm:
-    right = [said == truth for said, truth in zip(classes, truths, strict=True)]
-    rows = [
-        {
-            "n": 1,
-            "correct": correct,
-            "unparsed": not name,
-            f"n_{k + 1}": 1,
-            f"correct_{k + 1}": correct,
-        }
-        for name, correct, k in zip(classes, right, positions, strict=True)
-    ]
-    return Arm(counts_table(rows, COUNTS), right)
-
-
-def _compat(
-    answers: Sequence[str], slots: Sequence[Slot], setting: str, at: Sequence[int]
-) -> dict[str, Any]:
-    """Split -> the reference's figures; images without all of their answers are left out."""
-    given: dict[str, tuple[RopeEntry, list[str]]] = {}
-    for i in at:
-        given.setdefault(slots[i][0].image, (slots[i][0], []))[1].append(answers[i])
-    whole = 1 if setting == "default" else OBJECTS
-    by_split: dict[str, list[tuple[RopeEntry, list[str]]]] = {}
-    for entry, texts in given.values():
-        if len(texts) == whole:
-            by_split.setdefault(entry.split, []).append((entry, texts))
-    return {
-        split: official_figures(
-            [texts for _, texts in found],
-            [[thing.name for thing in entry.objects] for entry, _ in found],
-            setting,
-        )
-        for split, found in by_split.items()
-    }
-
-
-def _add_averages(
-    result: dict[str, Any],
-    said: Mapping[str, Sequence[str]],
-    truths: Sequence[str],
-    splits: Sequence[str],
-    pictures: Sequence[str],
-    seed: int,
-    draws: Sequence[int] | None,
-) -> None:
-    """Averages over classes, with intervals, beside the ratios.
-
-    They are means of ratios, so each resample needs the counts of every class. Micro averages and
-    the weighted recall would be the accuracy, as every object has one class and one answer.
-    """
-    names = sorted(set(truths))
-    number = {name: i for i, name in enumerate(names)}
-    resamples = Resamples(pictures, seed=seed)
-    cells = by_draw(draws, len(truths))
-    base = next(iter(said), None)
-    found: dict[str, dict[str, list[Floats]]] = {}
-    for arm, classes in said.items():
-        counts = np.zeros((len(truths), len(names), 3))
-        for i, (name, truth) in enumerate(zip(classes, truths, strict=True)):
-            counts[i, number[truth], 0] = 1
-            # A name that is true of nothing here is no class of its own, but costs recall.
-            if name in number:
-                counts[i, number[name], 1] = 1
-            counts[i, number[truth], 2] = name == truth
-        found[arm] = {}
-        for split in dict.fromkeys(splits):
-            # Per seed (1 + R, averages): the items as they are, then the resamples.
-            found[arm][split] = [
-                _averages(
-                    np.concatenate([counts[at].sum(axis=0)[None], resamples.sums(counts[at], at)])
-                )
-                for at in (_of(split, splits, cell) for cell in cells)
-            ]
-    for arm, by_split in found.items():
-        for split, values in by_split.items():
-            ours = np.stack(values, axis=-1)
-            _write(result[arm]["scores"][split], ours, resamples, {"ci_method": "bootstrap"})
-            if arm != base and base is not None:
-                theirs = np.stack(found[base][split], axis=-1)
-                _write(result[arm]["delta"][split], ours - theirs, resamples, {})
-
-
-def _of(split: str, splits: Sequence[str], cell: Sequence[int]) -> NDArray[np.intp]:
-    return np.array([i for i in cell if splits[i] == split], dtype=np.intp)
-
-
-def _write(
-    place: dict[str, Any], values: Floats, resamples: Resamples, more: Mapping[str, Any]
-) -> None:
-    """(1 + R, averages, seeds) into one place of the results."""
-    for i, name in enumerate(AVERAGES):
-        place[name] = {**estimate(values[0, i], values[1:, i], resamples.n_clusters), **more}
-
-
-def _averages(sums: Floats) -> Floats:
-    """(..., classes, [true, said, right]) -> (..., `AVERAGES`), over the classes that occur."""
-    true, said, right = np.moveaxis(sums, -1, 0)
-    occurs = true > 0
-
-    def ratio(top: Floats, bottom: Floats) -> Floats:
-        return np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
-
-    precision, recall, f1 = ratio(right, said), ratio(right, true), ratio(2 * right, true + said)
-
-    def macro(values: Floats) -> Floats:
-        return ratio((values * occurs).sum(axis=-1), occurs.sum(axis=-1).astype(np.float64))
-
-    def weighted(values: Floats) -> Floats:
-        return ratio((values * true).sum(axis=-1), true.sum(axis=-1))
-
-    return np.stack(
-        [macro(precision), macro(recall), macro(f1), weighted(precision), weighted(f1)], axis=-1
+    slots = slots_of(questions.entries, setting)
+    rows = pair(
+        [slot_id(*slot) for slot in slots], answers, lambda row: row.text("sample_id"), WHAT
     )
+    entry: dict[str, Any] = score_slots(
+        {"": [answer_text(row) for row in rows]}, slots, setting, seed
+    )[""]
+    return entry
 
 
 def open_boxed(path: str | Path | None) -> RopeSource:
@@ -329,14 +130,10 @@ def open_boxed(path: str | Path | None) -> RopeSource:
     Raises:
         BadInput: no folder, or files that are missing or broken.
     """
-    if path is None:
-        from vlmfix.evals.rope.emoji import EmojiRope
-
-        return EmojiRope()
-    return RopeData.open(path)
+    return EmojiRope() if path is None else RopeData.open(path)
 
 
-class Rope:
+class Rope(Task):
     """The ROPE task: all five objects in one answer."""
 
     name = "rope"
@@ -347,22 +144,23 @@ class Rope:
         Column("macro_f1", "macro F1"),
         *(Column(f"obj{k}", f"obj{k}", delta=False) for k in POSITIONS),
     )
-    wants_p_yes = False
     open = staticmethod(open_boxed)
 
     def __init__(self, data: RopeSource, options: Options) -> None:
-        self._options, self._prompts = options, data.prompts or PROMPTS
+        super().__init__(data, options)
+        self._prompts = data.prompts or PROMPTS
         self._own_prompts = data.prompts is None
         by_split: dict[str, list[RopeEntry]] = {}
         for entry in data.entries:
             by_split.setdefault(entry.split, []).append(entry)
+        # Limited to a few images, there should still be some of every split.
+        self.images = max(by_split.values(), key=len, default=[])
         limit = options.limit
         self._entries = [entry for entries in by_split.values() for entry in entries[:limit]]
-        self.partial = len(self._entries) < len(data.entries)
 
     @cached_property
     def _slot_of(self) -> dict[str, Slot]:
-        return {_id(*slot): slot for slot in _slots(self._entries, self.setting)}
+        return {slot_id(*slot): slot for slot in slots_of(self._entries, self.setting)}
 
     @cached_property
     def samples(self) -> list[Sample]:
@@ -383,7 +181,7 @@ class Rope:
         elif position is not None:
             until, prefix = ",", f"obj{position + 1}:"
             if position:
-                follows, grow, prefix = _id(entry, position - 1), True, ", " + prefix
+                follows, grow, prefix = slot_id(entry, position - 1), True, ", " + prefix
         return Sample(
             task=self.name,
             split=entry.split,
@@ -416,11 +214,11 @@ class Rope:
         draws: Sequence[int] | None = None,
     ) -> dict[str, Any]:
         """Accuracy, averages over classes, and the figures of the authors' code beside them."""
-        return _score(
+        return score_slots(
             {arm: [answer.text for answer in answers] for arm, answers in arms.items()},
             [self._slot_of[sample.sample_id] for sample in samples],
             self.setting,
-            self._options.seed,
+            self.options.seed,
             draws,
         )
 
