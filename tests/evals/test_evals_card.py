@@ -15,8 +15,9 @@ from test_evals_score import reply
 
 import vlmfix.evals
 from vlmfix.errors import BadInput
-from vlmfix.evals.reporting.card import Table, columns, make_card, read_runs, report, to_markdown
+from vlmfix.evals.reporting.card import Table, columns, make_card, read_runs
 from vlmfix.evals.reporting.plots import draw_chair, draw_forest
+from vlmfix.evals.reporting.write import report, to_markdown
 from vlmfix.evals.score import score
 from vlmfix.evals.scoring.stats import holm
 

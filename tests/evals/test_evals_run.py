@@ -19,8 +19,8 @@ import vlmfix
 import vlmfix.evals
 from vlmfix.errors import BadInput, UnknownMethod, UnknownTask
 from vlmfix.evals.inputs.coco import CocoData
-from vlmfix.evals.reporting.report import write_json
 from vlmfix.evals.running.arms import file_name, named_arms
+from vlmfix.evals.running.files import write_json
 from vlmfix.evals.tasks import Answer, Sample
 from vlmfix.methods.pai import PayAttentionToImage
 

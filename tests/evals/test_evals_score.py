@@ -16,9 +16,9 @@ from evals_worlds import FakeModel, write_world
 
 import vlmfix.evals
 from vlmfix.errors import BadInput, UnknownTask
-from vlmfix.evals.options import Options
+from vlmfix.evals.options import SCORING, Options
 from vlmfix.evals.reporting.report import to_markdown
-from vlmfix.evals.score import SCORING, score
+from vlmfix.evals.score import score
 from vlmfix.evals.tasks import Answer, Sample, get_task, list_tasks
 
 

@@ -23,7 +23,6 @@ Json = Annotated[bool, Option("--json", help="Print one JSON document, nothing e
 Dtype = Annotated[str | None, Option(help="bfloat16, float16 or float32.")]
 Device = Annotated[str | None, Option(help="cpu, cuda, cuda:1; CUDA if there is one.")]
 Threads = Annotated[int | None, Option(min=1, help="Torch threads on the CPU.")]
-NewTokens = Annotated[int | None, Option(min=1, help="Longest answer; by task if absent.")]
 
 MethodName = Annotated[str | None, Argument(metavar="[NAME]", help="One method, in full.")]
 Save = Annotated[bool, Option(help="Keep it in the cache folder for later runs.")]
@@ -63,67 +62,13 @@ Data = Annotated[
         "absent.",
     ),
 ]
-Limit = Annotated[int | None, Option(min=1, help="Only the first N images.")]
-Images = Annotated[str, Option(help="How many images a task selects, or 'all'.")]
-Questions = Annotated[
-    list[str] | None,
-    Option(
-        metavar="SPLIT=FILE",
-        help="Ask these POPE questions; SPLIT all: the splits that FILE names itself.",
-    ),
-]
-Splits = Annotated[
-    str | None,
-    Option(
-        metavar="SPLIT[,SPLIT]",
-        help="POPE splits to build: random, popular, adversarial (these three if absent), small.",
-    ),
-]
-GroundTruth = Annotated[
-    str | None,
-    Option("--ground-truth", help="Objects that POPE asks about: instances or instances+captions."),
-]
-OfficialTypo = Annotated[
-    bool, Option("--official-typo", help="POPE asks 'in the imange' after 'an', as its files do.")
-]
-ImageIds = Annotated[
-    Path | None,
-    Option("--image-ids", help="File of the images that CHAIR describes, one id per line."),
-]
-ChairEngine = Annotated[
-    str, Option("--chair-engine", help="What finds objects in captions: builtin or nltk.")
-]
-ChairMode = Annotated[
-    str, Option("--chair-mode", help="CHAIR's own rules (compat), or repaired ones (fixed).")
-]
-AmberSimilarity = Annotated[
-    str,
-    Option(
-        metavar="exact|spacy|spacy:MODEL",
-        help="When AMBER takes two nouns for the same: equal words, or word vectors of spaCy.",
-    ),
-]
-Temperature = Annotated[
-    float | None, Option(help="Sample at this temperature; greedy decoding if absent.")
-]
-Seeds = Annotated[int, Option(min=1, help="Sampled answers to each item, each with its own seed.")]
 ResultFolder = Annotated[
     Path | None,
     Option("--output", "--output-path", "--output_path", help="Folder for the results."),
 ]
 BatchSize = Annotated[int, Option("--batch-size", "--batch_size", min=1, help="Rows at a time.")]
 Seed = Annotated[int, Option(help="Of the choice of images, questions, intervals, sampling.")]
-PromptStyle = Annotated[str, Option(help="Wording of yes/no questions.")]
-Parser = Annotated[str, Option(help="How yes/no answers are read.")]
-Truncate = Annotated[str, Option(help="'sentence' drops the sentence that the limit cut.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace earlier results in --output.")]
-Resume = Annotated[
-    bool, Option("--resume", help="Go on with the run in --output; starts one if it is empty.")
-]
-GreedyToo = Annotated[
-    bool, Option("--greedy-too", help="With --temperature: every arm decodes greedily, too.")
-]
-NoOp = Annotated[bool, Option("--noop", help="Add a control arm that is hooked and edits nothing.")]
 
 ScoredTask = Annotated[str, Argument(metavar="TASK", help="What the answers were given to.")]
 Answers = Annotated[

@@ -1,4 +1,4 @@
-"""Evaluation of a model with and without methods, on the same items: POPE and CHAIR.
+"""Evaluation of a model with and without methods, on the same items.
 
     results = vlmfix.evals.evaluate(["pope"], methods=["var", "pai"], limit=100)
     rich.print(vlmfix.evals.render(results))
@@ -11,13 +11,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from vlmfix.evals.tasks import TASKS
+from vlmfix.evals.options import Options
+from vlmfix.evals.tasks import TASKS, Task, list_tasks
 
 if TYPE_CHECKING:
     from vlmfix.evals.harness import evaluate
     from vlmfix.evals.reporting.report import render, to_markdown
 
-__all__ = ["TASKS", "evaluate", "render", "to_markdown"]
+__all__ = ["TASKS", "Options", "Task", "evaluate", "list_tasks", "render", "to_markdown"]
 
 _HOME = {
     "evaluate": "vlmfix.evals.harness",

@@ -32,11 +32,12 @@ from vlmfix.chat import chat_inputs
 from vlmfix.errors import BadInput
 from vlmfix.evals.chair.objects import ground_truth, mentions
 from vlmfix.evals.chair.task import PROMPT
-from vlmfix.evals.harness import output_folder, positive
 from vlmfix.evals.inputs.coco import CocoData
+from vlmfix.evals.options import positive
 from vlmfix.evals.reporting.head_plots import layer_head_map, require_matplotlib
-from vlmfix.evals.reporting.report import write_json
+from vlmfix.evals.running.files import write_json
 from vlmfix.evals.running.progress import progress_bar
+from vlmfix.evals.running.store import output_folder
 from vlmfix.evals.scoring.stats import LEVEL, Resamples, percentile_interval
 from vlmfix.families import ModelInfo, describe_model
 from vlmfix.wrapper import using, wrapped

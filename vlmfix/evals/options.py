@@ -13,7 +13,7 @@ from typing import Any
 
 from vlmfix.errors import BadInput
 
-__all__ = ["Options", "flags", "from_text", "positive", "split"]
+__all__ = ["DEFAULTS", "SCORING", "Options", "flags", "from_text", "positive", "split"]
 
 
 def _option(
@@ -69,6 +69,13 @@ def _files_by_split(pairs: Sequence[str]) -> dict[str, str] | None:
     if bad := [pair for pair in pairs if not all(pair.partition("="))]:
         raise BadInput(f"--questions {bad[0]}: write SPLIT=FILE, e.g. random=coco_random.json")
     return {name: file for name, _, file in (pair.partition("=") for pair in pairs)} or None
+
+
+def positive(**values: int | None) -> None:
+    """Raise BadInput unless every option that is given is 1 or more."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise BadInput(f"{name}={value}: must be 1 or more")
 
 
 @dataclass(frozen=True)
@@ -182,6 +189,12 @@ class Options:
         return {item.name for item in fields(self) if getattr(self, item.name) != item.default}
 
 
+DEFAULTS = Options()
+
+#: Options that concern answers that are there already, and so `vlmfix score`.
+SCORING = ("truncate", "chair_engine", "chair_mode", "amber_similarity", "seed")
+
+
 def flags(item: Field[Any]) -> tuple[str, ...]:
     """What the command line calls a field of `Options`."""
     own: tuple[str, ...] = item.metadata["flags"]
@@ -196,10 +209,3 @@ def from_text(item: Field[Any], value: Any) -> Any:
     """
     read = item.metadata["read"]
     return value if read is None or value is None else read(value)
-
-
-def positive(**values: int | None) -> None:
-    """Raise BadInput unless every option that is given is 1 or more."""
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise BadInput(f"{name}={value}: must be 1 or more")

@@ -16,17 +16,14 @@ from vlmfix.errors import BadInput
 from vlmfix.evals.inputs.pairing import answer_text
 from vlmfix.evals.inputs.parsers import PARSERS, get_parser
 from vlmfix.evals.inputs.rows import Row, few, short
-from vlmfix.evals.options import Options
+from vlmfix.evals.options import SCORING, Options
 from vlmfix.evals.running.arms import BASE
 from vlmfix.evals.scoring.controls import add_controls
 from vlmfix.evals.tasks import Answer, Task, get_task, list_tasks
 
-__all__ = ["ALL_PARSERS", "SCORING", "score"]
+__all__ = ["ALL_PARSERS", "score"]
 
 ALL_PARSERS = "all"
-
-#: Options that concern answers that are there already; `vlmfix score` has them from `Options`.
-SCORING = ("truncate", "chair_engine", "chair_mode", "amber_similarity", "seed")
 
 
 def score(

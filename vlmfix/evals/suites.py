@@ -7,16 +7,17 @@ other run. Its figures compare methods under one suite. "quick" is too small for
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from vlmfix.errors import BadInput
-from vlmfix.evals.tasks import TASKS
+from vlmfix.evals.options import DEFAULTS, Options
+from vlmfix.evals.tasks import list_tasks
 
-__all__ = ["SUITES", "Part", "parts_of", "run_suite"]
+__all__ = ["SETTLED", "SUITES", "Part", "parts_of", "run_suite"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ SUITES: dict[str, tuple[Part, ...]] = {
     "full": (Part(("pope",)), Part(("chair",))),
 }
 
+#: Options that a suite leaves no choice about on the command line.
+SETTLED = ("n_images", "image_ids", "questions", "splits", "max_new_tokens")
+
 #: What else the full suite asks about the bundled images.
 _BUNDLED = ("mme", "rope")
 
@@ -61,7 +65,7 @@ def parts_of(suite: str, data: Mapping[str, Any] | None) -> tuple[Part, ...]:
     parts = SUITES[suite]
     if suite != "full":
         return parts
-    more = _BUNDLED if data is None else [name for name in TASKS if name in data]
+    more = _BUNDLED if data is None else [name for name in list_tasks() if name in data]
     known = {task for part in parts for task in part.tasks}
     return (*parts, *(Part((task,)) for task in more if task not in known))
 
@@ -71,13 +75,12 @@ def run_suite(
     model: str | Path = "emoji",
     methods: Iterable[Any] | None = None,
     data: Mapping[str, Any] | None = None,
-    output: str | Path | None = None,
+    options: Options = DEFAULTS,
     *,
-    overwrite: bool = False,
-    resume: bool = False,
+    quiet: bool = False,
     dtype: Any = None,
     device: Any = None,
-    **options: Any,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Run the parts of a suite one after the other, and write their score card.
 
@@ -86,12 +89,11 @@ def run_suite(
         model: "emoji", a folder or a hub id.
         methods: as `evaluate` takes them; None: every method that fits the model.
         data: task -> path, as `evaluate` takes it; None: the bundled images.
-        output: folder of the suite; None makes one under runs/.
-        overwrite: replace the results that `output` already holds.
-        resume: go on with the suite in `output`.
+        options: for all parts; `output` is the folder of the suite.
+        quiet: no progress bars.
         dtype: of the model.
         device: of the model.
-        options: further ones of `evaluate`, for all parts.
+        changes: fields of `Options` by name, over those of `options`.
 
     Returns:
         {"suite", "output", "left_out": method -> why it does not fit, "errors": items without an
@@ -103,20 +105,25 @@ def run_suite(
     """
     import vlmfix
     from vlmfix.analysis.doctor import examine
-    from vlmfix.evals.harness import evaluate, output_folder
-    from vlmfix.evals.reporting.card import report
-    from vlmfix.evals.reporting.report import write_json
+    from vlmfix.evals.harness import evaluate
+    from vlmfix.evals.reporting.write import report
+    from vlmfix.evals.running.files import write_json
     from vlmfix.evals.running.models import TransformersModel
     from vlmfix.evals.running.processes import Processes
+    from vlmfix.evals.running.store import output_folder
 
     parts = parts_of(suite, data)
-    if clash := sorted({name for part in parts for name in part.options} & set(options)):
+    given = set(changes) | options.changed()
+    if clash := sorted({name for part in parts for name in part.options} & given):
         raise BadInput(f"the suite {suite} settles {', '.join(clash)}: leave it out")
-    if resume and output is None:
+    options = replace(options, **changes)
+    if options.resume and options.output is None:
         raise BadInput("resume: name the suite's folder with output= (--output)")
     started, processes = datetime.now(timezone.utc), Processes()
     folder = processes.once(
-        lambda: output_folder(output, overwrite or resume, started, [suite], model)
+        lambda: output_folder(
+            options.output, options.overwrite or options.resume, started, [suite], model
+        )
     )
     if processes.size > 1 and device in (None, "cuda"):
         device = processes.device()
@@ -136,12 +143,9 @@ def run_suite(
             part.tasks,
             asked,
             chosen,
-            data=None if data is None else {k: data[k] for k in (*part.tasks, "*") if k in data},
-            output=folder / name,
-            overwrite=overwrite,
-            resume=resume,
-            **part.options,
-            **options,
+            None if data is None else {k: data[k] for k in (*part.tasks, "*") if k in data},
+            replace(options, output=folder / name, **part.options),
+            quiet=quiet,
         )
 
     def finish() -> list[str]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from vlmfix.errors import BadInput
+from vlmfix.evals.running.files import write_lines
 from vlmfix.evals.tasks import Answer, Sample, Task
 
 __all__ = [
@@ -27,7 +28,6 @@ __all__ = [
     "merge",
     "part",
     "read_records",
-    "write_records",
 ]
 
 Record = Mapping[str, Any]
@@ -185,7 +185,7 @@ def merge(folder: Path, stem: str, retry: bool = False) -> list[dict[str, Any]]:
                 chosen[key] = record
     records = [r for r in chosen.values() if not (retry and r["error"] is not None)]
     records.sort(key=lambda record: (record["sampling_seed"] or 0, record["index"]))
-    write_records(whole, records)
+    write_lines(whole, records)
     for path in parts:
         path.unlink()
     return records
@@ -202,20 +202,6 @@ def _is_part(name: str, stem: str) -> bool:
     return (
         name.startswith(start) and name.endswith(end) and name[len(start) : -len(end)].isdecimal()
     )
-
-
-def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Write a .jsonl file whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("w", encoding="utf-8", newline="\n") as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def digest(content: Any) -> str:
