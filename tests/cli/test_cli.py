@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import fields
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,12 @@ import tiny_folders
 import torch
 from PIL import Image
 
+from vlmfix import evals
 from vlmfix.cli import show
 from vlmfix.cli.main import main
 from vlmfix.emoji import evaluation_split
+from vlmfix.errors import BadInput
+from vlmfix.evals.options import Options, flags
 
 ROOT = Path(__file__).resolve().parents[2]
 # Three layers: without the last one VAR would have none to edit.
@@ -109,6 +114,40 @@ def _help_seconds() -> float:
     return (
         after.children_user + after.children_system - before.children_user - before.children_system
     )
+
+
+def test_every_option_of_an_evaluation_is_on_its_command_line() -> None:
+    shown = inside("eval", "--help").stdout
+    flat = " ".join(re.sub("[^ -~]", " ", shown).split())
+    for item in fields(Options):
+        assert f" {flags(item)[0]}" in flat, item.name
+        assert item.metadata["help"].split()[0] in flat
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), {}),
+        (("--images", "all", "--splits", "random, small"), {"splits": ["random", "small"]}),
+        (("--questions", "a=b=c", "--questions", "d=e"), {"questions": {"a": "b=c", "d": "e"}}),
+        (("--batch_size", 3, "--output_path", "o", "--noop"), {"batch_size": 3, "noop": True}),
+    ],
+)
+def test_options_reach_the_evaluation(
+    arguments: tuple[object, ...], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Options] = []
+
+    def evaluate(*positional: Any, **named: Any) -> Any:
+        given.append(positional[4])
+        raise BadInput("seen")
+
+    monkeypatch.setattr(evals, "evaluate", evaluate, raising=False)
+    assert "seen" in inside("eval", "pope", *arguments).stderr
+    (options,) = given
+    images = {"n_images": None} if "--images" in arguments else {}
+    output = {"output": Path("o")} if "--output_path" in arguments else {}
+    assert options == Options(**expected, **images, **output)
 
 
 def test_version() -> None:

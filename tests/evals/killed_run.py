@@ -24,7 +24,11 @@ KILLS = 5
 
 def lines(folder: Path) -> int:
     """Finished lines of all files of records."""
-    return sum(path.read_bytes().count(b"\n") for path in folder.glob("samples_*.jsonl"))
+    while True:
+        try:
+            return sum(path.read_bytes().count(b"\n") for path in folder.glob("samples_*.jsonl"))
+        except FileNotFoundError:  # the run has merged its files since they were listed
+            continue
 
 
 def start(folder: Path, model: object) -> int:

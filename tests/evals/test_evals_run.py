@@ -19,6 +19,7 @@ import vlmfix
 import vlmfix.evals
 from vlmfix.errors import BadInput, UnknownMethod, UnknownTask
 from vlmfix.evals.inputs.coco import CocoData
+from vlmfix.evals.options import Options
 from vlmfix.evals.running.arms import file_name, named_arms
 from vlmfix.evals.running.files import write_json
 from vlmfix.evals.tasks import Answer, Sample
@@ -270,6 +271,22 @@ def test_refusals_come_first_and_leave_nothing(
         run(**{"model": model, "world": world, "output": tmp_path / "out", **options})
     assert not model.batches
     assert not (tmp_path / "out").exists()
+
+
+def test_options_as_one_object_or_by_name(world: Path, tmp_path: Path) -> None:
+    chosen = Options(limit=2, n_images=10, seed=5, output=tmp_path / "a")
+    one = vlmfix.evals.evaluate(["pope"], FakeModel(truthful), [], world, chosen, quiet=True)
+    changed = {"limit": 2, "n_images": 10, "seed": 5, "output": tmp_path / "b", "quiet": True}
+    by_name = vlmfix.evals.evaluate(["pope"], FakeModel(truthful), [], world, **changed)
+    assert one["config"] == by_name["config"]
+    assert one["config"]["seed"] == 5 and one["config"]["limit"] == 2
+    # What says where and how, and not what, is no part of the config that a resumed run compares.
+    assert not {"output", "resume", "overwrite", "questions", "noop"} & set(one["config"])
+    over = {"seed": 6, "output": tmp_path / "c", "quiet": True}
+    both = vlmfix.evals.evaluate(["pope"], FakeModel(truthful), [], world, chosen, **over)
+    assert (both["config"]["seed"], both["config"]["limit"]) == (6, 2)
+    with pytest.raises(TypeError, match="limitt"):
+        vlmfix.evals.evaluate(["pope"], FakeModel(truthful), [], world, limitt=3)
 
 
 def test_a_misspelt_method_fails_before_the_model_loads(
