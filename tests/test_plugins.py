@@ -132,7 +132,7 @@ def test_a_task_touches_its_folder_and_three_places() -> None:
 METHOD = """
 from dataclasses import dataclass
 from typing import ClassVar
-from vlmfix.base.method import AttentionMethod
+from vlmfix.base.attention import AttentionMethod
 
 @dataclass(frozen=True)
 class Mine(AttentionMethod):

@@ -48,6 +48,7 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
 
 def _parameter(item: Field[Any]) -> inspect.Parameter:
     facts = item.metadata
+    kind = facts["kind"] or _HINTS[item.name]
     shown = Option(
         *flags(item),
         help=facts["help"],
@@ -59,5 +60,5 @@ def _parameter(item: Field[Any]) -> inspect.Parameter:
         item.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=item.default,
-        annotation=Annotated[facts["kind"] or _HINTS[item.name], shown],
+        annotation=Annotated[kind, shown],
     )
