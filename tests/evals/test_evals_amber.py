@@ -18,7 +18,7 @@ from vlmfix.evals.amber.data import AmberData, Lexicon
 from vlmfix.evals.amber.discriminative import EXACT, AmberDiscriminative, official_figures
 from vlmfix.evals.amber.generative import official_figures as official_descriptions
 from vlmfix.evals.amber.objects import get_similarity, read_objects
-from vlmfix.evals.amber.task import Amber, load_questions, score_answers
+from vlmfix.evals.amber.task import Amber, score_answers
 from vlmfix.evals.inputs import nltk_tools
 from vlmfix.evals.tasks import Answer, Options
 
@@ -219,7 +219,7 @@ def test_what_similarity_needs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_nouns_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     nltk_tools._tools.cache_clear()
     monkeypatch.setitem(sys.modules, "nltk", None)
-    data = load_questions(write(tmp_path))
+    data = AmberData.open(write(tmp_path))
     with pytest.raises(MissingDependency, match="pip install .*nltk.* nltk.downloader punkt"):
         Amber(data, Options())
     with pytest.raises(MissingDependency, match="tagging words needs NLTK"):
@@ -235,7 +235,7 @@ def described(first: list[str], second: list[str]) -> list[dict[str, Any]]:
 
 
 def test_descriptions_by_hand(tmp_path: Path) -> None:
-    data = load_questions(write(tmp_path))
+    data = AmberData.open(write(tmp_path))
     answers = described(["sky", "tree", "dog", "light"], ["boat", "ship"])
     scored = score_answers(data, answers[::-1])
     values = {name: score["value"] for name, score in scored["scores"]["generative"].items()}
@@ -252,7 +252,7 @@ def test_descriptions_by_hand(tmp_path: Path) -> None:
 
 
 def test_descriptions_without_any_object(tmp_path: Path) -> None:
-    scored = score_answers(load_questions(write(tmp_path)), described([], ["zebra"]))
+    scored = score_answers(AmberData.open(write(tmp_path)), described([], ["zebra"]))
     assert scored["scores"]["generative"]["chair"]["value"] == 0
     assert scored["flags"] == ["generative.chair: zero denominator"]
     assert scored["compat"]["generative"]["chair"] == 0.0
@@ -283,7 +283,7 @@ def replies(**changes: str) -> list[dict[str, Any]]:
 
 
 def test_questions_by_hand(tmp_path: Path) -> None:
-    data = load_questions(write(tmp_path))
+    data = AmberData.open(write(tmp_path))
     scored = score_answers(data, replies(_4="Yes", _5="no.", _6="", _9="No, it is not."))
     place = scored["scores"]["discriminative"]
     # Read: 3 no/no, 4 no/yes, 5 yes/no, 6 no/yes (official rule: empty is yes), 7, 8, 9, 10 right.
@@ -319,7 +319,7 @@ def test_official_rounding() -> None:
 
 
 def test_both_parts_make_the_amber_score(tmp_path: Path) -> None:
-    data = load_questions(write(tmp_path))
+    data = AmberData.open(write(tmp_path))
     scored = score_answers(data, described(["sky", "cat"], []) + replies(_3="Yes"))
     score = scored["scores"]["amber"]["amber_score"]
     f1 = 2 * 4 / (4 + 5)
@@ -340,12 +340,12 @@ def test_the_amber_score_draws_pictures_for_both_parts(tmp_path: Path) -> None:
     (folder / "data" / "query" / "query_all.json").write_text(json.dumps(queries))
     # All is wrong about the first picture, and nothing about the second.
     answers = described(["cat"], ["ship"]) + replies(_3="Yes", _4="Yes", _5="No", _6="Yes")
-    score = score_answers(load_questions(folder), answers)["scores"]["amber"]["amber_score"]
+    score = score_answers(AmberData.open(folder), answers)["scores"]["amber"]["amber_score"]
     assert score["ci"] == [0, 1]
 
 
 def test_a_part_that_is_begun_must_be_whole(tmp_path: Path) -> None:
-    data = load_questions(write(tmp_path))
+    data = AmberData.open(write(tmp_path))
     with pytest.raises(BadInput, match="1 of 2 questions have no answer: 2: answer all"):
         score_answers(data, described([], [])[:1])
     with pytest.raises(BadInput, match="10 of 10 questions have no answer: 1, 2, 3"):
@@ -359,7 +359,7 @@ def test_a_part_that_is_begun_must_be_whole(tmp_path: Path) -> None:
 
 
 def test_without_queries_questions_are_scored_and_it_says_so(tmp_path: Path) -> None:
-    data = load_questions(write(tmp_path, queries=False))
+    data = AmberData.open(write(tmp_path, queries=False))
     scored = score_answers(data, replies())
     assert scored["scores"]["discriminative"]["accuracy"]["value"] == 1
     assert scored["clusters"] == "question (the folder has no query for some)"
@@ -381,24 +381,24 @@ def test_broken_annotations_name_file_and_place(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(BadInput, match=rf"annotations\.json, {message}"):
-        load_questions(write(tmp_path, [{**ITEMS[0], **change}]))
+        AmberData.open(write(tmp_path, [{**ITEMS[0], **change}]))
 
 
 def test_broken_vocabulary_and_queries(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"no entry for yak, which the annotations use"):
-        _ = load_questions(write(tmp_path / "a", [{**ITEMS[0], "truth": ["yak"]}])).lexicon
+        _ = AmberData.open(write(tmp_path / "a", [{**ITEMS[0], "truth": ["yak"]}])).lexicon
     folder = write(tmp_path / "b")
     (folder / "data" / "safe_words.txt").unlink()
     with pytest.raises(BadInput, match=r"holds no safe_words\.txt. It needs annotations\.json"):
-        _ = load_questions(folder).lexicon
+        _ = AmberData.open(folder).lexicon
     folder = write(tmp_path / "c")
     path = folder / "data" / "query" / "query_generative.json"
     path.write_text('[{"id": 1, "image": "AMBER_9.jpg", "query": "Describe this image."}]')
     with pytest.raises(BadInput, match="item 1: id 1 asks something else in another file"):
-        load_questions(folder)
+        AmberData.open(folder)
     path.write_text('[{"id": 77, "image": "AMBER_9.jpg", "query": "Describe this image."}]')
     with pytest.raises(BadInput, match="item 1: id 77 is not among the annotations"):
-        load_questions(folder)
+        AmberData.open(folder)
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
@@ -441,12 +441,12 @@ def test_a_run_of_everything(tmp_path: Path) -> None:
         if x
     ]
     assert records[0]["parsed"] == {"objects": ["sky", "tree", "cat"], "hallucinated": ["cat"]}
-    assert score_answers(load_questions(tmp_path / "data"), records)["scores"] == base["scores"]
+    assert score_answers(AmberData.open(tmp_path / "data"), records)["scores"] == base["scores"]
 
 
 @pytest.mark.usefixtures("tagger")
 def test_seeds_have_figures_of_their_own(tmp_path: Path) -> None:
-    task = Amber(load_questions(write(tmp_path)), Options())
+    task = Amber(AmberData.open(write(tmp_path)), Options())
     n = len(task.samples)
     good = [Answer("sky" if s.split == "generative" else s.target.title()) for s in task.samples]
     bad = [Answer("cat" if s.split == "generative" else "Yes") for s in task.samples]
@@ -458,16 +458,16 @@ def test_seeds_have_figures_of_their_own(tmp_path: Path) -> None:
 
 
 def test_a_limit_takes_the_first_pictures(tmp_path: Path) -> None:
-    task = AmberDiscriminative(load_questions(write(tmp_path)), Options(limit=1))
+    task = AmberDiscriminative(AmberData.open(write(tmp_path)), Options(limit=1))
     assert task.partial
     assert {sample.image for sample in task.samples} == {"AMBER_2.jpg"}
     with pytest.raises(BadInput, match="no prompt style 'polite'"):
-        AmberDiscriminative(load_questions(tmp_path), Options(prompt_style="polite"))
+        AmberDiscriminative(AmberData.open(tmp_path), Options(prompt_style="polite"))
 
 
 @pytest.mark.usefixtures("tagger")
 def test_nothing_answered_is_nothing_scored(tmp_path: Path) -> None:
-    data = load_questions(write(tmp_path))
+    data = AmberData.open(write(tmp_path))
     for task in (Amber(data, Options()), AmberDiscriminative(data, Options())):
         scored = task.score([], {"base": [], "var": []}, [])
         assert (scored["var"]["scores"], scored["var"]["n_unparsed"]) == ({}, 0)

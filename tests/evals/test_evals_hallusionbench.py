@@ -15,7 +15,6 @@ from vlmfix.evals.hallusionbench.task import (
     SUFFIX,
     HallusionBench,
     HallusionData,
-    load_questions,
     score_answers,
 )
 from vlmfix.evals.tasks import Answer, Options
@@ -93,14 +92,14 @@ def test_questions_and_figures(
         }
         for i, one in enumerate(ROWS)
     ]
-    scored = score_answers(load_questions(write(tmp_path)), answers[::-1])
+    scored = score_answers(HallusionData.open(write(tmp_path)), answers[::-1])
     assert values(scored) == pytest.approx(expected, abs=1e-12)
     assert scored["scores"]["all"]["aacc"]["value"] == expected[0]
 
 
 def test_places(tmp_path: Path) -> None:
     answers = [{**one, "answer": "Yes."} for one in ROWS]
-    scored = score_answers(load_questions(write(tmp_path)), answers)
+    scored = score_answers(HallusionData.open(write(tmp_path)), answers)
     assert values(scored, "VS") == (4 / 6, 0, 1 / 2)
     # Without the questions about nothing, figure 1 and 2 are what is left of a question.
     assert scored["counts"]["visual"]["n"] == 7
@@ -110,11 +109,13 @@ def test_places(tmp_path: Path) -> None:
 
 def test_an_answer_that_says_neither_is_wrong_and_counted(tmp_path: Path) -> None:
     answers = [{**one, "answer": "I see a chart"} for one in ROWS]
-    scored = score_answers(load_questions(write(tmp_path)), answers)
+    scored = score_answers(HallusionData.open(write(tmp_path)), answers)
     assert values(scored) == (0, 0, 0)
     assert scored["n_unparsed"] == 9
     # POPE's rule takes everything without a "no" for a yes.
-    assert values(score_answers(load_questions(tmp_path), answers, parser="official"))[0] == 6 / 9
+    assert (
+        values(score_answers(HallusionData.open(tmp_path), answers, parser="official"))[0] == 6 / 9
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_broken_rows_name_file_and_place(
 ) -> None:
     write(tmp_path, [{**ROWS[0], **change}, *ROWS[1:]])
     with pytest.raises(BadInput, match=rf"HallusionBench\.json, {message}"):
-        load_questions(tmp_path)
+        HallusionData.open(tmp_path)
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
@@ -139,11 +140,11 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="holds no HallusionBench.json. It needs"):
         HallusionData.open(tmp_path)
     with pytest.raises(BadInput, match="1 repeated: VS_chart_0_0_0"):
-        load_questions(write(tmp_path, [*ROWS, ROWS[0]]))
+        HallusionData.open(write(tmp_path, [*ROWS, ROWS[0]]))
 
 
 def test_answers_that_do_not_fit(tmp_path: Path) -> None:
-    questions = load_questions(write(tmp_path))
+    questions = HallusionData.open(write(tmp_path))
     answers = [{**one, "answer": right(one)} for one in ROWS]
     with pytest.raises(BadInput, match="1 of 9 questions have no answer: VS_chart_0_0_0"):
         score_answers(questions, answers[1:])
@@ -176,14 +177,14 @@ def test_a_run_asks_some_questions_without_a_picture(tmp_path: Path) -> None:
 
 
 def test_a_limit_takes_whole_sets(tmp_path: Path) -> None:
-    task = HallusionBench(load_questions(write(tmp_path)), Options(limit=1))
+    task = HallusionBench(HallusionData.open(write(tmp_path)), Options(limit=1))
     assert task.partial
     assert len(task.samples) == 6
     assert {sample.split for sample in task.samples} == {"VS"}
 
 
 def test_a_set_of_which_a_question_failed_is_left_out(tmp_path: Path) -> None:
-    task = HallusionBench(load_questions(write(tmp_path)), Options())
+    task = HallusionBench(HallusionData.open(write(tmp_path)), Options())
     samples = task.samples[1:]
     scored = task.score(samples, {"base": [Answer(s.target) for s in samples]})["base"]
     assert scored["counts"]["all"]["n"] == 3
@@ -191,7 +192,7 @@ def test_a_set_of_which_a_question_failed_is_left_out(tmp_path: Path) -> None:
 
 
 def test_seeds_are_groups_of_their_own(tmp_path: Path) -> None:
-    task = HallusionBench(load_questions(write(tmp_path)), Options())
+    task = HallusionBench(HallusionData.open(write(tmp_path)), Options())
     n = len(task.samples)
     answers = [Answer(s.target) for s in task.samples] + [Answer("maybe")] * n
     scored = task.score(task.samples * 2, {"base": answers}, [0] * n + [1] * n)["base"]
@@ -200,5 +201,5 @@ def test_seeds_are_groups_of_their_own(tmp_path: Path) -> None:
 
 
 def test_nothing_answered_is_nothing_scored(tmp_path: Path) -> None:
-    task = HallusionBench(load_questions(write(tmp_path)), Options())
+    task = HallusionBench(HallusionData.open(write(tmp_path)), Options())
     assert task.score([], {"base": [], "var": []}, [])["var"]["scores"] == {}

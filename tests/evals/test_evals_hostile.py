@@ -20,6 +20,7 @@ import pytest
 
 from vlmfix.errors import BadInput
 from vlmfix.evals.amber import task as amber
+from vlmfix.evals.amber.data import AmberData
 from vlmfix.evals.chair import task as chair
 from vlmfix.evals.chair.files import load_captions, read_image_ids
 from vlmfix.evals.hallusionbench import task as hallusionbench
@@ -29,7 +30,6 @@ from vlmfix.evals.mme import task as mme
 from vlmfix.evals.mme.task import MmeQuestion
 from vlmfix.evals.pope import task as pope
 from vlmfix.evals.pope.builder import Question
-from vlmfix.evals.pope.files import load_answers as load_pope
 from vlmfix.evals.pope.files import load_questions
 from vlmfix.evals.rope import task as rope
 from vlmfix.evals.rope.emoji import EmojiRope
@@ -63,7 +63,7 @@ def pope_scorer(folder: Path) -> Scorer:
         for n in range(1, 7)
     ]
     return Scorer(
-        load_pope,
+        pope.Pope.load_answers,
         lambda rows: pope.score_answers({"s": questions}, {"s": rows}),
         [{"question_id": q.question_id, "answer": "Yes"} for q in questions],
         "question_id",
@@ -113,8 +113,8 @@ def hallusion_scorer(folder: Path) -> Scorer:
     path = folder / "HallusionBench.json"
     path.write_text(json.dumps(questions))
     return Scorer(
-        hallusionbench.load_answers,
-        partial(hallusionbench.score_answers, hallusionbench.load_questions(path)),
+        hallusionbench.HallusionBench.load_answers,
+        partial(hallusionbench.score_answers, hallusionbench.HallusionData.open(path)),
         [{k: v for k, v in q.items() if "gt" not in k} | {"answer": "Yes"} for q in questions],
         "set_id",
     )
@@ -128,8 +128,8 @@ def amber_scorer(folder: Path) -> Scorer:
     ]
     (folder / "annotations.json").write_text(json.dumps(annotations))
     return Scorer(
-        amber.load_answers,
-        partial(amber.score_answers, amber.load_questions(folder)),
+        amber.Amber.load_answers,
+        partial(amber.score_answers, AmberData.open(folder)),
         [{"id": row["id"], "response": "Yes"} for row in annotations],
         "id",
     )
@@ -139,7 +139,7 @@ def rope_scorer(folder: Path) -> Scorer:
     emoji = EmojiRope()
     source = SimpleNamespace(entries=emoji.entries[:4], prompts=None)
     return Scorer(
-        rope.load_answers,
+        rope.Rope.load_answers,
         partial(rope.score_answers, source),
         [
             {"sample_id": entry.image, "answer": ", ".join(f"obj{n}: dog" for n in range(1, 6))}

@@ -15,7 +15,6 @@ from vlmfix.evals.mme.task import (
     Mme,
     MmeData,
     load_answers,
-    load_questions,
     score_answers,
 )
 from vlmfix.evals.tasks import Answer, Options
@@ -53,7 +52,7 @@ def rows(data: MmeData, wrong: tuple[str, ...] = ()) -> list[dict[str, Any]]:
 
 
 def test_scores_by_hand(tmp_path: Path) -> None:
-    data = load_questions(write_lists(tmp_path))
+    data = MmeData.open(write_lists(tmp_path))
     # Existence: one of four wrong, so one of two images; count: one image wrong altogether.
     scored = score_answers(data, rows(data, ("no existence 0", "count 1?")))
     found = {place: m["score"]["value"] for place, m in scored["scores"].items()}
@@ -65,7 +64,7 @@ def test_scores_by_hand(tmp_path: Path) -> None:
 
 
 def test_order_and_ending_of_the_question_do_not_matter(tmp_path: Path) -> None:
-    data = load_questions(write_lists(tmp_path))
+    data = MmeData.open(write_lists(tmp_path))
     answers = rows(data, ("no color 1",))
     turned = [
         {**row, "question": row["question"].replace(ENDING, "\nAnswer with one word.")}
@@ -86,8 +85,8 @@ def test_a_text_file_per_image(tmp_path: Path) -> None:
         Image.new("RGB", (4, 4)).save(folder / subset / "0.png")
         (folder / subset / "images").mkdir()
         Image.new("RGB", (4, 4)).save(folder / subset / "images" / "1.jpg")
-    data = load_questions(folder)
-    assert data.questions == load_questions(lists).questions
+    data = MmeData.open(folder)
+    assert data.questions == MmeData.open(lists).questions
     data.require_images([q.image for q in data.questions])
     assert data.image("color/0.jpg").mode == "RGB"
     with pytest.raises(BadInput, match=r"lacks 1 of 1 images, first color/7\.jpg"):
@@ -97,7 +96,7 @@ def test_a_text_file_per_image(tmp_path: Path) -> None:
 def test_an_image_needs_two_questions(tmp_path: Path) -> None:
     path = write_lists(tmp_path) / "Your_Results" / "count.txt"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
-    data = load_questions(tmp_path)
+    data = MmeData.open(tmp_path)
     with pytest.raises(BadInput, match=r"1 of 8 images have not exactly two .* count/1\.jpg \(1\)"):
         Mme(data, Options())
     with pytest.raises(BadInput, match="exactly two"):
@@ -109,7 +108,7 @@ def test_a_question_asked_twice_is_no_pair(tmp_path: Path) -> None:
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[0].replace("Yes", "No"), *lines[2:]]))
     with pytest.raises(BadInput, match="1 repeated: count/0.jpg: Is there a count 0"):
-        Mme(load_questions(tmp_path), Options())
+        Mme(MmeData.open(tmp_path), Options())
 
 
 @pytest.mark.parametrize(
@@ -126,7 +125,7 @@ def test_a_question_asked_twice_is_no_pair(tmp_path: Path) -> None:
 def test_broken_lists_name_file_and_line(tmp_path: Path, line: str, message: str) -> None:
     (write_lists(tmp_path) / "Your_Results" / "count.txt").write_text(line)
     with pytest.raises(BadInput, match=message):
-        load_questions(tmp_path)
+        MmeData.open(tmp_path)
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
@@ -141,7 +140,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 
 
 def test_answers_that_do_not_fit(tmp_path: Path) -> None:
-    data = load_questions(write_lists(tmp_path))
+    data = MmeData.open(write_lists(tmp_path))
     answers = rows(data)
     with pytest.raises(BadInput, match="1 of 16 questions have no answer: .*existence/0.jpg"):
         score_answers(data, answers[1:])
@@ -154,7 +153,7 @@ def test_answers_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_answers_of_the_official_tool(tmp_path: Path) -> None:
-    data = load_questions(write_lists(tmp_path / "data"))
+    data = MmeData.open(write_lists(tmp_path / "data"))
     out = tmp_path / "answers"
     out.mkdir()
     for subset in SUBSETS:
@@ -185,21 +184,21 @@ def test_a_run_compares_the_method_with_the_base(tmp_path: Path) -> None:
     assert method["delta"]["existence"]["mcnemar"]["better"] == 2
     prompts = {request.sample.prompt for request in model.requests}
     assert "Is there a count 0?\nAnswer the question using a single word or phrase." in prompts
-    bare = Mme(load_questions(tmp_path / "mme"), Options(prompt_style="bare"))
+    bare = Mme(MmeData.open(tmp_path / "mme"), Options(prompt_style="bare"))
     assert bare.samples[0].prompt == f"Is there a existence 0?{ENDING}"
 
 
 def test_a_limit_keeps_all_subsets_and_pairs(tmp_path: Path) -> None:
-    task = Mme(load_questions(write_lists(tmp_path)), Options(limit=1))
+    task = Mme(MmeData.open(write_lists(tmp_path)), Options(limit=1))
     assert task.partial
     assert [sample.split for sample in task.samples] == [s for s in SUBSETS for _ in range(2)]
-    whole = Mme(load_questions(tmp_path), Options(limit=2))
+    whole = Mme(MmeData.open(tmp_path), Options(limit=2))
     assert not whole.partial
     assert {s.sample_id for s in task.samples} < {s.sample_id for s in whole.samples}
 
 
 def test_half_an_image_is_left_out(tmp_path: Path) -> None:
-    task = Mme(load_questions(write_lists(tmp_path)), Options())
+    task = Mme(MmeData.open(write_lists(tmp_path)), Options())
     samples = task.samples[1:]  # the first question of existence/0.jpg failed
     answers = [Answer(s.target) for s in samples]
     scored = task.score(samples, {"base": answers})["base"]
@@ -209,7 +208,7 @@ def test_half_an_image_is_left_out(tmp_path: Path) -> None:
 
 def test_seeds_do_not_mix_their_pairs(tmp_path: Path) -> None:
     """Each seed gets another half of every pair right: no image is right under any seed."""
-    task = Mme(load_questions(write_lists(tmp_path)), Options())
+    task = Mme(MmeData.open(write_lists(tmp_path)), Options())
     n = len(task.samples)
     answers = [Answer("yes")] * n + [Answer("no")] * n
     scored = task.score(task.samples * 2, {"base": answers}, [0] * n + [1] * n)["base"]
@@ -218,6 +217,6 @@ def test_seeds_do_not_mix_their_pairs(tmp_path: Path) -> None:
 
 
 def test_nothing_answered_is_nothing_scored(tmp_path: Path) -> None:
-    task = Mme(load_questions(write_lists(tmp_path)), Options())
+    task = Mme(MmeData.open(write_lists(tmp_path)), Options())
     scored = task.score([], {"base": [], "var": []}, [])
     assert scored["var"]["scores"] == {} and "delta" in scored["var"]

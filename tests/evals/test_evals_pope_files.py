@@ -21,7 +21,6 @@ from vlmfix.evals.inputs.coco import CocoData
 from vlmfix.evals.pope.files import (
     answer_splits,
     asked_object,
-    load_answers,
     load_questions,
     load_splits,
     pair_answers,
@@ -128,11 +127,11 @@ def test_answers_of_the_official_code_fit_by_order_if_they_repeat_the_questions(
 ) -> None:
     questions = load_questions(write_lines(tmp_path / "pope.json", coco_rows(12))).questions
     rows = [{"question": q.text, "answer": q.label} for q in questions]
-    answers = load_answers(write_lines(tmp_path / "answers.json", rows))
+    answers = Pope.load_answers(write_lines(tmp_path / "answers.json", rows))
     assert score_answers({"s": questions}, {"s": answers})["counts"]["s"]["correct"] == 12
     rows[3], rows[4] = rows[4], rows[3]
     with pytest.raises(BadInput, match=r"answers.json, line 4 answers .*hot dog.* is .*oven"):
-        pair_answers(questions, load_answers(write_lines(tmp_path / "answers.json", rows)))
+        pair_answers(questions, Pope.load_answers(write_lines(tmp_path / "answers.json", rows)))
     with pytest.raises(BadInput, match="neither image and question nor question_id"):
         pair_answers(questions, [{"answer": "yes"}] * 12)
 
@@ -143,7 +142,7 @@ def test_an_answer_file_of_several_splits(tmp_path: Path) -> None:
         for n in (1, 2)
         for split in ("random", "popular")
     ]
-    answers = load_answers(write_lines(tmp_path / "all.jsonl", rows))
+    answers = Pope.load_answers(write_lines(tmp_path / "all.jsonl", rows))
     found = answer_splits(answers, ["popular", "random"])
     assert {split: [r.values["answer"] for r in part] for split, part in found.items()} == {
         "popular": ["popular"] * 2,
@@ -151,7 +150,9 @@ def test_an_answer_file_of_several_splits(tmp_path: Path) -> None:
     }
     with pytest.raises(BadInput, match="all.jsonl, line 1 is of the split 'random': name one of "):
         answer_splits(answers, ["popular", "adversarial"])
-    alone = load_answers(write_lines(tmp_path / "one.jsonl", [{"question_id": 1, "answer": "y"}]))
+    alone = Pope.load_answers(
+        write_lines(tmp_path / "one.jsonl", [{"question_id": 1, "answer": "y"}])
+    )
     assert answer_splits(alone, ["popular"]) == {"popular": alone}
     with pytest.raises(BadInput, match="is of the split None"):
         answer_splits(alone, ["popular", "random"])

@@ -103,7 +103,7 @@ def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     one = Processes()
     assert (one.rank, one.size, one.local_rank) == (0, 1, 0)
     assert one.gather("x") == ["x"] and one.once(lambda: 3) == 3
-    assert one.device() is None and is_first_process()
+    assert one.device(None) is None and one.device("cuda:1") == "cuda:1" and is_first_process()
 
     def fail() -> Any:
         raise BadInput("no")

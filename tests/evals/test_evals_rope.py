@@ -18,7 +18,6 @@ from vlmfix.evals.rope.task import (
     RopeSingle,
     RopeStudent,
     RopeTeacher,
-    load_questions,
     read_classes,
     score_answers,
 )
@@ -130,7 +129,7 @@ def test_one_object_of_a_line(answer: str, name: str) -> None:
 
 
 def test_accuracy_positions_and_averages(tmp_path: Path) -> None:
-    data = load_questions(write(tmp_path))
+    data = RopeData.open(write(tmp_path))
     said = {"a": ["dog", "dog", "cat", "dog", "cat"], "b": ["cup", "zebra", "", "bus", "dog"]}
     answers = [
         {"sample_id": f"unseen_mixed/pictures/{name}.jpg", "answer": line(classes)}
@@ -154,7 +153,7 @@ def test_accuracy_positions_and_averages(tmp_path: Path) -> None:
 
 def test_intervals_of_averages_are_those_of_resampled_images(tmp_path: Path) -> None:
     """Two images: a resample holds the first twice, both, or the second twice."""
-    data = load_questions(write(tmp_path))
+    data = RopeData.open(write(tmp_path))
     answers = [
         {"sample_id": f"unseen_mixed/pictures/{name}.jpg", "answer": line(classes)}
         for name, classes in {"a": TRUTH["a"], "b": ["x"] * 5}.items()
@@ -211,7 +210,7 @@ def test_the_reference_compares_letters_where_it_cannot_read() -> None:
 
 
 def test_the_default_setting_asks_once_per_image(tmp_path: Path) -> None:
-    task = Rope(load_questions(write(tmp_path)), Options())
+    task = Rope(RopeData.open(write(tmp_path)), Options())
     first, _ = task.samples
     assert (first.prefix, first.follows, first.target) == ("", None, TRUTH["a"])
     assert "zebra, donut, traffic light" in first.prompt  # the classes, in the authors' order
@@ -227,7 +226,7 @@ def test_teacher_forcing_gives_the_truth(tmp_path: Path) -> None:
     assert prefixes[2] == "obj1: cup, obj2: cell phone, obj3:"
     assert prefixes[4] == "obj1: cup, obj2: cell phone, obj3: tie, obj4: bus, obj5:"
     assert result["arms"]["base"]["scores"]["unseen_mixed"]["accuracy"]["value"] == 1
-    assert all(sample.follows is None for sample in RopeTeacher(load_questions(tmp_path / "data"),
+    assert all(sample.follows is None for sample in RopeTeacher(RopeData.open(tmp_path / "data"),
                                                                 Options()).samples)  # fmt: skip
 
 
@@ -252,7 +251,7 @@ def test_student_forcing_gives_its_own_answers(tmp_path: Path) -> None:
 
 
 def test_single_asks_about_each_object(tmp_path: Path) -> None:
-    task = RopeSingle(load_questions(write(tmp_path)), Options(limit=1))
+    task = RopeSingle(RopeData.open(write(tmp_path)), Options(limit=1))
     assert task.partial and len(task.samples) == 5
     assert "labelled obj4 belong" in task.samples[3].prompt
     assert task.parse(task.samples[3], Answer("Dog.")) == ("dog", True)
@@ -264,13 +263,13 @@ def test_prompts_of_the_data_are_taken(tmp_path: Path) -> None:
     write(tmp_path)
     path = tmp_path / "rope_prompts.json"
     path.write_text(json.dumps({"multi": "{five} of {classes}!", "single": "{object}? {classes}"}))
-    data = load_questions(tmp_path)
+    data = RopeData.open(tmp_path)
     assert Rope(data, Options()).samples[0].prompt.startswith("{five} of dining table, cow")
     assert RopeSingle(data, Options()).samples[1].prompt.startswith("obj2? dining table")
     assert Rope(data, Options()).facts["prompt"] == "of the data"
     path.write_text(json.dumps({"multi": "Name them.", "single": "{object}? {classes}"}))
     with pytest.raises(BadInput, match=r"'multi' must be a text with \{classes\} in it"):
-        load_questions(tmp_path)
+        RopeData.open(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -287,14 +286,14 @@ def test_broken_entries_name_file_and_place(
 ) -> None:
     write(tmp_path, [entry("a", TRUTH["a"]), entry("b", TRUTH["b"], **changes)])
     with pytest.raises(BadInput, match=rf"merged_mixed_data\.json, item 2.*{message}"):
-        load_questions(tmp_path)
+        RopeData.open(tmp_path)
 
 
 def test_an_empty_box_is_refused(tmp_path: Path) -> None:
     broken = entry("a", TRUTH["a"])
     broken["objects"][4]["bndbox"]["xmax"] = 0
     with pytest.raises(BadInput, match="object 5: the box .* is empty"):
-        load_questions(write(tmp_path, [broken]))
+        RopeData.open(write(tmp_path, [broken]))
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
@@ -306,7 +305,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 
 
 def test_answers_that_do_not_fit(tmp_path: Path) -> None:
-    data = load_questions(write(tmp_path))
+    data = RopeData.open(write(tmp_path))
     ids = [f"unseen_mixed/pictures/{name}.jpg#{k}" for name in "ab" for k in range(1, 6)]
     answers = [{"sample_id": one, "response": "dog"} for one in ids]
     scored = score_answers(data, answers, setting="single")
@@ -316,7 +315,7 @@ def test_answers_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_seeds_have_figures_of_their_own(tmp_path: Path) -> None:
-    task = RopeStudent(load_questions(write(tmp_path)), Options())
+    task = RopeStudent(RopeData.open(write(tmp_path)), Options())
     n = len(task.samples)
     answers = [Answer(str(s.target)) for s in task.samples] + [Answer("")] * n
     scored = task.score(task.samples * 2, {"base": answers}, [0] * n + [1] * n)["base"]
@@ -326,7 +325,7 @@ def test_seeds_have_figures_of_their_own(tmp_path: Path) -> None:
 
 
 def test_an_image_without_all_answers_is_none_to_the_reference(tmp_path: Path) -> None:
-    task = RopeStudent(load_questions(write(tmp_path)), Options())
+    task = RopeStudent(RopeData.open(write(tmp_path)), Options())
     samples = task.samples[:-1]
     scored = task.score(samples, {"base": [Answer(str(s.target)) for s in samples]})["base"]
     assert scored["counts"]["unseen_mixed"]["n"] == 9
@@ -334,6 +333,6 @@ def test_an_image_without_all_answers_is_none_to_the_reference(tmp_path: Path) -
 
 
 def test_nothing_answered_is_nothing_scored(tmp_path: Path) -> None:
-    task = RopeStudent(load_questions(write(tmp_path)), Options())
+    task = RopeStudent(RopeData.open(write(tmp_path)), Options())
     scored = task.score([], {"base": [], "var": []}, [])
     assert (scored["var"]["scores"], scored["var"]["compat"]) == ({}, {})

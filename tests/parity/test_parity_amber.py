@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vlmfix.evals.amber.data import AmberData
-from vlmfix.evals.amber.task import load_answers, load_questions, score_answers
+from vlmfix.evals.amber.task import Amber, score_answers
 
 # accuracy, precision, recall, F1 of synthetic_discriminative.json by the official script.
 OFFICIAL = {
@@ -35,12 +35,12 @@ def questions(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> AmberDa
         for number in range(1, 15221)
     ]
     (folder / "query_all.json").write_text(json.dumps(queries))
-    return load_questions(folder)
+    return AmberData.open(folder)
 
 
 @pytest.fixture(scope="module")
 def discriminative(golden: Path) -> list[Any]:
-    return load_answers(golden / "amber" / "synthetic_discriminative.json")
+    return Amber.load_answers(golden / "amber" / "synthetic_discriminative.json")
 
 
 def test_questions_score_as_the_official_script_prints(

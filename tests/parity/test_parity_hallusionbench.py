@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vlmfix.evals.hallusionbench.task import load_questions, score_answers
+from vlmfix.evals.hallusionbench.task import HallusionData, score_answers
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def by_reference(rows: list[dict[str, Any]], answer: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("answer", ["Yes", "No"])
 def test_constant_answers(golden: Path, rows: list[dict[str, Any]], answer: str) -> None:
-    questions = load_questions(golden / "hallusionbench" / "HallusionBench_subset.json")
+    questions = HallusionData.open(golden / "hallusionbench" / "HallusionBench_subset.json")
     answers = [{**row, "model_prediction": f"{answer}."} for row in reversed(rows)]
     scored = score_answers(questions, answers)
     values = {name: score["value"] for name, score in scored["scores"]["all"].items()}
@@ -55,7 +55,7 @@ def test_constant_answers(golden: Path, rows: list[dict[str, Any]], answer: str)
 
 def test_figures_and_questions_pull_apart(golden: Path, rows: list[dict[str, Any]]) -> None:
     """Everything right but one answer: one question and one figure are lost, no more."""
-    questions = load_questions(golden / "hallusionbench" / "HallusionBench_subset.json")
+    questions = HallusionData.open(golden / "hallusionbench" / "HallusionBench_subset.json")
     answers = [{**row, "answer": "yes" if row["gt_answer"] == "1" else "no"} for row in rows]
     wrong = next(row for row in answers if row["filename"] is not None)
     wrong["answer"] = "no" if wrong["gt_answer"] == "1" else "yes"

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from vlmfix.evals.mme.task import MME, Mme, load_answers, load_questions, score_answers
+from vlmfix.evals.mme.task import MME, Mme, MmeData, load_answers, score_answers
 from vlmfix.evals.tasks import Options
 
 
 def test_the_four_scores(golden: Path) -> None:
-    questions, answers = load_questions(golden / "mme"), load_answers(golden / "mme")
+    questions, answers = MmeData.open(golden / "mme"), load_answers(golden / "mme")
     random.Random(0).shuffle(answers)
     scored = score_answers(questions, answers)
     places = ("existence", "count", "position", "color")
@@ -27,7 +27,7 @@ def test_prompts_are_those_of_ritual(golden: Path) -> None:
     rows = [
         json.loads(x) for x in (golden / "mme/mme_hallucination.jsonl").read_text().splitlines()
     ]
-    task = Mme(load_questions(golden / "mme"), Options(prompt_style="lmms"))
+    task = Mme(MmeData.open(golden / "mme"), Options(prompt_style="lmms"))
     asked = sorted((sample.image, sample.prompt) for sample in task.samples)
     assert asked == sorted((row["image"], row["text"]) for row in rows)
     assert len({sample.sample_id for sample in task.samples}) == 240

@@ -110,9 +110,7 @@ def evaluate(
         opened[name].require_images(list(dict.fromkeys(pictures)))
     plans = {name: plan_batches(task.samples, options.batch_size) for name, task in ready.items()}
     applied = [method for method in named.values() if method is not None]
-    if processes.size > 1 and device in (None, "cuda"):
-        device = processes.device()
-    asked = _model(model, applied, dtype, device)
+    asked = _model(model, applied, dtype, processes.device(device))
     asked.check(applied)
 
     config = _plain_json(

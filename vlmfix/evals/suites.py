@@ -125,9 +125,7 @@ def run_suite(
             options.output, options.overwrite or options.resume, started, [suite], model
         )
     )
-    if processes.size > 1 and device in (None, "cuda"):
-        device = processes.device()
-    loaded, processor = vlmfix.load(model, dtype=dtype, device=device)
+    loaded, processor = vlmfix.load(model, dtype=dtype, device=processes.device(device))
     left_out: dict[str, str] = {}
     if methods is None:
         rows = examine(loaded)["methods"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmfix.errors import BadInput
-from vlmfix.evals.inputs.folder import ImageFolder, existing_folder
+from vlmfix.evals.inputs.folder import ImageFolder
 from vlmfix.evals.inputs.rows import (
     Row,
     few,
@@ -107,8 +107,11 @@ class AmberData(ImageFolder):
         BadInput: annotations or queries are missing or broken; the message names file and line.
     """
 
+    task = "amber"
+    needs = NEEDS
+
     def __init__(self, root: str | Path) -> None:
-        folder = existing_folder(root, "amber", NEEDS)
+        folder = self.existing(root)
         annotations = _one_of(folder, "annotations.json")
         queries = sorted(
             {
@@ -122,15 +125,6 @@ class AmberData(ImageFolder):
         super().__init__(folder, [annotations, *queries, *(p for p in optional if p)])
         self.items = _items(annotations)
         self.queries = _queries(queries, self.items)
-
-    @classmethod
-    def open(cls, path: str | Path | None) -> AmberData:
-        """The data in a folder; there is none bundled (`Task.open` of the AMBER tasks).
-
-        Raises:
-            BadInput: None, no folder, or files that are missing or broken.
-        """
-        return cls(existing_folder(path, "amber", NEEDS))
 
     @cached_property
     def lexicon(self) -> Lexicon:

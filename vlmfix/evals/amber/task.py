@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -33,35 +32,15 @@ from vlmfix.evals.amber.generative import (
 from vlmfix.evals.amber.objects import Objects, Similarity, get_similarity, nouns, read_objects
 from vlmfix.evals.inputs.pairing import answer_text, located, pair
 from vlmfix.evals.inputs.parsers import Parser, get_parser
-from vlmfix.evals.inputs.rows import Row, read_rows, short
+from vlmfix.evals.inputs.rows import Row, short
 from vlmfix.evals.scoring.groups import by_draw
 from vlmfix.evals.scoring.metrics import estimate
 from vlmfix.evals.scoring.stats import Floats, Resamples
 from vlmfix.evals.tasks import Answer, Column, Options, Sample, Task
 
-__all__ = ["Amber", "answer_key", "load_answers", "load_questions", "score_answers"]
+__all__ = ["Amber", "answer_key", "score_answers"]
 
 T = TypeVar("T")
-
-WHAT = "AMBER answers"
-
-
-def load_questions(path: str | Path) -> AmberData:
-    """The annotations in AMBER's folder; scoring needs neither queries nor pictures.
-
-    Raises:
-        BadInput: no folder, or files that are missing or broken.
-    """
-    return AmberData.open(path)
-
-
-def load_answers(path: str | Path) -> list[Row]:
-    """Answers as the official script takes them, [{id, response}], or as our runs record them.
-
-    Raises:
-        BadInput: a file that cannot be read; the message names the line.
-    """
-    return read_rows(path, WHAT)
 
 
 def score_answers(
@@ -93,14 +72,15 @@ def score_answers(
         MissingDependency: what nouns or their similarity need is not installed.
     """
     rule, alike = get_parser(parser), get_similarity(similarity)
-    rows = located(answers, WHAT)
+    rows = located(answers, "AMBER answers")
     numbers = {answer_key(row) for row in rows}
     begun = {questions.items[n].dimension == GENERATIVE for n in numbers & set(questions.items)}
     # Without any answer to a known item, pairing with everything says what is wrong.
     items = [
         i for i in questions.items.values() if not begun or (i.dimension == GENERATIVE) in begun
     ]
-    paired = list(zip(items, pair([i.number for i in items], rows, answer_key, WHAT), strict=True))
+    found = pair([item.number for item in items], rows, answer_key, "AMBER answers")
+    paired = list(zip(items, found, strict=True))
     described = [(item, row) for item, row in paired if item.dimension == GENERATIVE]
     asked = [(item, row) for item, row in paired if item.dimension != GENERATIVE]
     read = [(answer_text(row), _objects(item, row, questions, alike)) for item, row in described]

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlmfix.errors import BadInput
-from vlmfix.evals.inputs.folder import ImageFolder, existing_folder
+from vlmfix.evals.inputs.folder import ImageFolder
 from vlmfix.evals.inputs.pairing import answer_text, pair
 from vlmfix.evals.inputs.parsers import get_parser
 from vlmfix.evals.inputs.rows import Row, read_rows, refuse_repeats, short
@@ -36,14 +36,11 @@ __all__ = [
     "HallusionData",
     "HallusionQuestion",
     "answer_key",
-    "load_answers",
-    "load_questions",
     "score_answers",
 ]
 
 SUFFIX = " Answer yes or no."
 PARSER = "strict"
-WHAT = "HallusionBench answers"
 NEEDS = (
     "HallusionBench.json from github.com/tianyi-lab/HallusionBench, and the folders VD and VS of "
     "hallusion_bench.zip, which its README links"
@@ -113,10 +110,13 @@ class HallusionData(ImageFolder):
         BadInput: no such file, or a broken row.
     """
 
+    task = "hallusionbench"
+    needs = NEEDS
+
     def __init__(self, root: str | Path) -> None:
         path = Path(root)
         if not path.is_file():
-            folder = existing_folder(root, "hallusionbench", NEEDS)
+            folder = self.existing(root)
             path = folder / "HallusionBench.json"
             if not path.is_file():
                 raise BadInput(
@@ -125,15 +125,6 @@ class HallusionData(ImageFolder):
         super().__init__(path.parent, [path])
         self.questions = [_question(row) for row in read_rows(path, "HallusionBench questions")]
         refuse_repeats([question.key for question in self.questions], f"{path}: rows")
-
-    @classmethod
-    def open(cls, path: str | Path | None) -> HallusionData:
-        """The data at a path; there is none bundled (`Task.open`).
-
-        Raises:
-            BadInput: None, nothing there, or a broken file.
-        """
-        return cls(existing_folder(path, "hallusionbench", NEEDS) if path is None else path)
 
 
 def _question(row: Row) -> HallusionQuestion:
@@ -149,24 +140,6 @@ def _question(row: Row) -> HallusionQuestion:
         label=label,
         image=image and PurePosixPath(image).as_posix(),
     )
-
-
-def load_questions(path: str | Path) -> HallusionData:
-    """The questions of HallusionBench.json or of its folder; scoring needs no pictures.
-
-    Raises:
-        BadInput: no such file, or a broken row.
-    """
-    return HallusionData.open(path)
-
-
-def load_answers(path: str | Path) -> list[Row]:
-    """Answers as the authors' script takes them, the rows with `model_prediction`, or our records.
-
-    Raises:
-        BadInput: a file that cannot be read; the message names the line.
-    """
-    return read_rows(path, WHAT)
 
 
 def score_answers(
@@ -193,7 +166,7 @@ def score_answers(
     """
     get_parser(parser)
     asked = questions.questions
-    rows = pair([question.key for question in asked], answers, answer_key, WHAT)
+    rows = pair([question.key for question in asked], answers, answer_key, "HallusionBench answers")
     texts = [answer_text(row) for row in rows]
     entry: dict[str, Any] = _score({"": texts}, asked, parser, seed)[""]
     return {**entry, "parser": parser}

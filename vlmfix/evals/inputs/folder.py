@@ -6,38 +6,16 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from vlmfix.errors import BadInput
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from PIL import Image
 
-__all__ = ["ImageFolder", "existing_folder"]
-
-
-def existing_folder(path: str | Path | None, task: str, needs: str) -> Path:
-    """The folder of a benchmark that brings no data with it.
-
-    Args:
-        path: what the user gave.
-        task: name of the task.
-        needs: which files it needs, and where they come from.
-
-    Raises:
-        BadInput: None, or no folder.
-    """
-    if path is None:
-        raise BadInput(
-            f"{task} has no bundled data: name its folder, --data {task}=FOLDER (in Python, "
-            f"data={{{task!r}: FOLDER}}). It needs {needs}"
-        )
-    folder = Path(path)
-    if not folder.is_dir():
-        raise BadInput(
-            f"{task}: {folder} is no folder: unpack the benchmark there. It needs {needs}"
-        )
-    return folder
+__all__ = ["ImageFolder"]
 
 
 class ImageFolder:
@@ -46,13 +24,45 @@ class ImageFolder:
     The name of a picture may lead through folders. It is looked for in the folder itself and in
     those below it, two levels deep, because every download unpacks a little differently.
 
+    Attributes:
+        task: the benchmark's name.
+        needs: which files it needs, and where they come from.
+
     Args:
         root: the folder.
         files: files that decide the questions and their truth; they make the fingerprint.
     """
 
-    def __init__(self, root: Path, files: Iterable[Path]) -> None:
-        self.root = root
+    task: ClassVar[str] = ""
+    needs: ClassVar[str] = ""
+
+    @classmethod
+    def open(cls, path: str | Path | None) -> Self:
+        """The data in a folder; there is none bundled (`Task.open`).
+
+        Raises:
+            BadInput: None, no folder, or files that are missing or broken.
+        """
+        if path is None:
+            raise BadInput(
+                f"{cls.task} has no bundled data: name its folder, --data {cls.task}=FOLDER (in "
+                f"Python, data={{{cls.task!r}: FOLDER}}). It needs {cls.needs}"
+            )
+        return cls(path)
+
+    @classmethod
+    def existing(cls, path: str | Path) -> Path:
+        """The folder that a subclass reads; raises BadInput if there is none."""
+        folder = Path(path)
+        if not folder.is_dir():
+            raise BadInput(
+                f"{cls.task}: {folder} is no folder: unpack the benchmark there. It needs "
+                f"{cls.needs}"
+            )
+        return folder
+
+    def __init__(self, root: str | Path, files: Iterable[Path] = ()) -> None:
+        self.root = Path(root)
         self._files = sorted(files)
 
     @property

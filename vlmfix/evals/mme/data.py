@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from vlmfix.errors import BadInput
-from vlmfix.evals.inputs.folder import ImageFolder, existing_folder
+from vlmfix.evals.inputs.folder import ImageFolder
 from vlmfix.evals.inputs.rows import Row, few, read_rows, read_text, refuse_repeats
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "Questions",
     "answer_key",
     "load_answers",
-    "load_questions",
     "refuse_odd",
 ]
 
@@ -80,8 +79,11 @@ class MmeData(ImageFolder):
         BadInput: a subset has no file, several, or a broken line.
     """
 
+    task = "mme"
+    needs = NEEDS
+
     def __init__(self, root: str | Path) -> None:
-        folder = existing_folder(root, "mme", NEEDS)
+        folder = self.existing(root)
         self.questions: list[MmeQuestion] = []
         files: list[Path] = []
         for subset in SUBSETS:
@@ -91,15 +93,6 @@ class MmeData(ImageFolder):
                 for row in _lines(path):
                     self.questions.append(_question(row, subset, path.stem if per_image else None))
         super().__init__(folder, files)
-
-    @classmethod
-    def open(cls, path: str | Path | None) -> MmeData:
-        """The data in a folder; there is none bundled (`Task.open`).
-
-        Raises:
-            BadInput: None, no folder, or files that are missing or broken.
-        """
-        return cls(existing_folder(path, "mme", NEEDS))
 
     def find(self, name: str) -> Path | None:
         """Where the picture of that name lies: in the subset's folder, or in its images/."""
@@ -152,15 +145,6 @@ def _question(row: tuple[str, list[str]], subset: str, stem: str | None) -> MmeQ
     if label.lower() not in ("yes", "no"):
         raise BadInput(f"{where}: the truth {label!r} is neither Yes nor No")
     return MmeQuestion(subset, f"{subset}/{image}", text, label.lower())
-
-
-def load_questions(path: str | Path) -> MmeData:
-    """The questions in MME's folder; scoring needs no pictures.
-
-    Raises:
-        BadInput: no folder, or files that are missing or broken.
-    """
-    return MmeData.open(path)
 
 
 def load_answers(path: str | Path) -> list[Row]:

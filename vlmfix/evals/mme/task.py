@@ -25,7 +25,6 @@ from vlmfix.evals.mme.data import (
     Questions,
     answer_key,
     load_answers,
-    load_questions,
     refuse_odd,
 )
 from vlmfix.evals.mme.emoji import EmojiMme
@@ -41,7 +40,6 @@ __all__ = [
     "MmeQuestion",
     "answer_key",
     "load_answers",
-    "load_questions",
     "score_answers",
 ]
 

@@ -26,7 +26,6 @@ __all__ = [
     "answer_splits",
     "asked_object",
     "image_name",
-    "load_answers",
     "load_questions",
     "load_splits",
     "pair_answers",
@@ -168,15 +167,6 @@ def _file(turns: Sequence[tuple[Question, int | None]], source: str, split: str)
     if follows:
         notes.append(f"{len(questions) - len(follows)} conversations")
     return QuestionFile(questions, "; ".join([variant, *notes]), follows)
-
-
-def load_answers(path: str | Path) -> list[Row]:
-    """Answer rows of any project, to be paired with questions by `pair_answers`.
-
-    Raises:
-        BadInput: as `rows.read_rows`.
-    """
-    return read_rows(path, "POPE answers")
 
 
 def answer_splits(rows: Sequence[Row], splits: Sequence[str]) -> dict[str, list[Row]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmfix.errors import BadInput
-from vlmfix.evals.inputs.folder import ImageFolder, existing_folder
+from vlmfix.evals.inputs.folder import ImageFolder
 from vlmfix.evals.inputs.rows import Row, read_object, read_rows, refuse_repeats, short
 
 if TYPE_CHECKING:
@@ -97,8 +97,11 @@ class RopeData(ImageFolder):
         BadInput: none of the files is there, or one is broken; the message names file and entry.
     """
 
+    task = "rope"
+    needs = NEEDS
+
     def __init__(self, root: str | Path) -> None:
-        folder = existing_folder(root, "rope", NEEDS)
+        folder = self.existing(root)
         found = [
             (folder / inner / file, f"{seen}_{kind}", seen)
             for inner, seen in FOLDERS.items()
@@ -115,15 +118,6 @@ class RopeData(ImageFolder):
         for path, split, seen in found:
             self.entries += [_entry(row, split, seen) for row in read_rows(path, "ROPE entries")]
         refuse_repeats([entry.image for entry in self.entries], "ROPE images")
-
-    @classmethod
-    def open(cls, path: str | Path | None) -> RopeData:
-        """The data in a folder; there is none bundled.
-
-        Raises:
-            BadInput: None, no folder, or files that are missing or broken.
-        """
-        return cls(existing_folder(path, "rope", NEEDS))
 
     @cached_property
     def _of_image(self) -> dict[str, RopeEntry]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from vlmfix.evals.inputs.pairing import answer_text, pair
-from vlmfix.evals.inputs.rows import Row, read_rows
+from vlmfix.evals.inputs.rows import Row
 from vlmfix.evals.rope.data import RopeData, RopeEntry
 from vlmfix.evals.rope.emoji import EmojiRope
 from vlmfix.evals.rope.scoring import (
@@ -38,8 +38,6 @@ __all__ = [
     "RopeSource",
     "RopeStudent",
     "RopeTeacher",
-    "load_answers",
-    "load_questions",
     "read_classes",
     "score_answers",
 ]
@@ -70,27 +68,6 @@ class RopeSource(DataSource, Protocol):
     prompts: dict[str, str] | None
 
 
-def load_questions(path: str | Path) -> RopeData:
-    """The entries in ROPE's folder; scoring needs no pictures.
-
-    Raises:
-        BadInput: no folder, or files that are missing or broken.
-    """
-    return RopeData.open(path)
-
-
-def load_answers(path: str | Path) -> list[Row]:
-    """Answers as our runs record them.
-
-    Raises:
-        BadInput: a file that cannot be read; the message names the line.
-    """
-    return read_rows(path, WHAT)
-
-
-WHAT = "ROPE answers"
-
-
 def score_answers(
     questions: RopeSource,
     answers: Sequence[Row | Mapping[str, Any]],
@@ -115,9 +92,8 @@ def score_answers(
         BadInput: answers that are missing, repeated, or to no question.
     """
     slots = slots_of(questions.entries, setting)
-    rows = pair(
-        [slot_id(*slot) for slot in slots], answers, lambda row: row.text("sample_id"), WHAT
-    )
+    wanted = [slot_id(*slot) for slot in slots]
+    rows = pair(wanted, answers, Rope.answer_key, "ROPE answers")
     entry: dict[str, Any] = score_slots(
         {"": [answer_text(row) for row in rows]}, slots, setting, seed
     )[""]

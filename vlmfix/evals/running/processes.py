@@ -55,14 +55,14 @@ class Processes:
                 atexit.register(_leave)
             self._group = distributed.new_group(backend="gloo", timeout=PATIENCE)
 
-    def device(self) -> str | None:
-        """The device of this process: a GPU each, where there are some; None: the default."""
-        if self.size == 1:
-            return None
+    def device(self, wanted: Any) -> Any:
+        """The device of this process: of several, a GPU each where the user names none."""
+        if self.size == 1 or wanted not in (None, "cuda"):
+            return wanted
         import torch
 
         count = torch.cuda.device_count()
-        return f"cuda:{self.local_rank % count}" if count else None
+        return f"cuda:{self.local_rank % count}" if count else wanted
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, by rank, in each of them; waits for the last one."""
