@@ -200,6 +200,15 @@ def test_one_cluster_is_the_mean() -> None:
     assert kept.index.tolist() == [int(nearest)]
 
 
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_the_first_of_two_is_their_medoid(offset: float) -> None:
+    """Both are equally far from their mean, whatever the last digits of the features are."""
+    for seed in range(100):
+        features = noise(5, 48, seed=seed) + offset
+        pairs = torch.tensor([1, 0, 2, 1, 0])  # tokens 1 and 4, 0 and 3; token 2 is alone
+        assert medoids(features, pairs, 3).tolist() == [1, 0, 2]
+
+
 def test_medoids_are_a_choice_without_means() -> None:
     features = noise(30, 5)
     mean = ClusterAggregation().keep(tokens_of(features), 6)

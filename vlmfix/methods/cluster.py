@@ -60,15 +60,20 @@ def k_means(points: torch.Tensor, seeds: list[int], iterations: int) -> torch.Te
     return clusters
 
 
-def averages(clusters: torch.Tensor, count: int) -> torch.Tensor:
-    """(count, n) float32: row k times the points is the mean of those in cluster k."""
-    members = torch.nn.functional.one_hot(clusters, count).T.float()
+def averages(
+    clusters: torch.Tensor, count: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """(count, n) of the dtype: row k times the points is the mean of those in cluster k."""
+    members = torch.nn.functional.one_hot(clusters, count).T.to(dtype)
     return members / members.sum(1, keepdim=True)
 
 
 def medoids(points: torch.Tensor, clusters: torch.Tensor, count: int) -> torch.Tensor:
     """(count,) int64: of each cluster the point nearest to its mean, of equal ones the first."""
-    means = averages(clusters, count) @ points
+    # Two points are equally far from their mean, and in float64 they stay so: there half the sum
+    # of two float32 numbers is exact. Else rounding, and with it the batch, chooses one of them.
+    points = points.double()
+    means = averages(clusters, count, points.dtype) @ points
     distances = _distances(points, means[clusters])
     own = clusters == torch.arange(count, device=clusters.device)[:, None]
     return torch.where(own, distances, torch.inf).argmin(1)
@@ -109,7 +114,7 @@ class ClusterAggregation(TokenMethod):
     they run on the CPU, where the features would have to go. scipy's (1.17) also leaves clusters
     without points, or several at the same place, where fewer tokens differ than are wanted. Here
     every cluster has a point, and an image with fewer distinct tokens than its budget gets fewer.
-    Distances are float32 whatever the model's dtype. Every image draws from a generator of its own,
+    Distances are float32 whatever the model's dtype, those to a medoid float64. Every image draws from a generator of its own,
     so that a prompt keeps the same tokens in any batch.
     """
 
