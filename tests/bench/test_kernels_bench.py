@@ -58,6 +58,20 @@ def test_a_wrong_operator_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(line.startswith("vlmfix var") and "wrong by" in line for line in report.refused)
 
 
+def test_an_inexact_operator_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten bits of a score, as a GPU's TF32 has them, are too few where eager attention has 23."""
+    real = reference.row_scores
+
+    def coarse(query: torch.Tensor, *rest: Any) -> torch.Tensor:
+        scores = real(query, *rest)
+        return scores if scores.dtype == torch.float64 else scores.half().float()
+
+    monkeypatch.setattr(reference, "row_scores", coarse)
+    report = bench.run([replace(SMALL, dtype="float32")], "cpu", rounds=1)
+    assert not OURS & {row["arm"] for row in report.rows}
+    assert {line.split(",")[0] for line in report.refused if "wrong by" in line} == OURS
+
+
 def test_the_problem_has_heads_on_both_sides_of_the_rule() -> None:
     problem = bench._problem(bench.Shape(heads=32, keys=700), "cpu")
     query, key, value = (tensor.double() for tensor in problem.caches[0])

@@ -9,7 +9,9 @@ import torch
 from kernels_cases import Case, make
 from safetensors import safe_open
 
-from vlmfix.bench.per_head import attend_materialised, redistribute_per_head
+from vlmfix.bench.per_head import amplify_image, attend_materialised, redistribute_per_head
+from vlmfix.kernels import reference
+from vlmfix.kernels.reference import FusedEdit
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
@@ -59,6 +61,26 @@ def test_it_computes_what_the_specification_says(queries: int) -> None:
     )
     assert torch.allclose(found, exact.out, atol=1e-12)
     assert found.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_pai_is_what_the_specification_says(queries: int) -> None:
+    clean = make(Case(("gain",), key_heads=2, shared=4, queries=queries, mask="full")).clean(
+        torch.float64
+    )
+    query, key, value, edit = clean.arguments()
+    groups = edit.groups
+    assert groups is not None and len(groups[:, : key.shape[2]].unique()) == 4
+    gain = torch.tensor([[9.0, 9], [1, 1], [1.25, 0.75], [1.25, 0.75]])  # row 0 is not read
+    options = {name: clean.options[name] for name in ("scaling", "mask")}
+    exact = reference.attend_rows(query, key, value, FusedEdit(groups, gain=gain), **options)
+    plain = attend_materialised(query, key, value, **options)
+    found = attend_materialised(
+        query, key, value, **options,
+        edit_scores=lambda scores: amplify_image(scores, groups[:, : key.shape[2]], alpha=0.25),
+    )  # fmt: skip
+    assert torch.allclose(found, exact.out, atol=1e-12)
+    assert (found - plain).abs().max() > 1e-2
 
 
 def test_a_sample_without_visual_sinks_is_left_alone() -> None:

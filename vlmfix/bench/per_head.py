@@ -1,9 +1,10 @@
-"""The published formulations, as baselines for speed: weights in memory, a loop over heads.
+"""The published formulations, as baselines: weights in memory, a loop over heads.
 
 `attend_materialised` is the attention that an eager model runs: repeated keys and values, a row of
 weights for every head. `redistribute_per_head` edits such weights as the authors of VAR publish it
 (arXiv 2503.03321): it picks the heads and rows on the device, brings their indices to the host, and
-edits one row after another. Nothing in the model path uses this file.
+edits one row after another. `amplify_image` is PAI (arXiv 2407.21771), on the scores. Nothing in
+the model path uses this file.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["attend_materialised", "redistribute_per_head"]
+__all__ = ["amplify_image", "attend_materialised", "redistribute_per_head"]
 
 
 def attend_materialised(
@@ -22,6 +23,7 @@ def attend_materialised(
     *,
     scaling: float,
     mask: torch.Tensor | None = None,
+    edit_scores: Callable[[torch.Tensor], torch.Tensor] | None = None,
     edit: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Attention with its weights in memory, in the dtype of the query.
@@ -32,6 +34,7 @@ def attend_materialised(
         value: (B, Hkv, K, Dv), likewise.
         scaling: factor on the dot products.
         mask: (1 or B, 1 or H, 1 or Q, K) bool, True = visible.
+        edit_scores: scaled scores (B, H, Q, K) before the mask in, edited scores out.
         edit: softmax rows (B, H, Q, K) in, edited rows out.
 
     Returns:
@@ -41,6 +44,8 @@ def attend_materialised(
     if shared > 1:
         key, value = (tensor.repeat_interleave(shared, dim=1) for tensor in (key, value))
     scores = query @ key.mT * scaling
+    if edit_scores is not None:
+        scores = edit_scores(scores)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     precise = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -48,6 +53,21 @@ def attend_materialised(
     if edit is not None:
         weights = edit(weights)
     return (weights @ value).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def amplify_image(scores: torch.Tensor, groups: torch.Tensor, *, alpha: float) -> torch.Tensor:
+    """PAI: scores of visual keys rise by `alpha` times their size.
+
+    Args:
+        scores: (B, H, Q, K), before the softmax. They are not changed.
+        groups: (B, K) ids: 2 and 3 are visual keys.
+        alpha: the method's strength.
+
+    Returns:
+        (B, H, Q, K), edited scores.
+    """
+    visual = (groups >= 2)[:, None, None]
+    return torch.where(visual, scores + alpha * scores.abs(), scores)
 
 
 def redistribute_per_head(

@@ -114,8 +114,8 @@ class ClusterAggregation(TokenMethod):
     they run on the CPU, where the features would have to go. scipy's (1.17) also leaves clusters
     without points, or several at the same place, where fewer tokens differ than are wanted. Here
     every cluster has a point, and an image with fewer distinct tokens than its budget gets fewer.
-    Distances are float32 whatever the model's dtype, those to a medoid float64. Every image draws from a generator of its own,
-    so that a prompt keeps the same tokens in any batch.
+    Distances are float32 whatever the model's dtype, those that choose a medoid float64. Every
+    image draws from a generator of its own, so that a prompt keeps the same tokens in any batch.
     """
 
     iterations: int = field(
