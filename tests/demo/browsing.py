@@ -85,6 +85,21 @@ class Browser:
         selector = f'{where} button.word[data-pane="{pane}"]'
         return list(self.driver.execute_script(script, selector))
 
+    def record(self) -> None:
+        """Note the lengths of the answers whenever they change from now on; see `recorded`."""
+        script = """
+            const panes = document.querySelector('#panes');
+            const note = () => window.recorded.push([...panes.querySelectorAll('.pane')]
+                .map((pane) => pane.querySelectorAll('button.word').length));
+            window.recorded = [];
+            new MutationObserver(note).observe(panes, {childList: true, subtree: true});
+        """
+        self.driver.execute_script(script)
+
+    def recorded(self) -> list[tuple[int, ...]]:
+        """How many words each answer had, one entry per change: none is missed by a slow test."""
+        return [tuple(lengths) for lengths in self.driver.execute_script("return window.recorded")]
+
     def complaints(self) -> list[str]:
         """Errors in the console since it was last asked."""
         log = self.driver.get_log("browser")

@@ -47,15 +47,14 @@ def window(server: Server, tmp_path: Path) -> Iterator[Open]:
 def test_the_whole_page(window: Open, tmp_path: Path) -> None:
     page = window()
     page.example(0)
+    page.record()
     page.run()
-    lengths = []
-    while page.text("#message").strip() != "All answers are written.":
-        lengths.append(tuple(len(page.words(pane)) for pane in range(3)))
-        assert not page.all("#message .error"), page.text("#message")
-        time.sleep(0.05)
-    growing = {counts for counts in lengths if min(counts) > 0}
-    assert len(growing) >= 3, f"the answers did not stream: {lengths}"
+    assert page.done() == "All answers are written."
     said = [page.words(pane) for pane in range(3)]
+    lengths = page.recorded()
+    assert lengths[-1] == tuple(map(len, said))
+    growing = {counts for counts in lengths if min(counts, default=0) > 0} - {lengths[-1]}
+    assert len(growing) >= 3, f"the answers did not stream: {lengths}"
     for pane, method in enumerate(("base", "vhr", "pai")):
         section = f'#panes .pane[data-pane="{pane}"]'
         assert page.text(f"{section} h3").startswith(method)
