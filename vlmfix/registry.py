@@ -150,7 +150,10 @@ def describe(name: str) -> dict[str, Any]:
         }
         for item in dataclasses.fields(cls)
     ]
-    presets = [dataclasses.asdict(preset) for preset in getattr(cls, "PRESETS", ())]
+    presets = [
+        {**dataclasses.asdict(one.structure), "values": one.values, "source": one.source}
+        for one in cls.PRESETS
+    ]
     return {
         **dataclasses.asdict(row),
         "doc": inspect.cleandoc(cls.__doc__ or ""),

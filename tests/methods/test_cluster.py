@@ -243,7 +243,7 @@ def test_options() -> None:
     assert build_method("kmeans:representative=medoid;seed=3;tokens=64") == ClusterAggregation(
         tokens=64, representative="medoid", seed=3
     )
-    with pytest.raises(BadInput, match="'mean' or 'medoid'"):
+    with pytest.raises(BadInput, match="must be one of mean, medoid"):
         ClusterAggregation(representative="first")  # type: ignore[arg-type]  # a user's slip
     for options in ({"iterations": 0}, {"seed": -1}, {"seed": 2**63}):
         with pytest.raises(BadInput, match="out of range"):

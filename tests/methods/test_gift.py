@@ -218,7 +218,7 @@ def test_plan() -> None:
 
 
 def test_a_map_that_was_never_read_is_an_error_and_no_image_is_none() -> None:
-    with pytest.raises(StateError, match="filled before it was on"):
+    with pytest.raises(StateError, match="filled before gift was on"):
         STRONG.plan(make_keys(KINDS))
     plan = STRONG.plan(make_keys(KINDS[1:]))
     assert plan is not None and plan.samples == [False]

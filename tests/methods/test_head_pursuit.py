@@ -126,7 +126,7 @@ def test_options_through_text() -> None:
 
 def test_heads_are_needed_and_must_exist() -> None:
     tiny = family("llava")
-    with pytest.raises(CalibrationNeeded, match=r"vlmfix\.pursuit\.rank_heads"):
+    with pytest.raises(CalibrationNeeded, match=r"vlmfix\.analysis\.pursuit\.rank_heads"):
         vlmfix.wrap(tiny.model, "head_pursuit")
     for heads, message in ((("3.0",), "has no attention head 3.0"), (("7",), "layer.head")):
         with pytest.raises(BadInput, match=message):

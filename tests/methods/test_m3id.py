@@ -183,5 +183,5 @@ def test_options() -> None:
     for options in bad:
         with pytest.raises(BadInput, match="out of range"):
             MutualInformationDecoding(**options)
-    with pytest.raises(BadInput, match="must be 'apc' or 'gate'"):
+    with pytest.raises(BadInput, match="must be one of apc, gate"):
         MutualInformationDecoding(rule="both")

@@ -147,9 +147,11 @@ def test_layers_scale_with_depth_and_preset() -> None:
     info = describe_model(tiny.model)
     method = PayAttentionToImage().prepared(info, tiny.model)
     assert (method.alpha, list(method.layers(info))) == (0.2, [1, 2])
-    large = replace(info, text_type="llama", hidden_size=4096, num_layers=32)
+    large = replace(info, text_type="llama", hidden_size=4096, num_layers=32, vocab_size=32064)
     method = PayAttentionToImage().prepared(large, tiny.model)
     assert (method.alpha, method.start_layer, method.end_layer) == (0.5, 2, 32)
+    llama3 = replace(large, vocab_size=128320)
+    assert PayAttentionToImage().prepared(llama3, tiny.model).alpha == 0.2
     with pytest.raises(BadInput, match="do not lie in a model of 3 layers"):
         vlmfix.wrap(tiny.model, "pai:start_layer=3")
     with pytest.raises(BadInput, match="out of range"):

@@ -16,10 +16,11 @@ from vlmfix.errors import BadInput, CompositionError
 from vlmfix.families import describe_model
 from vlmfix.families.kinds import GENERATED, IMAGE, PAD, TEXT, VIDEO
 from vlmfix.kernels.reference import row_scores
-from vlmfix.methods.spin import ImageGuidedHeadSuppression, suppress
+from vlmfix.methods.spin import HeadSuppressionByMass, ImageGuidedHeadSuppression, suppress
 from vlmfix.registry import build
 
 HALF = ImageGuidedHeadSuppression(rho=0.5, epsilon=0.08)
+MASS = HeadSuppressionByMass(rho=0.5, epsilon=0.08, score="mass")
 
 
 def _strength(*values: float) -> torch.Tensor:
@@ -34,7 +35,7 @@ def test_worked_heads() -> None:
     scores = torch.nn.functional.pad(scores, (1, 1), value=50.0)[None, :, None]
     visual = torch.tensor([[0, 1, 1, 0]], dtype=torch.float32)
     assert torch.equal(HALF.score_scale(scores, visual), factors)
-    weights, changed = replace(HALF, score="mass").edit_weights(scores, visual)
+    weights, changed = MASS.edit_weights(scores, visual)
     assert torch.equal(weights, scores * factors[..., None])
     assert changed.flatten().tolist() == [False, True, False, True]
 
@@ -70,7 +71,7 @@ def test_raw_strength_is_a_product_with_the_sum_of_the_visual_keys() -> None:
     factors = HALF.score_scale(scores, visual.float())
     assert torch.equal(factors, suppress(strength, 0.5, 0.08))
     # Probabilities rank the heads in another way, which is why there is an option.
-    _, changed = replace(HALF, score="mass").edit_weights(scores.softmax(-1), visual.float())
+    _, changed = MASS.edit_weights(scores.softmax(-1), visual.float())
     assert not torch.equal(changed, factors != 1)
 
 
@@ -97,7 +98,7 @@ def test_plan_marks_visual_keys_and_leaves_other_samples_alone() -> None:
     assert plan.tensors[0][:, :6].tolist() == [[0, 0, 1, 0, 1, 0], [0, 1, 0, 0, 0, 0], [0] * 6]
     scores = torch.randn(3, 4, 2, plan.tensors[0].shape[1])
     assert (HALF.score_scale(scores, *plan.tensors)[2] == 1).all()
-    weights, changed = replace(HALF, score="mass").edit_weights(scores, *plan.tensors)
+    weights, changed = MASS.edit_weights(scores, *plan.tensors)
     assert torch.equal(weights[2], scores[2]) and not changed[2].any() and changed[:2].any()
     for same in ({"rho": 1.0}, {"epsilon": 1.0}):
         assert replace(HALF, **same).plan(make_keys(kinds)) is None
@@ -108,7 +109,7 @@ def test_a_row_that_sees_no_image_is_left_alone() -> None:
     weights = torch.rand(1, 4, 2, 6, generator=torch.Generator().manual_seed(2))
     visual = torch.tensor([[1.0, 1, 0, 0, 0, 0]])
     weights[:, :, 0, :2] = 0
-    edited, changed = replace(HALF, score="mass").edit_weights(weights, visual)
+    edited, changed = MASS.edit_weights(weights, visual)
     assert not changed[:, :, 0].any() and torch.equal(edited[:, :, 0], weights[:, :, 0])
     assert changed[:, :, 1].sum() == 2
 

@@ -425,7 +425,10 @@ def test_preset_is_the_papers() -> None:
     for kind in ("llava", "llava_next"):
         large = replace(info, model_type=kind, text_type="llama", hidden_size=4096, num_layers=32)
         large = replace(large, vocab_size=32064)
-        assert sum(preset.fits(large) for preset in VisionAwareHeadReinforcement.PRESETS) == 1
+        assert (
+            sum(preset.structure.fits(large) for preset in VisionAwareHeadReinforcement.PRESETS)
+            == 1
+        )
         method = VisionAwareHeadReinforcement().prepared(large, tiny.model)
         assert (method.reinforced_layers, method.alpha) == ((1, *range(18, 32)), 2.0)
 

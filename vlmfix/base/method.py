@@ -1,29 +1,74 @@
-"""The base classes that a method file derives from.
-
-A method states its maths on plain tensors; the engine (attention.py) decides how to run it. A
-method overrides only the functions it needs, and the engine runs only what was overridden.
-"""
+"""What every method has: options that are checked, a stage, and presets of published models."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+import typing
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
 from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo
 
-__all__ = [
-    "Method",
-    "Preset",
-    "StageName",
-    "check_range",
-    "find_preset",
-    "layer_range",
-]
+if TYPE_CHECKING:
+    from typing import Self
+
+__all__ = ["LayerRange", "Method", "Preset", "StageName", "Structure", "option"]
+
+
+def option(
+    default: Any,
+    help: str,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    high_open: bool = False,
+) -> Any:
+    """A field of a method: its default, its help text, and the range of a number.
+
+    The range is [low, high], or [low, high) if `high_open`. `Method` checks it whenever a method
+    is made, and checks that an option of type `Literal` is one of its values.
+    """
+    metadata = {"help": help, "range": (low, high, high_open)}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What tells one published model from others: its structure, never its name.
+
+    `vocabulary` bounds the vocabulary size where shapes alone would confuse two models.
+    """
+
+    model: str
+    model_type: str
+    text_type: str
+    hidden_size: int
+    num_layers: int
+    vocabulary: tuple[int, int] | None = None
+
+    def fits(self, info: ModelInfo) -> bool:
+        """Whether the model has this structure."""
+        low, high = self.vocabulary or (0, info.vocab_size)
+        return (
+            self.model_type == info.model_type
+            and self.text_type == info.text_type
+            and self.hidden_size == info.hidden_size
+            and self.num_layers == info.num_layers
+            and low <= info.vocab_size <= high
+        )
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Published option values for one model, and where they were published."""
+
+    structure: Structure
+    values: dict[str, Any]
+    source: str
 
 
 #: Where a method takes part, in the order in which its kinds run.
@@ -32,19 +77,50 @@ StageName = Literal["pixels", "tokens", "attention", "hidden", "logits"]
 
 @dataclass(frozen=True)
 class Method:
-    """One published method, as a frozen dataclass whose fields are the paper's knobs."""
+    """One published method, as a frozen dataclass whose fields are the paper's options."""
 
     name: ClassVar[str]
     stage: ClassVar[StageName]
+    #: Published values, for the models that have any.
+    PRESETS: ClassVar[tuple[Preset, ...]] = ()
+
+    def __post_init__(self) -> None:
+        """Check every option that `option` declared.
+
+        Raises:
+            BadInput: a number out of its range, or a word that is none of the choices.
+        """
+        declared = [item for item in dataclasses.fields(self) if "range" in item.metadata]
+        hints = typing.get_type_hints(type(self)) if declared else {}
+        for item in declared:
+            low, high, high_open = item.metadata["range"]
+            _check_range(self, item.name, low, high, high_open=high_open)
+            _check_choice(self, item.name, hints[item.name])
 
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> Method:
         """This method with every model-dependent default filled in.
 
         Raises:
             BadInput: an option that this model cannot take.
-            CalibrationNeeded: constants that nobody has measured for this model.
+            CalibrationNeeded: constants that were never measured for this model.
         """
         return self
+
+    def published(self, info: ModelInfo) -> dict[str, Any]:
+        """The values of the preset that fits the model; empty if none does."""
+        fitting = (preset.values for preset in self.PRESETS if preset.structure.fits(info))
+        return next(fitting, {})
+
+    def with_defaults(self, info: ModelInfo, **defaults: Any) -> Self:
+        """This method with options that are None set: to the published values, else to `defaults`.
+
+        Raises:
+            BadInput: an option that this model cannot take.
+        """
+        values = {**defaults, **self.published(info)}
+        return dataclasses.replace(
+            self, **{name: value for name, value in values.items() if getattr(self, name) is None}
+        )
 
     def idle(self) -> str | None:
         """Why this prepared method can change nothing on its model; None if it can."""
@@ -68,45 +144,55 @@ def _text(value: Any) -> str:
     return ("/".join(map(str, value)) or "()") if isinstance(value, tuple) else str(value)
 
 
-@dataclass(frozen=True)
-class Preset:
-    """Published constants of one model, recognised by its structure and never by its name.
+class LayerRange(Method):
+    """A mixin for methods that act on the decoder layers [start_layer, end_layer).
 
-    `vocabulary` bounds the vocabulary size where structure alone would confuse two models.
+    A method declares both options itself, because their help texts name its defaults.
     """
 
-    model: str
-    model_type: str
-    text_type: str
-    hidden_size: int
-    num_layers: int
-    values: dict[str, Any]
-    source: str
-    vocabulary: tuple[int, int] | None = None
+    start_layer: int | None
+    end_layer: int | None
 
-    def fits(self, info: ModelInfo) -> bool:
-        """Whether the model has this preset's structure."""
-        low, high = self.vocabulary or (0, info.vocab_size)
-        return (
-            self.model_type == info.model_type
-            and self.text_type == info.text_type
-            and self.hidden_size == info.hidden_size
-            and self.num_layers == info.num_layers
-            and low <= info.vocab_size <= high
+    def with_defaults(self, info: ModelInfo, **defaults: Any) -> Self:
+        """As `Method.with_defaults`; without other defaults the range is all layers.
+
+        Raises:
+            BadInput: the range is empty or leaves the model.
+        """
+        ready = super().with_defaults(
+            info, **{"start_layer": 0, "end_layer": info.num_layers, **defaults}
+        )
+        layers = ready.layers(info)
+        if not layers or layers.start < 0 or layers.stop > info.num_layers:
+            raise BadInput(
+                f"{self.name}: layers [{layers.start}, {layers.stop}) do not lie in a model of "
+                f"{info.num_layers} layers; give start_layer < end_layer within it."
+            )
+        return ready
+
+    def layers(self, info: ModelInfo) -> range:
+        """The decoder layers that a prepared method acts on."""
+        assert self.start_layer is not None and self.end_layer is not None  # set by prepared()
+        return range(self.start_layer, self.end_layer)
+
+
+def _check_choice(method: Method, name: str, hint: Any) -> None:
+    """Raise BadInput if the option is a `Literal` and its value is none of the words."""
+    kinds = [kind for kind in (hint, *typing.get_args(hint)) if typing.get_origin(kind) is Literal]
+    choices = [choice for kind in kinds for choice in typing.get_args(kind)]
+    value = getattr(method, name)
+    if choices and value is not None and value not in choices:
+        raise BadInput(
+            f"{method.name}: option {name}={value!r} must be one of {', '.join(choices)}."
         )
 
 
-def find_preset(presets: Sequence[Preset], info: ModelInfo) -> Preset | None:
-    """The first preset that fits the model, if any."""
-    return next((preset for preset in presets if preset.fits(info)), None)
-
-
-def check_range(
+def _check_range(
     method: Method, name: str, low: float, high: float, *, high_open: bool = False
 ) -> None:
-    """Raise BadInput unless the option lies in [low, high] (or [low, high) if high_open)."""
+    """Raise BadInput unless the option is None or in [low, high] (or [low, high) if high_open)."""
     value = getattr(method, name)
-    if value is None:
+    if value is None or low == -math.inf:
         return
     good = low <= value < high if high_open else low <= value <= high
     if not good:
@@ -115,21 +201,3 @@ def check_range(
             f"{method.name}: option {name}={value!r} is out of range; give a number in "
             f"[{low:g}, {high:g}{bracket}. `vlmfix methods {method.name}` explains it."
         )
-
-
-def layer_range(
-    method: Method, info: ModelInfo, start: int | None, end: int | None, default: tuple[int, int]
-) -> tuple[int, int]:
-    """The options start_layer and end_layer of a method, with the defaults filled in.
-
-    Raises:
-        BadInput: they name no layer, or layers that the model does not have.
-    """
-    first = default[0] if start is None else start
-    stop = default[1] if end is None else end
-    if not 0 <= first < stop <= info.num_layers:
-        raise BadInput(
-            f"{method.name}: layers [{first}, {stop}) do not lie in a model of {info.num_layers} "
-            "layers; give start_layer < end_layer within it."
-        )
-    return first, stop

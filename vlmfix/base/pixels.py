@@ -13,7 +13,7 @@ __all__ = ["PixelMethod"]
 
 @dataclass(frozen=True)
 class PixelMethod(Method):
-    """A method that looks at the prompts, changes their images, and asks again."""
+    """A method that changes the images of prompts after internal passes of the plain model."""
 
     stage: ClassVar[StageName] = "pixels"
 

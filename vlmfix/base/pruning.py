@@ -6,12 +6,12 @@ tokens each of these is made. engine/pruning.py encodes the images, asks, and cu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.base.method import Method, StageName, check_range
+from vlmfix.base.method import Method, StageName, option
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import ModelInfo
 from vlmfix.families.tower import Received, Tile, Tower, describe_tower
@@ -106,14 +106,11 @@ class Kept:
 
 @dataclass(frozen=True)
 class PruningMethod(Method):
-    """A method that keeps some visual tokens: what all of them share, the budget.
+    """A method that keeps some visual tokens: a budget of `tokens`, or of a `ratio` of them."""
 
-    It is `tokens` or `ratio`, never both.
-    """
-
-    tokens: int | None = field(default=None, metadata={"help": "how many visual tokens are kept"})
-    ratio: float | None = field(
-        default=None, metadata={"help": "share of them that is kept; see the page for the default"}
+    tokens: int | None = option(None, "number of visual tokens that are kept", 1, 10**6)
+    ratio: float | None = option(
+        None, "share of the visual tokens that is kept; default: see the method's page", 0.0, 1.0
     )
 
     stage: ClassVar[StageName] = "tokens"
@@ -122,13 +119,12 @@ class PruningMethod(Method):
     default_ratio: ClassVar[float] = 1 / 3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.tokens is not None and self.ratio is not None:
             raise BadInput(
                 f"{self.name}: tokens={self.tokens} and ratio={self.ratio} are two budgets. Give "
                 "one of them."
             )
-        check_range(self, "tokens", 1, 10**6)
-        check_range(self, "ratio", 0.0, 1.0)
         if self.ratio == 0:
             raise BadInput(f"{self.name}: ratio=0 keeps nothing; for no image use no image.")
 
@@ -151,9 +147,9 @@ class TokenMethod(PruningMethod):
     their own (InternVL, SmolVLM) have a budget each, unless the method wants whole pictures.
     """
 
-    positions: Literal["contiguous", "original"] = field(
-        default="contiguous",
-        metadata={"help": "of what is kept; M-RoPE families always keep the original ones"},
+    positions: Literal["contiguous", "original"] = option(
+        "contiguous",
+        "positions of the kept tokens: contiguous or original; M-RoPE families: always original",
     )
 
     #: Whether `keep` reads the tiles of VisualTokens.
@@ -163,13 +159,6 @@ class TokenMethod(PruningMethod):
     #: Whether tiles that are handed over as images of their own come as one image with one budget
     #: where the prompt shows that they are one picture: where their placeholders fill one run.
     whole_pictures: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.positions not in ("contiguous", "original"):
-            raise BadInput(
-                f"{self.name}: positions={self.positions!r} must be 'contiguous' or 'original'."
-            )
 
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> TokenMethod:
         if self.needs_tiles:

@@ -1,9 +1,9 @@
-"""AD-HH: heads known to drive hallucination lose their attention to text when it gets too much."""
+"""AD-HH: take the attention to text from heads that drive hallucination, where it is too large."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -11,10 +11,11 @@ import torch
 from vlmfix.analysis.calibrate import load_calibration
 from vlmfix.analysis.head_list import head_list, head_names, heads_by_layer
 from vlmfix.base.attention import AttentionMethod, FusedEdit, Keys, Plan
-from vlmfix.base.method import Preset, check_range, find_preset
+from vlmfix.base.method import Preset, option
 from vlmfix.errors import CalibrationNeeded
 from vlmfix.families import ModelInfo
 from vlmfix.families.kinds import GENERATED, TEXT
+from vlmfix.methods.structures import LLAVA_7B, LLAVA_13B, LLAVA_NEXT_34B
 
 __all__ = ["AdaptiveHeadDeactivation", "drop_text"]
 
@@ -45,18 +46,16 @@ def _names(listing: str) -> dict[str, tuple[str, ...]]:
 
 
 # Layer and head, strongest first, as the authors' repository lists them.
-_LLAVA_7B = _names(
+_HEADS_7B = _names(
     "16.29 26.9 13.31 15.10 20.12 30.9 19.18 17.0 18.9 26.28 "
     "19.27 18.26 15.25 14.16 31.26 15.24 31.3 22.20 27.29 17.28"
 )
-_LLAVA_13B = _names(
+_HEADS_13B = _names(
     "0.8 29.27 23.18 20.11 36.26 19.37 22.16 22.34 21.31 20.34 37.11 17.25 "
     "35.10 17.5 15.26 0.22 19.5 19.0 14.1 23.20 21.6 30.24 26.27 21.32 "
     "15.28 15.31 19.30 20.8 19.14 14.9 39.26 25.1 18.32 17.27 39.32"
 )
-_LLAVA_NEXT_34B = _names("45.34 43.4 43.48 44.29 35.47 40.27 54.34 37.48 43.2 41.34")
-_CODE = "authors' code"
-_VICUNA = (32000, 32064)  # the vocabulary tells vicuna from later Llamas of the same shape
+_HEADS_34B = _names("45.34 43.4 43.48 44.29 35.47 40.27 54.34 37.48 43.2 41.34")
 
 
 @dataclass(frozen=True)
@@ -65,45 +64,39 @@ class AdaptiveHeadDeactivation(AttentionMethod):
 
     Yang, Li, Cao, Xu: "Understanding and Mitigating Hallucination in Large Vision-Language Models
     via Modular Attribution and Intervention", ICLR 2025, OpenReview Bjq4W7P2Us. A few attention
-    heads follow the text and drive hallucinated words; which ones is found offline, by switching
-    each off. In the row that predicts the next token, a listed head whose mass on the text after
-    the image (the question, and what was generated) is at least `tau` gets that mass set to zero.
-    The row is not renormalised, so the head's output shrinks with it.
+    heads follow the text and drive hallucinated words. They are found offline, by switching each
+    head off (`vlmfix attribute`). In the row that predicts the next token, a listed head whose mass
+    on the text after the image (the question, and what was generated) is at least `tau` gets that
+    mass set to zero. The row is not renormalised, so the head's output shrinks with it.
 
     Paper and code: the code sums the trigger over the batch and so runs one sample at a time;
-    here every sample decides for itself. Its spans, such as 576 image tokens from position 35, are
-    the kinds of the keys here. With several images, text after the first of them counts.
+    here every sample is decided on its own. The code fixes spans, such as 576 image tokens from
+    position 35; here the kinds of the keys tell them. With several images, text after the first
+    of them counts.
     """
 
-    heads: tuple[str, ...] | None = field(
-        default=None,
-        metadata={"help": "layer.head names, e.g. 16.29/26.9; default by preset or calibration"},
+    heads: tuple[str, ...] | None = option(
+        None, "hallucination heads as layer.head, e.g. 16.29/26.9; default: preset or calibration"
     )
-    tau: float = field(
-        default=0.4,
-        metadata={"help": "mass on text after the image that triggers; above 1 changes nothing"},
+    tau: float = option(
+        0.4, "least mass on the text after the image that is dropped; above 1: never", 0.0, 2.0
     )
 
     name: ClassVar[str] = "ad_hh"
     rows: ClassVar[Literal["predicting", "text"]] = "predicting"
     has_fused_form: ClassVar[bool] = True
     PRESETS: ClassVar[tuple[Preset, ...]] = (
-        Preset("LLaVA-1.5-7B", "llava", "llama", 4096, 32, _LLAVA_7B, _CODE, _VICUNA),
-        Preset("LLaVA-1.5-13B", "llava", "llama", 5120, 40, _LLAVA_13B, _CODE, _VICUNA),
-        Preset("LLaVA-1.6-34B", "llava_next", "llama", 7168, 60, _LLAVA_NEXT_34B, _CODE),
+        Preset(LLAVA_7B, _HEADS_7B, "authors' code"),
+        Preset(LLAVA_13B, _HEADS_13B, "authors' code"),
+        Preset(LLAVA_NEXT_34B, _HEADS_34B, "authors' code"),
     )
 
-    def __post_init__(self) -> None:
-        check_range(self, "tau", 0.0, 2.0)
-
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> AdaptiveHeadDeactivation:
-        names = self.heads if self.heads is not None else self._known_heads(info, model)
+        ready = self.with_defaults(info)
+        names = self._measured(info, model) if ready.heads is None else ready.heads
         return replace(self, heads=head_names(head_list(names, info, self.name)))
 
-    def _known_heads(self, info: ModelInfo, model: torch.nn.Module) -> tuple[str, ...]:
-        if preset := find_preset(self.PRESETS, info):
-            names: tuple[str, ...] = preset.values["heads"]
-            return names
+    def _measured(self, info: ModelInfo, model: torch.nn.Module) -> tuple[str, ...]:
         calibration = load_calibration(model)
         if calibration is not None and calibration.hallucination_heads is not None:
             return head_names(calibration.hallucination_heads)

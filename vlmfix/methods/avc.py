@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, get_args
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 
 from vlmfix.base.contrast import Branch, ContrastMethod, Prompt, keep_plausible, noise_generator
-from vlmfix.base.method import Preset, check_range, find_preset
-from vlmfix.errors import BadInput
+from vlmfix.base.method import Preset, option
 from vlmfix.families import ModelInfo
+from vlmfix.methods.structures import LLAVA_7B
 
 __all__ = ["AttentionalVisionCalibration", "choose_layers", "not_blind"]
 
 Scheme = Literal["zeros", "ones", "noise", "drop"]
 
-_SCRIPTS, _VICUNA = "authors' scripts for AMBER and LLaVA-Bench", (32000, 32064)
-
 
 def choose_layers(attention: torch.Tensor, gamma: float) -> torch.Tensor:
-    """The layers that look at the image most: (layers, N) attention -> (k,) indices, most first.
+    """The layers that attend to the image most: (layers, N) -> (k,) indices, most first.
 
     With P_l the share of layer l in all attention to the image, k is the least number of layers
     whose shares, the largest first, sum to at least gamma.
@@ -32,7 +30,7 @@ def choose_layers(attention: torch.Tensor, gamma: float) -> torch.Tensor:
 
 
 def not_blind(attention: torch.Tensor, gamma: float, deviations: float) -> torch.Tensor:
-    """The visual tokens of one prompt that the branch does not see.
+    """Mark the visual tokens of one prompt that the branch does not see.
 
     Args:
         attention: (layers, N), mean over heads, of the last prompt token to N visual tokens.
@@ -56,63 +54,53 @@ class AttentionalVisionCalibration(ContrastMethod):
 
     Woo, Kim, Jang, Choi, Kim: "Don't Miss the Forest for the Trees: Attentional Vision Calibration
     for Large Vision Language Models", arXiv 2405.17820 (AVC in its first version, AvisC later).
-    A few visual tokens draw the attention of the last prompt token whatever is asked: the blind
-    ones. In the other stream the embeddings of all the others are overwritten; logits become
-    l + alpha (l - l_blind), and tokens below `beta` of the best are ruled out. Which tokens are
-    blind is found once, from the attention of the prompt's own forward.
+    A few visual tokens, the blind ones, draw the attention of the last prompt token regardless of
+    the question. In the branch the embeddings of all other visual tokens are overwritten; logits
+    become l + alpha (l - l_blind), and tokens below `beta` of the best are ruled out. Blind tokens
+    are found once, from the attention of the prompt's own forward.
 
     Paper and code: the code takes one threshold over the whole batch and fixed positions of the
     image; here each prompt has its own, over the visual tokens of all its images and videos
     together. It edits `sample` only; here every way of decoding. An unknown `scheme` means zeros
     there and is refused here. alpha is 2.5 in the authors' scripts for LLaVA-1.5 (1 in that for
-    POPE); other models, for which nobody has published one, start at 1. `scheme="drop"` is ours:
-    the others are hidden from all tokens, where overwritten ones go on to draw attention.
+    POPE); for other models none is published, and 1 is the default. `scheme="drop"` is ours: the
+    tokens that are not blind are hidden from all others, while overwritten ones still draw
+    attention.
     """
 
-    alpha: float | None = field(
-        default=None,
-        metadata={"help": "strength; default: preset, else 1; 0 only rules out tokens"},
+    alpha: float | None = option(
+        None,
+        "strength of the contrast; default: preset, else 1; 0: only rule out implausible tokens",
+        0.0,
+        100.0,
     )
-    beta: float = field(
-        default=0.1, metadata={"help": "least share of the best token's probability; 0: off"}
+    beta: float = option(
+        0.1, "rule out tokens below this share of the best token's probability; 0: none", 0.0, 1.0
     )
-    gamma: float = field(
-        default=0.5,
-        metadata={"help": "share of the attention to the image that the layers looked at hold"},
+    gamma: float = option(
+        0.5, "share of all attention to the image that the layers read must hold", 0.0, 1.0
     )
-    deviations: float = field(
-        default=1.0,
-        metadata={"help": "lambda: blind tokens lie this many standard deviations above the mean"},
+    deviations: float = option(
+        1.0,
+        "lambda: blind tokens get attention this many standard deviations above the mean",
+        -1000.0,
+        1000.0,
     )
-    scheme: Scheme = field(
-        default="zeros",
-        metadata={"help": "what all others become: zeros, ones, noise, or drop (hidden; ours)"},
+    scheme: Scheme = option(
+        "zeros",
+        "what visual tokens that are not blind become: zeros, ones, noise, or drop (hidden; ours)",
     )
-    seed: int | None = field(
-        default=None, metadata={"help": "of the noise; default: torch.initial_seed()"}
+    seed: int | None = option(
+        None, "seed of the noise; default: torch.initial_seed()", 0, 2**63, high_open=True
     )
 
     name: ClassVar[str] = "avc"
     PRESETS: ClassVar[tuple[Preset, ...]] = (
-        Preset("LLaVA-1.5-7B", "llava", "llama", 4096, 32, {"alpha": 2.5}, _SCRIPTS, _VICUNA),
+        Preset(LLAVA_7B, {"alpha": 2.5}, "authors' scripts for AMBER and LLaVA-Bench"),
     )
 
-    def __post_init__(self) -> None:
-        check_range(self, "alpha", 0.0, 100.0)
-        check_range(self, "beta", 0.0, 1.0)
-        check_range(self, "gamma", 0.0, 1.0)
-        check_range(self, "deviations", -1000.0, 1000.0)
-        check_range(self, "seed", 0, 2**63, high_open=True)
-        if self.scheme not in get_args(Scheme):
-            raise BadInput(
-                f"avc: scheme={self.scheme!r} must be one of {', '.join(get_args(Scheme))}."
-            )
-
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> AttentionalVisionCalibration:
-        if self.alpha is not None:
-            return self
-        preset = find_preset(self.PRESETS, info)
-        return replace(self, alpha=preset.values["alpha"] if preset else 1.0)
+        return self.with_defaults(info, alpha=1.0)
 
     def streams(self) -> int:
         return 0 if self.alpha == 0 else 1

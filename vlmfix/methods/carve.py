@@ -1,9 +1,9 @@
-"""CARVE: black out, crop and enlarge what the question draws attention to, then ask again."""
+"""CARVE: crop and enlarge what the question draws attention to, then ask again."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,13 +15,14 @@ from scipy import ndimage
 
 from vlmfix.analysis.geometry import Box, piece_places
 from vlmfix.analysis.passes import Look, look
-from vlmfix.base.method import Preset, check_range, find_preset
+from vlmfix.base.method import Preset, option
 from vlmfix.base.pixels import PixelMethod
 from vlmfix.chat import split_chat
 from vlmfix.engine.session import SESSION
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import ModelInfo
 from vlmfix.families.tower import describe_tower
+from vlmfix.methods.structures import EMOJI
 
 __all__ = [
     "ContrastiveAttentionRefinement",
@@ -52,13 +53,13 @@ def contrast_attention(question: torch.Tensor, general: torch.Tensor, lam: float
 def counted_steps(
     question: torch.Tensor, general: torch.Tensor, steps: Steps
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The steps of two answers that count, and their weights.
+    """Select the steps of two answers that count, and weigh them.
 
     Args:
         question: (L, T, n), attention of the rows that predicted the answer to the question.
         general: (L, T', n), of those that predicted a general description.
-        steps: "all": the first min(T, T') steps, step t with weight t; "first"; "last": each
-            answer's own.
+        steps: "all" takes the first min(T, T') steps, step t with weight t; "first" the first
+            step; "last" the last step of each answer.
 
     Returns:
         (L, C, n), (L, C, n) and (C,), float64.
@@ -71,9 +72,9 @@ def counted_steps(
 
 
 def spread(tokens: torch.Tensor, views: Sequence[torch.Tensor], width: int, height: int) -> Scores:
-    """Values of tokens (n,) over (height, width) pixels, bilinear; `AttentionMap.views` add up.
+    """Resize values of tokens (n,) to (height, width) pixels, bilinearly; views are added up.
 
-    Resizing is linear: what is added on the tokens need not be resized one by one.
+    Resizing is linear, so that layers and steps can be added up on the tokens before.
     """
     total = np.zeros((height, width), dtype=np.float32)
     for view in views:
@@ -88,9 +89,9 @@ def components_kept(total: int, at_most: int | None) -> int:
 
 
 def relevant_mask(scores: Scores, p: float, at_most: int | None) -> Mask:
-    """The 4-connected regions at or above the quantile 1 - p that have the largest sums.
+    """Mark the 4-connected regions at or above the quantile 1 - p that have the largest sums.
 
-    The whole image where the scores are flat but for rounding.
+    Where the scores are constant up to rounding, the mask is the whole image.
     """
     if scores.max() - scores.min() <= _ROUNDING * scores.max():
         return np.ones(scores.shape, dtype=bool)
@@ -108,9 +109,15 @@ def bounding_box(mask: Mask) -> Box:
 
 
 def cut_out(image: Image.Image, mask: Mask, box: Box, black: bool) -> Image.Image:
-    """The box of an image, black outside of the mask if asked, enlarged until it covers the image.
+    """Crop a box of an image, and enlarge it until it covers the size of the image.
 
-    One factor for both sides, so that one of them may become longer than the image's.
+    One factor enlarges both sides, so that one of them may become longer than the image's.
+
+    Args:
+        image: RGB.
+        mask: (h, w) bool.
+        box: (left, top, right, bottom).
+        black: whether pixels outside of the mask become black.
     """
     pixels = np.asarray(image)
     if black:
@@ -123,19 +130,21 @@ def cut_out(image: Image.Image, mask: Mask, box: Box, black: bool) -> Image.Imag
 
 @dataclass(frozen=True, eq=False)
 class Refinement:
-    """What CARVE found in one chat.
+    """The findings of CARVE in one chat.
 
     Attributes:
-        changed: whether the chat was rewritten; `reason` says why it was not.
-        number: which image of the chat it is about, from 0.
+        changed: whether the chat was rewritten.
+        reason: why it was not; None if it was.
+        number: index of the refined image in the chat, from 0.
         image: that image.
         scores: (h, w) float32, S.
         mask: (h, w) bool, the regions kept.
-        box: of the mask, as (left, top, right, bottom), right and bottom exclusive.
-        refined: the new image, the original if `changed` is False.
-        answer: what the model said to the question at first sight; one token with steps="first".
-        general: what it said when asked for a general description, as far as it was compared.
-        shared: whether both answers shared one prefill of the images (`passes.look`).
+        box: bounding box of the mask, (left, top, right, bottom), right and bottom exclusive.
+        refined: the new image; the original if `changed` is False.
+        answer: the model's answer to the question about the original image; one token with
+            steps="first".
+        general: its general description, up to the last step that was compared.
+        shared: whether both answers shared one prefill of the images (`analysis/passes.py`).
     """
 
     changed: bool
@@ -151,7 +160,7 @@ class Refinement:
     shared: bool = False
 
     def facts(self) -> dict[str, Any]:
-        """Everything but pictures, as plain data for JSON."""
+        """Everything except the pictures, as plain data for JSON."""
         names = ("changed", "reason", "number", "box", "answer", "general", "shared")
         return {name: getattr(self, name) for name in names}
 
@@ -162,7 +171,7 @@ class Refinement:
             NAME-map.png, NAME-mask.png and NAME-refined.png in `folder`.
 
         Raises:
-            MissingDependency: matplotlib, which draws the map, is not installed.
+            MissingDependency: matplotlib, which the map needs, is not installed.
         """
         from vlmfix.analysis.viz import overlay
 
@@ -181,7 +190,7 @@ class Refinement:
 _GENERAL = "Write a general description of the image."
 _SUFFIX = "Answer the question using a single word or phrase."
 _SHARED = {"background": "black", "general": _GENERAL, "suffix": _SUFFIX}
-#: What the two sources do; every option can be set apart from them.
+#: Defaults of the two sources; every option can be set separately.
 _VARIANTS: dict[str, dict[str, Any]] = {
     "code": {"p": 0.2, "components": None, "steps": "all", "final": "both", **_SHARED},
     "paper": {"p": 0.4, "components": 2, "steps": "last", "final": "refined", **_SHARED},
@@ -190,93 +199,78 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ContrastiveAttentionRefinement(PixelMethod):
-    """Show the model what the question, unlike a general request, makes it look at.
+    """Give the model a close-up of what its question, unlike a general request, attends to.
 
     Ge et al.: "Focusing by Contrastive Attention: Enhancing VLMs' Visual Reasoning", ECCV 2026,
-    arXiv 2509.06461. The plain model answers the question and a request for a general
-    description, greedily. The ratio of the two answers' attention to the image, added over layers
-    and steps and spread over the pixels, is cut at a quantile; its strongest regions are kept, the
-    rest is blacked out, and their box is enlarged to the size of the image. The user's own prompt
-    is then answered with this image.
+    arXiv 2509.06461. Two internal passes of the plain model answer the question and a request for
+    a general description, greedily. The ratio of the two answers' attention to the image, added
+    over layers and steps and resized to the pixels, is cut at a quantile. Its strongest regions are
+    kept, the rest is blacked out, and their box is enlarged to the size of the image. The model
+    then answers the user's own prompt with this image.
 
-    Paper and code disagree: at most two regions or at least three, the refined image alone or
-    beside the original, the last step or all of them. preset="code" (default: it can be compared
-    run by run) and "paper". Here and in neither: maps lie on the model's true token grid (the code
-    takes 8 x 32 tokens for 16 x 16) and where the processor cut the image; the suffix that asks
-    for one word is put to the two looks alone, the final prompt stays the user's; of several
-    images, the one whose share of attention grows most is refined. `lam` near 1e-8 lets tokens
-    that nobody looks at dominate; 1e-5 is safer in bfloat16.
+    Paper and code disagree: at most two regions or at least three, the refined image alone or next
+    to the original, the last step or all of them. preset="code" (the default, because it can be
+    compared run by run) and preset="paper" follow them. Three things are in neither. Maps lie on
+    the model's true token grid (the code takes 8 x 32 tokens for 16 x 16) and where the processor
+    cut the image. The suffix that asks for one word is added in the two internal passes alone; the
+    final prompt stays the user's. Of several images, the one whose share of attention grows most is
+    refined. `lam` near 1e-8 lets tokens with hardly any attention dominate; 1e-5 is safer in
+    bfloat16.
     """
 
-    preset: Literal["code", "paper"] = field(
-        default="code", metadata={"help": "whose p, components, steps and final are the defaults"}
+    preset: Literal["code", "paper"] = option(
+        "code", "source of the defaults of p, components, steps and final: code or paper"
     )
-    layers: tuple[int, ...] | None = field(
-        default=None,
-        metadata={
-            "help": "decoder layers to read, e.g. 20/21; default 20 to 25, 70 to 90 % of the depth "
-            "of models of up to 26"
-        },
+    layers: tuple[int, ...] | None = option(
+        None,
+        "decoder layers whose attention is read, e.g. 20/21; default: 20 to 25, or 70 to 90 % of "
+        "the depth in models of up to 26 layers",
     )
-    lam: float = field(default=1e-8, metadata={"help": "lambda, added to the general attention"})
-    p: float | None = field(
-        default=None, metadata={"help": "share of the pixels kept; 0.2 (code), 0.4 (paper)"}
+    lam: float = option(
+        1e-8, "lambda, added to the attention of the general description before the division", 0, 1
     )
-    components: int | None = field(
-        default=None,
-        metadata={"help": "at most so many regions; max(3, a fifth of them) (code), 2 (paper)"},
+    p: float | None = option(
+        None, "share of the pixels that are candidates; default: 0.2 (code), 0.4 (paper)", 0, 1
     )
-    steps: Steps | None = field(
-        default=None,
-        metadata={"help": "of the answers: all, later ones weigh more (code); first; last (paper)"},
+    components: int | None = option(
+        None,
+        "most regions kept; default: a fifth of them, at least 3 (code), or 2 (paper)",
+        1,
+        10_000,
     )
-    background: Literal["black", "keep"] | None = field(
-        default=None,
-        metadata={"help": "what lies in the box and in no region: black it out (both), or keep it"},
+    steps: Steps | None = option(
+        None,
+        "steps of the answers that count: all, later ones more (code), first, or last (paper)",
     )
-    final: Literal["both", "refined"] | None = field(
-        default=None,
-        metadata={"help": "images of the final prompt: both (code), refined alone (paper)"},
+    background: Literal["black", "keep"] | None = option(
+        None, "pixels of the box outside of all regions: black (code and paper) or keep"
     )
-    minimum_contrast: float = field(
-        default=0.0,
-        metadata={"help": "leave images alone whose map has max/mean below this; 1.5 is cautious"},
+    final: Literal["both", "refined"] | None = option(
+        None, "images of the final prompt: both (code) or refined, without the original (paper)"
     )
-    max_new_tokens: int = field(default=32, metadata={"help": "longest answer of the two looks"})
-    general: str | None = field(
-        default=None, metadata={"help": f'what is asked beside the question; "{_GENERAL}"'}
+    minimum_contrast: float = option(
+        0.0, "leave an image as it is if max/mean of its map is below this; 1.5 is cautious", 0, 1e6
     )
-    suffix: str | None = field(
-        default=None,
-        metadata={"help": f'put behind both, unless the question ends so; "{_SUFFIX}"'},
+    max_new_tokens: int = option(32, "longest answer of the two internal passes", 1, 1024)
+    general: str | None = option(
+        None, f'the request for a general description; default: "{_GENERAL}"'
+    )
+    suffix: str | None = option(
+        None,
+        f'text added to question and request unless it ends the question; default: "{_SUFFIX}"',
     )
 
     name: ClassVar[str] = "carve"
     PRESETS: ClassVar[tuple[Preset, ...]] = (
         Preset(
-            "EmojiCOCO",
-            "llava",
-            "llama",
-            256,
-            6,
+            EMOJI,
             {"background": "keep", "general": "Describe the image.", "suffix": ""},
-            "its training knows no black areas and no other wording; tuning split",
-            (697, 697),
+            "its training data have no black areas and no other wording; tuning split",
         ),
     )
 
-    def __post_init__(self) -> None:
-        check_range(self, "lam", 0.0, 1.0)
-        check_range(self, "p", 0.0, 1.0)
-        check_range(self, "components", 1, 10_000)
-        check_range(self, "minimum_contrast", 0.0, 1e6)
-        check_range(self, "max_new_tokens", 1, 1024)
-
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> ContrastiveAttentionRefinement:
         describe_tower(model, info)
-        known = find_preset(self.PRESETS, info)
-        values = _VARIANTS[self.preset] | (known.values if known else {})
-        chosen = {name: value for name, value in values.items() if getattr(self, name) is None}
         layers = default_layers(info.num_layers) if self.layers is None else self.layers
         readable = tuple(layer for layer in layers if layer in info.attention)
         if not readable or (self.layers is not None and readable != self.layers):
@@ -284,7 +278,7 @@ class ContrastiveAttentionRefinement(PixelMethod):
                 f"carve: layers={layers} must be layers of this model with attention: "
                 f"{sorted(info.attention)}."
             )
-        return replace(self, layers=readable, **chosen)
+        return replace(self.with_defaults(info, **_VARIANTS[self.preset]), layers=readable)
 
     def idle(self) -> str | None:
         return "p=1 keeps every pixel" if self.p == 1 else None
@@ -292,7 +286,7 @@ class ContrastiveAttentionRefinement(PixelMethod):
     def rewrite(
         self, model: Any, processor: Any, chats: Sequence[Any]
     ) -> tuple[list[Any], list[Refinement | None]]:
-        """New chats, and findings; None for a chat without an image or without a question."""
+        """Rewrite chats; the finding is None for a chat without an image or a question."""
         read = [split_chat(chat) for chat in chats]
         asks = [_last_text(plain) if images else None for images, plain in read]
         requests = [
@@ -305,7 +299,7 @@ class ContrastiveAttentionRefinement(PixelMethod):
         ]
         half = len(requests) // 2
         limit = 1 if self.steps == "first" else self.max_new_tokens
-        # Only the last step of a description asks for the rest of it.
+        # Only steps="last" needs complete descriptions.
         complete = None if self.steps == "last" else range(half)
         layers = self.layers or ()
         looks = look(model, processor, requests, layers, limit, complete) if requests else []
@@ -346,13 +340,13 @@ class ContrastiveAttentionRefinement(PixelMethod):
         """Refine one image of a chat.
 
         Args:
-            images: of the chat.
-            places: of each image, where the pieces lie that the processor makes of it.
-            question: how the model looked at the pieces as it answered the question.
-            general: how it did as it described the image.
+            images: the images of the chat.
+            places: for each image, the boxes of the pieces that the processor makes of it.
+            question: attention to the pieces while the model answered the question.
+            general: attention to the pieces while it described the image.
 
         Raises:
-            UnsupportedModel: not one map per piece.
+            UnsupportedModel: the number of maps is not the number of pieces.
         """
         number, pieces = self._most_drawn(places, question, general)
         image = images[number]
@@ -388,15 +382,17 @@ class ContrastiveAttentionRefinement(PixelMethod):
     def _most_drawn(
         self, places: Sequence[Sequence[Box]], question: Look, general: Look
     ) -> tuple[int, list[tuple[Box, torch.Tensor, tuple[torch.Tensor, ...]]]]:
-        """The image whose share of attention grows most with the question, and its pieces.
+        """Find the image whose share of attention grows most with the question.
 
-        A piece is its place, S on its visual tokens, and where they lie in it.
+        Returns:
+            Its index, and for each of its pieces: its box, S on its visual tokens, and where these
+            lie in the piece.
         """
         if sum(map(len, places)) != len(question.maps):
             raise UnsupportedModel(
                 f"carve counts {sum(map(len, places))} pieces of images where the model got "
-                f"{len(question.maps)}, so its maps cannot be placed. Use a processor that cuts "
-                "every image of a size alike."
+                f"{len(question.maps)}, so its maps cannot be assigned to places. Use a processor "
+                "that cuts every image of a size alike."
             )
         maps = iter(zip(question.maps, general.maps, strict=True))
         found = []
@@ -415,15 +411,12 @@ class ContrastiveAttentionRefinement(PixelMethod):
 
 
 def default_layers(count: int) -> tuple[int, ...]:
-    """Layers 20 to 25, as published; 70 to 90 % of the depth where a model has no more than 26."""
+    """Layers 20 to 25, as published; 70 to 90 % of the depth in models of up to 26 layers."""
     return tuple(range(20, 26) if count > 26 else range(int(0.7 * count), int(0.9 * count) + 1))
 
 
-# -- chats -----------------------------------------------------------------------------------------
-
-
 class _Places:
-    """Where the pieces of an image lie, asked of the processor once per size."""
+    """The boxes of the pieces of an image, measured on the processor once per size."""
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.processor = processor
@@ -440,7 +433,7 @@ class _Places:
 
 
 def _last_text(plain: Sequence[Any]) -> int | None:
-    """The last message of the user that holds text."""
+    """The index of the user's last message that holds text."""
     said = [
         at
         for at, message in enumerate(plain)
@@ -450,7 +443,7 @@ def _last_text(plain: Sequence[Any]) -> int | None:
 
 
 def _request(plain: Sequence[Any], at: int, text: str | None, suffix: str) -> list[Any]:
-    """A conversation in which message `at` asks for a short answer, to `text` if there is one."""
+    """A chat whose message `at` asks for a short answer, to `text` if it is given."""
     parts = plain[at]["content"]
     last = max(i for i, part in enumerate(parts) if part["type"] == "text")
     said = parts[last]["text"] if text is None else text
@@ -465,7 +458,7 @@ def _request(plain: Sequence[Any], at: int, text: str | None, suffix: str) -> li
 
 
 def _with_images(plain: Sequence[Any], shown: Sequence[Sequence[Image.Image]]) -> list[Any]:
-    """A conversation with images, one or several, in the place of each of its markers."""
+    """A chat with one or several images in the place of each of its markers."""
     left = iter(shown)
     chat = []
     for message in plain:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
 from vlmfix.base.contrast import noise_generator
-from vlmfix.base.method import check_range
+from vlmfix.base.method import option
 from vlmfix.base.pruning import Kept, TokenMethod, VisualTokens
-from vlmfix.errors import BadInput
 
 __all__ = ["ClusterAggregation", "averages", "k_means", "medoids", "spread_seeds"]
 
 
 def spread_seeds(points: torch.Tensor, count: int, generator: torch.Generator) -> list[int]:
-    """Seeds of k-means++: the first is any point, each next one is drawn by squared distance.
+    """Seeds of k-means++: the first is any point, each next one is sampled by squared distance.
 
     Arthur, Vassilvitskii: "k-means++: The Advantages of Careful Seeding", SODA 2007.
 
@@ -45,7 +44,7 @@ def k_means(points: torch.Tensor, seeds: list[int], iterations: int) -> torch.Te
     Args:
         points: (n, D).
         seeds: indices of k points that all differ.
-        iterations: at most so many times all centres move.
+        iterations: the most times that all centres move.
 
     Returns:
         (n,) int64, the cluster of each point: each of 0 ... k - 1 has some.
@@ -105,37 +104,28 @@ class ClusterAggregation(TokenMethod):
     2504.17892. Tokens are clustered as the language model would get them, behind the projector. No
     training, no attention, nothing from the question.
 
-    Reconstruction: neither the paper's settings nor code of the authors were at hand. Known are
+    Reconstruction: neither the paper's settings nor code of the authors were available. Known are
     k-means, the mean of each cluster, and the place behind the projector. k-means++, 10 iterations
     and the order are choices made here: a token stands where the medoid of its cluster stood, the
     member nearest to the mean, since positions must be whole numbers.
 
-    Why k-means is written out here: scikit-learn and scipy are no dependencies of this package, and
-    they run on the CPU, where the features would have to go. scipy's (1.17) also leaves clusters
-    without points, or several at the same place, where fewer tokens differ than are wanted. Here
-    every cluster has a point, and an image with fewer distinct tokens than its budget gets fewer.
-    Distances are float32 whatever the model's dtype, those that choose a medoid float64. Every
-    image draws from a generator of its own, so that a prompt keeps the same tokens in any batch.
+    Why k-means is written out here: scikit-learn and scipy run on the CPU, where the features
+    would have to go. scipy's (1.17) also leaves clusters without points, or several at the same
+    place, where fewer tokens differ than are wanted. Here every cluster has a point, and an image
+    with fewer distinct tokens than its budget gets fewer. Distances are float32 in every dtype of
+    the model, those that choose a medoid float64. Every image has a random generator of its own,
+    so that a prompt keeps the same tokens in any batch.
     """
 
-    iterations: int = field(
-        default=10, metadata={"help": "of k-means, at most; it stops when nothing moves"}
+    iterations: int = option(
+        10, "most iterations of k-means; it stops when no token changes its cluster", 1, 1000
     )
-    representative: Literal["mean", "medoid"] = field(
-        default="mean", metadata={"help": "what becomes of a cluster; medoid: its middle token"}
+    representative: Literal["mean", "medoid"] = option(
+        "mean", "what replaces a cluster: mean of its tokens, or medoid, the token nearest to it"
     )
-    seed: int = field(default=0, metadata={"help": "of the draws of k-means++"})
+    seed: int = option(0, "random seed of k-means++", 0, 2**63, high_open=True)
 
     name: ClassVar[str] = "cluster"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self, "iterations", 1, 1000)
-        check_range(self, "seed", 0, 2**63, high_open=True)
-        if self.representative not in ("mean", "medoid"):
-            raise BadInput(
-                f"cluster: representative={self.representative!r} must be 'mean' or 'medoid'."
-            )
 
     def keep(self, visual: VisualTokens, budget: int) -> Kept:
         points = visual.features.float()

@@ -44,11 +44,11 @@ class DivPrune(TokenMethod):
 
     Alvar, Singh, Akbari, Zhang: "DivPrune: Diversity-based Visual Token Pruning for Large
     Multimodal Models", CVPR 2025, arXiv 2503.02175. Distances are 1 - cosine between tokens as the
-    language model would get them. No attention is read and the question plays no part, so it runs
-    on every family.
+    language model would get them. It reads neither attention nor the question and so runs on every
+    family.
 
     The authors' script keeps 9.8 % (`ratio=0.098`); the default here is that of all pruning
-    methods. Their code casts nothing; here distances are float32 whatever the model's dtype.
+    methods. Their code casts nothing; here distances are float32 in every dtype of the model.
     """
 
     name: ClassVar[str] = "divprune"

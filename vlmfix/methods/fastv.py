@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from vlmfix.base.method import option
 from vlmfix.base.pruning import LayerTokenMethod
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import ModelInfo
@@ -21,17 +22,17 @@ class FastV(LayerTokenMethod):
 
     Chen et al.: "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration
     for Large Vision-Language Models", ECCV 2024, arXiv 2403.06764. Layers before `layer` run on the
-    whole prompt; from it on the hidden states, the KV cache and the masks hold the kept tokens
-    alone, at their original positions.
+    whole prompt; from that layer on, hidden states, KV cache and masks hold only the kept tokens,
+    at their original positions.
 
     Paper and code: the paper speaks of the attention that a token receives, the code takes the row
-    of the last prompt token, mean over heads, and so does this. Half of the tokens go after two
-    layers in the paper; a script of the authors uses three. The code runs one prompt at a time
-    with a fixed span of image tokens; here prompts of a batch keep budgets of their own.
+    of the last prompt token, mean over heads, and so does this. The paper drops half of the tokens
+    after two layers; a script of the authors uses three. The code runs one prompt at a time with a
+    fixed span of image tokens; here every prompt of a batch has a budget of its own.
     """
 
-    layer: int = field(
-        default=2, metadata={"help": "first decoder layer, from 0, without the dropped tokens"}
+    layer: int = option(
+        2, "first decoder layer, counted from 0, that runs without the dropped tokens"
     )
 
     name: ClassVar[str] = "fastv"

@@ -1,20 +1,21 @@
-"""GIFT: where the gaze jumped while the question was read, attention to the image is multiplied."""
+"""GIFT: multiply attention to what the model turned to while it read the question."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from vlmfix.analysis.calibrate import load_calibration
 from vlmfix.base.attention import AttentionMethod, Keys, Plan, ProbePass
-from vlmfix.base.method import Preset, check_range, find_preset
+from vlmfix.base.method import Preset, option
 from vlmfix.base.observer import Observer, Rows, SeenRows
 from vlmfix.errors import BadInput, StateError
 from vlmfix.families import ModelInfo
+from vlmfix.methods.structures import LLAVA_7B, LLAVA_13B, QWEN2_VL_7B
 
 __all__ = ["GazeObserver", "GazeShiftFusion", "fuse", "gaze_map", "top_heads"]
 
@@ -26,12 +27,12 @@ def top_heads(amounts: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def gaze_map(rises: torch.Tensor, visual: torch.Tensor, share: float = 0.5) -> torch.Tensor:
-    """How strongly each visual token drew the gaze, in [0, 1].
+    """How strongly attention jumped to each visual token (its gaze), in [0, 1].
 
     Args:
         rises: (B, H, K), positive jumps of attention, summed over the rows of the question.
         visual: (B, K) bool.
-        share: of the heads, those that jump most are averaged.
+        share: of the heads; those with the largest jumps are averaged.
 
     Returns:
         (B, K): their mean, clipped to mean +- 3 standard deviations over the sample's visual
@@ -57,7 +58,7 @@ def fuse(
     beta: float = 1.0,
     share: float = 0.5,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Raise gazed-at visual tokens, and the question by the same factor, in the heads for each.
+    """Raise visual tokens by their gaze, and the question by the same gain, each in its heads.
 
     Args:
         weights: softmax rows (B, H, R, K).
@@ -65,7 +66,7 @@ def fuse(
         lift: (B, K), m - 1, where m is the factor of a visual token; 0 elsewhere.
         question: (B, K), 1 at the tokens of the question.
         beta: weight of the question's factor.
-        share: of the heads, those with the most mass on either are edited.
+        share: of the heads; those with the most mass on image or question are edited.
 
     Returns:
         The edited rows, renormalised, and (B, H, R) bool: which were edited. Others keep their
@@ -76,7 +77,7 @@ def fuse(
     masses = torch.bmm(weights.reshape(batch, heads * rows, keys), groups)
     seen, lifted, asked = masses.view(batch, heads, rows, 3).unbind(-1)
     looks, asks = top_heads(seen, share), top_heads(asked, share)
-    # r = (sum of a m) / (sum of a) over the heads that look; 1 where they see nothing.
+    # r = (sum of a m) / (sum of a) over the heads of the image; 1 where they have no mass on it.
     gained = (looks * lifted).sum(1, keepdim=True)
     ratio = 1 + gained / (looks * seen).sum(1, keepdim=True).clamp_min(1e-30)
     raised = asks * (beta * ratio - 1)
@@ -89,7 +90,7 @@ def fuse(
 
 @dataclass(frozen=True, eq=False)
 class GazeObserver(Observer):
-    """Sums, per head and visual token, the jumps of attention at the question's content words.
+    """Sums the jumps of attention at the question's content words, per head and visual token.
 
     seen[layer] is (B, H, K) float32.
     """
@@ -98,7 +99,7 @@ class GazeObserver(Observer):
 
     def see_weights(self, rows: SeenRows) -> None:
         layer, weights, position = rows.layer, rows.weights, rows.position
-        # A question without any content word counts in full.
+        # A question without a content word counts in full.
         content = rows.content | (rows.question & ~rows.content.any(1, keepdim=True))
         read = content[:, position + 1 : position + weights.shape[2]]
         rises = (weights[:, :, 1:] - weights[:, :, :-1]).clamp_min(0) * read[:, None, :, None]
@@ -111,86 +112,70 @@ def _layers(saliency_layer: int, first: int, last: int, alpha: float) -> dict[st
     return {"saliency_layer": saliency_layer, "edited_layers": edited_layers, "alpha": alpha}
 
 
-_CODE = "authors' code"
-_VICUNA = (32000, 32064)  # the vocabulary tells vicuna from later Llamas of the same shape
-
-
 @dataclass(frozen=True)
 class GazeShiftFusion(AttentionMethod):
-    """Multiply attention to the image by a map of gaze shifts, and to the question alike.
+    """Multiply attention to the image by a map of gaze shifts, and attention to the question too.
 
     Qi, Shang, Spiliopoulou, Pappas: "Capturing Gaze Shifts for Guidance: Cross-Modal Fusion
     Enhancement for VLM Hallucination Mitigation", ICML 2026, arXiv 2510.22067. While the model
     reads the content words of the question, its attention to some visual tokens jumps up. The map
-    S of these jumps in one layer, taken once from an extra, unedited forward over the prompt,
+    S of these jumps in one layer, taken once from an unedited probe pass over the prompt,
     multiplies the attention to visual token j by exp(alpha S_j) in the row that predicts the next
-    token, in the half of the heads that looks most at the image. In the half that looks most at the
-    question, the question is raised by the ratio r that the image gained, times `beta`, so that
-    vision does not drown it. Rows are renormalised. Heads and r are chosen anew in every row.
+    token, in the half of the heads with the most mass on the image. In the half with the most mass
+    on the question, the question is raised by the ratio r that the image gained, times `beta`, so
+    that vision does not drown it. Rows are renormalised. Heads and r are chosen in every row.
 
     Paper and code: r is the ratio of sums, as the code has it, not a sum of ratios. The code has no
     beta (1 here). It chooses the question's heads by their mass on the whole question, and so does
-    this. It takes content words from a part-of-speech tagger; here a list of stop words tells them,
-    where `vlmfix.generate` knows the processor, and else all text after the last image counts. It
-    yields NaN where no content word is found or the map is flat; here the whole question counts,
-    and nothing is raised. It keeps one r for the batch; here every sample has its own.
+    this. It takes content words from a part-of-speech tagger; here a list of stop words tells them
+    where `vlmfix.generate` knows the processor, and otherwise all text after the last image counts.
+    The code yields NaN where no content word is found or the map is flat; here the whole question
+    counts, and nothing is raised. It keeps one r for the batch; here every sample has its own.
 
     Layers are published for three models. For others, a calibration (`vlmfix calibrate`) names
     them; without one the saliency layer is LLaVA-1.5-7B's, scaled to the depth (11 of 32), the
-    edited layers are the middle third and alpha is 4: our recommendation, which nobody has tuned.
+    edited layers are the middle third and alpha is 4: our recommendation, untuned.
     """
 
-    alpha: float | None = field(
-        default=None, metadata={"help": "strength; default by preset, else 4; 0 raises nothing"}
+    alpha: float | None = option(
+        None, "strength on visual tokens; default: preset, else 4; 0: no visual token is raised",
+        0.0, 20.0,
+    )  # fmt: skip
+    beta: float = option(
+        1.0, "factor on the image's gain before the question gets it, too", 0.0, 100.0
     )
-    beta: float = field(
-        default=1.0, metadata={"help": "how much of the image's gain the question gets, as factor"}
+    saliency_layer: int | None = option(
+        None,
+        "decoder layer whose attention jumps are mapped; default: preset, calibration or depth",
     )
-    saliency_layer: int | None = field(
-        default=None, metadata={"help": "layer of the map; default by preset, calibration or depth"}
+    edited_layers: tuple[int, ...] | None = option(
+        None, "decoder layers to edit, e.g. 12/13/14; default: preset, calibration or depth"
     )
-    edited_layers: tuple[int, ...] | None = field(
-        default=None, metadata={"help": "e.g. 12/13/14; default by preset, calibration or depth"}
-    )
-    head_share: float = field(
-        default=0.5, metadata={"help": "share of the heads that is averaged, and edited"}
+    head_share: float = option(
+        0.5, "share of the heads that the map averages and that an edit reaches", 0.0, 1.0
     )
 
     name: ClassVar[str] = "gift"
     rows: ClassVar[Literal["predicting", "text"]] = "predicting"
     reads_question: ClassVar[bool] = True
     PRESETS: ClassVar[tuple[Preset, ...]] = (
-        Preset(
-            "LLaVA-1.5-7B", "llava", "llama", 4096, 32, _layers(11, 12, 22, 5.0), _CODE, _VICUNA
-        ),
-        Preset(
-            "LLaVA-1.5-13B", "llava", "llama", 5120, 40, _layers(10, 14, 20, 5.0), _CODE, _VICUNA
-        ),
-        Preset(
-            "Qwen2-VL-7B", "qwen2_vl", "qwen2_vl_text", 3584, 28, _layers(14, 5, 18, 4.0), _CODE
-        ),
+        Preset(LLAVA_7B, _layers(11, 12, 22, 5.0), "authors' code"),
+        Preset(LLAVA_13B, _layers(10, 14, 20, 5.0), "authors' code"),
+        Preset(QWEN2_VL_7B, _layers(14, 5, 18, 4.0), "authors' code"),
     )
 
-    def __post_init__(self) -> None:
-        check_range(self, "alpha", 0.0, 20.0)
-        check_range(self, "beta", 0.0, 100.0)
-        check_range(self, "head_share", 0.0, 1.0)
-
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> GazeShiftFusion:
-        known = self._known_layers(info, model)
-        own = {name: getattr(self, name) for name in known}
-        values = {name: known[name] if own[name] is None else own[name] for name in known}
-        layers = (values["saliency_layer"], *values["edited_layers"])
+        defaults = self.published(info) or self._by_depth(info, model)
+        ready = self.with_defaults(info, **defaults)
+        layers = (ready.saliency_layer, *(ready.edited_layers or ()))
         if not set(layers) <= set(info.attention):
             raise BadInput(
                 f"gift: saliency_layer={layers[0]} and edited_layers={layers[1:]} must be layers "
                 f"with attention of this model of {info.num_layers} layers, counted from 0."
             )
-        return replace(self, **values)
+        return ready
 
-    def _known_layers(self, info: ModelInfo, model: torch.nn.Module) -> dict[str, Any]:
-        if preset := find_preset(self.PRESETS, info):
-            return preset.values
+    def _by_depth(self, info: ModelInfo, model: torch.nn.Module) -> dict[str, Any]:
         count, attention = info.num_layers, sorted(info.attention)
         scaled = round(11 / 32 * count)
         saliency_layer = min(attention, key=lambda layer: abs(layer - scaled))
@@ -225,8 +210,8 @@ class GazeShiftFusion(AttentionMethod):
         if self.alpha and visual.any():
             if self.saliency_layer not in keys.seen:
                 raise StateError(
-                    "gift reads its map in the first forward of a prompt, and this KV cache was "
-                    "filled before it was on or before there was an image. Start without this "
+                    "gift takes its map from the first forward of a prompt, and this KV cache was "
+                    "filled before gift was on or before there was an image. Start without this "
                     "cache."
                 )
             rises = keys.seen[self.saliency_layer]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from vlmfix.analysis.head_list import head_list, head_names, heads_by_layer
 from vlmfix.base.attention import AttentionMethod, Keys, Plan
-from vlmfix.base.method import check_range
+from vlmfix.base.method import option
 from vlmfix.errors import CalibrationNeeded
 from vlmfix.families import ModelInfo
 
@@ -38,20 +38,17 @@ class HeadPursuit(AttentionMethod):
     over samples; see `vlmfix.analysis.pursuit.pursue`. The authors' code was not consulted.
     """
 
-    heads: tuple[str, ...] | None = field(
-        default=None,
-        metadata={
-            "help": "layer.head names, e.g. 16.29/26.9, from vlmfix.analysis.pursuit.rank_heads"
-        },
+    heads: tuple[str, ...] | None = option(
+        None, "heads as layer.head, e.g. 16.29/26.9, from vlmfix.analysis.pursuit.rank_heads"
     )
-    alpha: float = field(
-        default=-1.0, metadata={"help": "factor on the heads: -1 inhibits, 5 enhances, 1 nothing"}
+    alpha: float = option(
+        -1.0,
+        "factor on the heads' outputs: -1 inhibits, 5 enhances, 1 changes nothing",
+        -100.0,
+        100.0,
     )
 
     name: ClassVar[str] = "head_pursuit"
-
-    def __post_init__(self) -> None:
-        check_range(self, "alpha", -100.0, 100.0)
 
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> HeadPursuit:
         if self.heads is None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.base.method import Preset, check_range, find_preset
+from vlmfix.base.method import Preset, option
 from vlmfix.base.pruning import (
     Kept,
     TokenMethod,
@@ -18,10 +18,8 @@ from vlmfix.base.pruning import (
 )
 from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo
-from vlmfix.families.tower import describe_tower
-
-if TYPE_CHECKING:
-    from vlmfix.families.tower import Tower
+from vlmfix.families.tower import Tower, describe_tower
+from vlmfix.methods.structures import EMOJI
 
 __all__ = ["HiPrune", "choose_tokens", "default_object_layer", "neighbor_places"]
 
@@ -68,11 +66,11 @@ def choose_tokens(
         object_attention: (n,), attention that each token receives in the object layer: the
             round(alpha budget / 5) largest are anchors.
         deep_attention: (n,), the same in the deep layer: the largest of what is neither anchor nor
-            buffer are registers, as many as the budget still takes.
+            buffer are registers, until the budget is full.
         place: (n,) int64, where the tokens stand in the grid, row by row; places of tokens that
             the model dropped as padding are absent.
         shape: rows and columns of the grid.
-        budget: at most n. If it does not hold all buffers, those of the largest `deep_attention`.
+        budget: at most n. If not all buffers fit, those of the largest `deep_attention` are kept.
         alpha: in [0, 1], share of the budget for anchors and buffers.
         neighbors: see `neighbor_places`.
 
@@ -88,9 +86,9 @@ def choose_tokens(
 
 
 def default_object_layer(tower: Tower) -> int:
-    """The layer whose attention is on objects: the 9th of CLIP's 24, the 16th of Qwen's 32.
+    """The encoder layer that attends to objects: the 9th of CLIP's 24, the 16th of Qwen's 32.
 
-    Other depths in proportion; in a tower with windows the nearest layer without.
+    Other depths take it in proportion; a tower with windowed layers takes the nearest other layer.
     """
     count = len(tower.layers)
     wanted = count // 2 - 1 if tower.layout == "patches" else round(0.375 * count) - 1
@@ -99,7 +97,7 @@ def default_object_layer(tower: Tower) -> int:
 
 @dataclass(frozen=True)
 class HiPrune(TokenMethod):
-    """Keep object patches with their neighbours, and the patches that gather global information.
+    """Keep object patches and their neighbours, and the patches that gather global information.
 
     Liu, Du, Zhu, Lian, Li, Chen, Guan, Wang: "HiPrune: Hierarchical Attention for Efficient Token
     Pruning in VLMs", ACL 2026, arXiv 2508.00553. Middle layers of a vision encoder attend to
@@ -110,67 +108,48 @@ class HiPrune(TokenMethod):
     `text_share` above 0 is HiPrune++: that share of the budget goes to the tokens whose features
     are most similar to the question. It is experimental: no code of it was released, and it is
     rebuilt from the paper's text, which contradicts itself on how many tokens there are and whether
-    they come on top (`additive`).
+    they come on top of the budget (`additive`).
 
     Paper and code: the paper's pseudo-code reads layers l and -1, the code l - 1 and -2, counted
-    from 0; the code's are the default. Its neighbours wrap around the ends of rows
-    (`neighbors="reference"`); here they do not. It shares one budget among the images of a batch;
-    here every image has one, which its tiles share by size, where the code gives each tile the
-    same. It drops LLaVA-NeXT's newlines and keeps what is padding; here rows keep their newline
-    and padding is gone before.
+    from 0; the code's are the default. The code's neighbours wrap around the ends of rows
+    (`neighbors="reference"`); here they do not. The code shares one budget among the images of a
+    batch; here every image has its own, which its tiles share by size (in the code equally). The
+    code drops LLaVA-NeXT's newlines and keeps padding; here rows keep their newline and padding is
+    dropped.
     """
 
-    alpha: float | None = field(
-        default=None,
-        metadata={"help": "share for anchors and neighbours; default by preset, else 0.1"},
+    alpha: float | None = option(
+        None, "share of the budget for anchors and their neighbours; default: preset, else 0.1",
+        0.0, 1.0,
+    )  # fmt: skip
+    object_layer: int | None = option(
+        None, "encoder layer, counted from 0, that finds anchors; default: in proportion to 9 of 24"
     )
-    object_layer: int | None = field(
-        default=None,
-        metadata={"help": "encoder layer, from 0, that finds anchors; default: see the page"},
+    deep_layer: int | None = option(
+        None, "encoder layer that finds registers; default: the one that makes the features"
     )
-    deep_layer: int | None = field(
-        default=None,
-        metadata={"help": "encoder layer that finds registers; default: the features' own"},
+    neighbors: Neighbors = option(
+        "strict", "neighbours of anchors: strict, or reference: wrapping around the ends of rows"
     )
-    neighbors: Neighbors = field(
-        default="strict", metadata={"help": "strict, or reference: around the ends of rows"}
+    text_share: float = option(
+        0.0, "HiPrune++, experimental: share of the budget that the question chooses", 0.0, 1.0
     )
-    text_share: float = field(
-        default=0.0, metadata={"help": "experimental, HiPrune++: share chosen by the question"}
-    )
-    additive: bool = field(
-        default=False, metadata={"help": "HiPrune++: these tokens come on top of the budget"}
+    additive: bool = option(
+        False, "HiPrune++: tokens chosen by the question come on top of the budget"
     )
 
     name: ClassVar[str] = "hiprune"
     needs_tiles: ClassVar[bool] = True
     reads_question: ClassVar[bool] = True
     PRESETS: ClassVar[tuple[Preset, ...]] = (
-        Preset(
-            "EmojiCOCO", "llava", "llama", 256, 6, {"alpha": 0.5},
-            "ours: with 0.1, a third of 64 tokens has no anchor", (697, 697),
-        ),
-    )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self, "alpha", 0.0, 1.0)
-        check_range(self, "text_share", 0.0, 1.0)
-        if self.neighbors not in ("strict", "reference"):
-            raise BadInput(
-                f"hiprune: neighbors={self.neighbors!r} must be 'strict' or 'reference'."
-            )
+        Preset(EMOJI, {"alpha": 0.5}, "ours: with 0.1, a third of 64 tokens has no anchor"),
+    )
 
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> HiPrune:
         super().prepared(info, model)
         tower = describe_tower(model, info)
-        preset = find_preset(self.PRESETS, info)
-        alpha = self.alpha
-        if alpha is None:
-            alpha = preset.values["alpha"] if preset else 0.1
         return replace(
-            self,
-            alpha=alpha,
+            self.with_defaults(info, alpha=0.1),
             object_layer=encoder_layer(self, "object_layer", tower, default_object_layer(tower)),
             deep_layer=encoder_layer(self, "deep_layer", tower, tower.feature_layer),
         )
@@ -214,11 +193,11 @@ class HiPrune(TokenMethod):
 
 
 def _most_similar(visual: VisualTokens, taken: torch.Tensor, count: int) -> torch.Tensor:
-    """(count,) the tokens, of those not taken, whose features are closest to the mean question."""
+    """(count,) of the tokens not taken: those whose features are closest to the mean question."""
     if not len(visual.question):
         raise BadInput(
             "hiprune: text_share compares visual tokens with the question, and a prompt has no "
-            "text behind its image. Put the question behind the image, or leave text_share at 0."
+            "text after its image. Put the question after the image, or leave text_share at 0."
         )
     question = visual.question.mean(0, keepdim=True).to(visual.features.device)
     similarity = torch.cosine_similarity(visual.features.float(), question).cpu()

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 
 from vlmfix.base.attention import AttentionMethod, FusedEdit, Keys, Plan, lift_scores
-from vlmfix.base.method import Preset, check_range, find_preset, layer_range
+from vlmfix.base.method import LayerRange, Preset, option
 from vlmfix.families import ModelInfo
-from vlmfix.families.tower import describe_tower
-
-if TYPE_CHECKING:
-    from vlmfix.families.tower import Received, Tower
+from vlmfix.families.tower import Received, Tower, describe_tower
+from vlmfix.methods.structures import LLAVA_7B
 
 __all__ = ["PayAttentionToInformedTokens", "select_tokens"]
 
@@ -38,7 +36,7 @@ def select_tokens(
             interquartile ranges are summary tokens, and not local.
         local_ratio: share of the tokens.
         column: (N,), attention that each receives from all patches in the early layer: the
-            floor(spatial_ratio * N) largest are local, too.
+            floor(spatial_ratio * N) largest are local as well.
         spatial_ratio: share of the tokens.
 
     Returns:
@@ -61,7 +59,7 @@ def _top(scores: torch.Tensor, share: float) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class PayAttentionToInformedTokens(AttentionMethod):
+class PayAttentionToInformedTokens(LayerRange, AttentionMethod):
     """Raise the scores of local and of summary visual tokens in the row that predicts.
 
     Arif, Dip, Hussain, Zhang, Thomas: "Fixing Imbalanced Attention to Mitigate In-Context
@@ -76,61 +74,40 @@ class PayAttentionToInformedTokens(AttentionMethod):
     none, its formula is not known, and there is none here. The code's spatial tokens are chosen by
     row sums of a softmax, which are all 1, and their share is 0; here `spatial_ratio` above 0
     chooses them by column means, which must have been meant. The code fixes `local_ratio` at 0.25
-    whatever its command line says. It edits after the mask was added; here before it, as in PAI.
+    and ignores its command line. It edits after the mask was added; here before it, as in PAI.
 
     Ours, not the authors': encoders without a class token count the attention received from all
     patches; those with windowed layers are read in the first and the last layer without windows;
     where several patches make one token, their mean counts. Strengths other than LLaVA-1.5-7B's
-    are a recommendation that nobody has tuned.
+    are our recommendation, untuned.
     """
 
-    alpha: float | None = field(
-        default=None, metadata={"help": "strength on local tokens; default by preset, else 0.5"}
+    alpha: float | None = option(
+        None, "strength on local tokens; default: preset, else 0.5", 0.0, 10.0
     )
-    beta: float | None = field(
-        default=None, metadata={"help": "strength on summary tokens; default by preset, else 0.2"}
+    beta: float | None = option(
+        None, "strength on summary tokens; default: preset, else 0.2", 0.0, 10.0
     )
-    local_ratio: float = field(
-        default=0.25, metadata={"help": "share of an image's tokens that are local"}
+    local_ratio: float = option(
+        0.25, "share of an image's tokens that are local by the class token's attention", 0.0, 1.0
     )
-    spatial_ratio: float = field(
-        default=0.0, metadata={"help": "share that is local by attention from all patches"}
+    spatial_ratio: float = option(
+        0.0, "share of an image's tokens that are local by attention from all patches", 0.0, 1.0
     )
-    start_layer: int | None = field(
-        default=None, metadata={"help": "first edited layer; default ceil(layers / 16)"}
-    )
-    end_layer: int | None = field(
-        default=None, metadata={"help": "one past the last edited layer; default: all"}
-    )
+    start_layer: int | None = option(None, "first edited layer; default: ceil(layers / 16)")
+    end_layer: int | None = option(None, "layer after the last edited one; default: all are edited")
 
     name: ClassVar[str] = "imba"
     rows: ClassVar[Literal["predicting", "text"]] = "predicting"
     has_fused_form: ClassVar[bool] = True
     PRESETS: ClassVar[tuple[Preset, ...]] = (
-        Preset(
-            "LLaVA-1.5-7B", "llava", "llama", 4096, 32, {"alpha": 0.7, "beta": 0.3},
-            "authors' code", (32000, 32064),
-        ),
-    )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        check_range(self, "alpha", 0.0, 10.0)
-        check_range(self, "beta", 0.0, 10.0)
-        check_range(self, "local_ratio", 0.0, 1.0)
-        check_range(self, "spatial_ratio", 0.0, 1.0)
+        Preset(LLAVA_7B, {"alpha": 0.7, "beta": 0.3}, "authors' code"),
+    )
 
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> PayAttentionToInformedTokens:
         describe_tower(model, info)  # raises where tokens cannot be traced to patches
-        preset = find_preset(self.PRESETS, info)
-        known = preset.values if preset else {"alpha": 0.5, "beta": 0.2}
-        default = (math.ceil(info.num_layers / 16), info.num_layers)
-        start, end = layer_range(self, info, self.start_layer, self.end_layer, default)
-        alpha = known["alpha"] if self.alpha is None else self.alpha
-        beta = known["beta"] if self.beta is None else self.beta
-        return replace(self, alpha=alpha, beta=beta, start_layer=start, end_layer=end)
-
-    def layers(self, info: ModelInfo) -> Sequence[int]:
-        return range(self.start_layer or 0, self.end_layer or info.num_layers)
+        start = math.ceil(info.num_layers / 16)
+        return self.with_defaults(info, alpha=0.5, beta=0.2, start_layer=start)
 
     def encoder_layers(self, tower: Tower) -> tuple[int, ...]:
         count, full = len(tower.layers), tower.full_attention

@@ -1,21 +1,20 @@
-"""M3ID: weigh the image against no image, the more so the longer the answer gets."""
+"""M3ID: weigh the image against no image, with a weight that grows with the answer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
 from vlmfix.base.contrast import Branch, ContrastMethod, Prompt, keep_plausible
-from vlmfix.base.method import check_range
-from vlmfix.errors import BadInput
+from vlmfix.base.method import option
 
 __all__ = ["MutualInformationDecoding", "growing_weight"]
 
-# Beyond it nothing but the difference of the streams is left of a float32 sum, and the gap that
-# keep_plausible leaves would drown in rounding.
+# Beyond this weight a float32 sum holds nothing but the difference between prompt and branch, and
+# the gap that keep_plausible leaves would be lost in rounding.
 _LARGEST = 1e6
 
 
@@ -27,7 +26,7 @@ def growing_weight(
     Args:
         token: (R,) which token of the answer is chosen, counted from 1.
         decay: lambda of the paper, per token.
-        max_weight: upper bound of the weight; None: 1e6, which nothing but very long answers meet.
+        max_weight: upper bound of the weight; None: 1e6, which only very long answers reach.
         dtype: of the result.
     """
     weight = torch.expm1(decay * token.to(dtype))
@@ -41,41 +40,34 @@ class MutualInformationDecoding(ContrastMethod):
     Favero et al.: "Multi-Modal Hallucination Control by Visual Information Grounding", CVPR 2024,
     arXiv 2403.14003. The longer an answer, the more it follows its own text; so the pull towards
     what the image alone explains grows as exp(decay t) - 1, t = 1 at the first token of each
-    answer. The other stream sees the prompt without any image, markers included.
+    answer. The branch sees the prompt without any image, markers included.
 
-    The authors' code was not found. `rule="apc"` is what the re-implementation beside AvisC does:
-    tokens below `beta` of the best are ruled out. `rule="gate"`, the paper's as far as our notes
-    go, contrasts only where the best token's probability is below `confidence`, and rules out
+    The authors' code was not found. `rule="apc"` is what the re-implementation in AvisC's code
+    does: tokens below `beta` of the best are ruled out. `rule="gate"`, the paper's as far as our
+    notes go, contrasts only where the best token's probability is below `confidence`, and rules out
     nothing. The bound `max_weight` is ours: at decay 0.02 the weight is 0.02 at the first token and
-    1.6 at the 48th, but 28000 at the 512th, where nothing but the difference is left of the sum.
+    1.6 at the 48th, but 28000 at the 512th, where the sum holds nothing but the difference.
     """
 
-    decay: float = field(
-        default=0.02, metadata={"help": "lambda: growth of the weight, per token; 0: no contrast"}
+    decay: float = option(
+        0.02, "lambda: growth of the contrast's weight per token; 0: no contrast", 0.0, 10.0
     )
-    max_weight: float | None = field(
-        default=3.0, metadata={"help": "bound of the weight (ours); none: as published"}
+    max_weight: float | None = option(
+        3.0, "upper bound of the contrast's weight (ours); none: unbounded, as published",
+        0.0, _LARGEST,
+    )  # fmt: skip
+    rule: Literal["apc", "gate"] = option(
+        "apc", "apc: rule out implausible tokens; gate: contrast only where the model is unsure"
     )
-    rule: Literal["apc", "gate"] = field(
-        default="apc",
-        metadata={"help": "apc: rule out implausible tokens; gate: contrast where unsure"},
-    )
-    beta: float = field(
-        default=0.1, metadata={"help": "apc: least share of the best token's probability; 0: off"}
-    )
-    confidence: float = field(
-        default=0.3, metadata={"help": "gate: contrast below this probability of the best token"}
+    beta: float = option(
+        0.1, "apc: rule out tokens below this share of the best token's probability; 0: none",
+        0.0, 1.0,
+    )  # fmt: skip
+    confidence: float = option(
+        0.3, "gate: contrast where the best token's probability is below this", 0.0, 1.0
     )
 
     name: ClassVar[str] = "m3id"
-
-    def __post_init__(self) -> None:
-        check_range(self, "decay", 0.0, 10.0)
-        check_range(self, "max_weight", 0.0, _LARGEST)
-        check_range(self, "beta", 0.0, 1.0)
-        check_range(self, "confidence", 0.0, 1.0)
-        if self.rule not in ("apc", "gate"):
-            raise BadInput(f"m3id: rule={self.rule!r} must be 'apc' or 'gate'.")
 
     def streams(self) -> int:
         gated = self.rule == "gate" and self.confidence == 0

@@ -1,7 +1,7 @@
 """Gaussian noise on the pixels of a prompt, by the schedule of a diffusion model's forward process.
 
-Contrastive methods (VCD, RBD) show a branch images from which noise took what can be seen. Noise
-goes on the values that the processor made, resized and normalised, as in VCD's code.
+Contrastive methods (VCD, RBD) give a branch images whose content is lost in noise. The noise is
+added to the values that the processor made, resized and normalised, as in VCD's code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vlmfix.errors import BadInput
 
 __all__ = ["STEPS", "noise_weights", "noised"]
 
-#: Steps of the forward process; from step to step less is left of the image.
+#: Steps of the forward process; every step leaves less of the image.
 STEPS = 1000
 
 _CHANNELS = 3
@@ -45,30 +45,30 @@ def noise_weights(step: int) -> tuple[float, float]:
 
 
 def noised(prompt: Prompt, step: int, seed: int | None = None) -> dict[str, Any]:
-    """A copy of `Prompt.vision` with noise on all images and videos.
+    """Copy `Prompt.vision` and add noise to all images and videos.
 
-    Noise is drawn in float32 on the CPU from generators of its own: the global state of torch is
-    neither read nor moved, and all devices get the same numbers.
+    The noise is sampled in float32 on the CPU by generators of its own: the global state of torch
+    is neither read nor changed, and all devices get the same numbers.
 
-    So that a prompt is noised the same in any batch, the generator starts anew, from the same
-    seed, with every image that the processor keeps apart (LLaVA-NeXT; Qwen and others with a grid
-    per image or video), else with every prompt. Images of the same size therefore share their
-    noise across prompts, and with the former families within a prompt, too. The tiles of an image
-    and the frames of a video never do; what Qwen's processor repeats along the time axis of a
-    still image does, or the tower's average over time would take half of the noise away. (The
-    frame that it repeats to make a video's frames even counts as a frame of its own.)
+    A prompt gets the same noise in any batch, because the generator restarts from the same seed
+    with every image that the processor keeps separate (LLaVA-NeXT; Qwen and others with a grid per
+    image or video), else with every prompt. Images of the same size therefore share their noise
+    across prompts, and with the former families within a prompt as well. Tiles of an image and
+    frames of a video never share noise. The frame that Qwen's processor repeats along the time axis
+    of a still image does, because the tower's average over time would otherwise halve the noise;
+    the frame that it repeats to make the number of a video's frames even counts as a frame.
 
     Padding stays as it is: tiles of zeros, where tiles are padded to a common number, and what
     `pixel_attention_mask` or `image_sizes` leave out of a padded image.
 
     Args:
-        prompt: its `vision` holds the pixels, in one of the forms that processors emit:
+        prompt: its `vision` holds the pixels, in one of the forms that processors return:
             (tiles, 3, height, width), of all prompts one after the other;
             (prompts or images, tiles, 3, height, width), with padding tiles;
             (patches, 3 x time x side x side) with `image_grid_thw` or `video_grid_thw`, time 1 or
             2, of all images one after the other.
-        step: of the noise schedule, see `noise_weights`.
-        seed: None: `torch.initial_seed()`, so that `torch.manual_seed` decides.
+        step: step of the noise schedule, see `noise_weights`.
+        seed: random seed; None: `torch.initial_seed()`, so that `torch.manual_seed` decides.
 
     Raises:
         BadInput: there are no pixels, or they are in none of these forms.
@@ -77,7 +77,7 @@ def noised(prompt: Prompt, step: int, seed: int | None = None) -> dict[str, Any]
     if not names:
         given = ", ".join(prompt.vision) or "none"
         raise BadInput(
-            "noise goes on pixels, and this prompt has no pixel_values (its image inputs: "
+            "noise is added to pixels, and this prompt has no pixel_values (its image inputs: "
             f"{given}). Pass what the model's processor returns, not features that were encoded "
             "before."
         )
@@ -93,12 +93,12 @@ def noised(prompt: Prompt, step: int, seed: int | None = None) -> dict[str, Any]
     return copy
 
 
-#: A view of pixels, and the shape of the noise that goes on it.
+#: A view of pixels, and the shape of the noise that is added to it.
 _Part = tuple[torch.Tensor, tuple[int, ...]]
 
 
 def _images(prompt: Prompt, name: str, values: torch.Tensor) -> Iterator[list[_Part]]:
-    """The parts of all images, so that they come out the same in any batch."""
+    """The parts of all images, independent of the rest of the batch."""
     if values.ndim == 2:
         return _patches(prompt, name, values)
     if values.ndim == 4:
@@ -122,13 +122,13 @@ def _patches(prompt: Prompt, name: str, values: torch.Tensor) -> Iterator[list[_
     else:
         raise _unknown_form(name, values)
     for image in torch.split(values, grids.prod(1).tolist()):
-        drawn = time if video else 1
+        sampled = time if video else 1
         part = image.view(-1, _CHANNELS, time, side, side)
-        yield [(part, (len(image), _CHANNELS, drawn, side, side))]
+        yield [(part, (len(image), _CHANNELS, sampled, side, side))]
 
 
 def _tiles(prompt: Prompt, values: torch.Tensor) -> Iterator[list[_Part]]:
-    """(tiles, 3, height, width): nothing but the visual tokens tells whose tiles they are."""
+    """(tiles, 3, height, width): only the visual tokens tell which prompt a tile belongs to."""
     sizes = prompt.vision.get("image_sizes")
     if sizes is not None and len(sizes) == len(values):  # Pixtral: images padded to one size
         for image, (height, width) in zip(values, torch.as_tensor(sizes).tolist(), strict=True):
@@ -139,9 +139,9 @@ def _tiles(prompt: Prompt, values: torch.Tensor) -> Iterator[list[_Part]]:
     each, rest = divmod(int(tokens.sum()), len(values))
     if not each or rest or bool((tokens % each).any()):
         raise BadInput(
-            f"{len(values)} tiles cannot be told apart by prompt, which have {tokens.tolist()} "
+            f"{len(values)} tiles cannot be assigned to the prompts, which have {tokens.tolist()} "
             "visual tokens. Pass images and prompts as one call of the model's processor returns "
-            "them; for a family whose tiles differ in tokens, one prompt at a time."
+            "them; for a family whose tiles differ in tokens, pass one prompt at a time."
         )
     for tiles in torch.split(values, (tokens // each).tolist()):
         yield [_whole(tile) for tile in tiles]
@@ -153,7 +153,9 @@ def _padded_tiles(prompt: Prompt, values: torch.Tensor) -> Iterator[list[_Part]]
     for index, tiles in enumerate(values):
         parts = []
         for place, tile in enumerate(tiles):
-            if not tile.any():  # how SmolVLM and Idefics tell them; LLaVA-NeXT pads with zeros, too
+            if (
+                not tile.any()
+            ):  # as SmolVLM and Idefics mark padding; LLaVA-NeXT pads with zeros too
                 continue
             if masks is not None:  # 1 in the upper left corner, where the image is
                 real = masks[index, place].bool()
@@ -168,7 +170,7 @@ def _whole(tile: torch.Tensor) -> _Part:
 
 def _unknown_form(name: str, values: torch.Tensor) -> BadInput:
     return BadInput(
-        f"{name} of shape {tuple(values.shape)} is in no form that noise can be put on: tiles "
+        f"{name} of shape {tuple(values.shape)} is in no form that noise can be added to: tiles "
         "(N, 3, height, width) or (B, T, 3, height, width), or patches (N, 3 x time x side x side) "
         "with a grid per image or video. Pass what the model's processor returns; for another "
         "family, add its form to vlmfix/methods/noise.py."

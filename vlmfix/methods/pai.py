@@ -1,28 +1,28 @@
-"""PAI: pay more attention to the image, by lifting its scores before the softmax."""
+"""PAI: raise the model's attention to the image by lifting its scores before the softmax."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
 from vlmfix.base.attention import AttentionMethod, FusedEdit, Keys, Plan, lift_scores
-from vlmfix.base.method import Preset, check_range, find_preset, layer_range
+from vlmfix.base.method import LayerRange, Preset, option
 from vlmfix.families import ModelInfo
+from vlmfix.methods.structures import LLAVA_7B
 
 __all__ = ["PayAttentionToImage"]
 
 
 @dataclass(frozen=True)
-class PayAttentionToImage(AttentionMethod):
+class PayAttentionToImage(LayerRange, AttentionMethod):
     """Raise the scores of visual tokens in the row that predicts the next token.
 
     Liu, Zheng, Chen: "Paying More Attention to Image: A Training-Free Method for Alleviating
     Hallucination in LVLMs", ECCV 2024, arXiv 2407.21771. This is the attention part; the
-    contrast with a text-only run (gamma) is `pai_guidance`, and "pai+pai_guidance" is both.
+    contrast with a branch of text alone (gamma) is `pai_guidance`; "pai+pai_guidance" is both.
 
     In every layer of [start_layer, end_layer), all heads, s' = s + alpha |s| for visual keys.
 
@@ -31,41 +31,24 @@ class PayAttentionToImage(AttentionMethod):
     hidden states settle, the code starts at layer 2 of 32; the code's rule, scaled to the
     depth, is the default. The code takes one contiguous image span; here every visual token
     counts. With its contrast on, the code leaves the last prompt row unedited by accident.
-    Expect lower recall along with fewer hallucinations: read CHAIR beside recall.
+    Expect lower recall along with fewer hallucinations: read CHAIR next to recall.
     """
 
-    alpha: float | None = field(
-        default=None,
-        metadata={"help": "strength; default: the model's preset, else 0.2 (the authors' script)"},
+    alpha: float | None = option(
+        None, "strength of the lift; default: preset, else 0.2 (the authors' script)", 0.0, 10.0
     )
-    start_layer: int | None = field(
-        default=None, metadata={"help": "first edited layer; default ceil(layers * 2 / 32)"}
-    )
-    end_layer: int | None = field(
-        default=None, metadata={"help": "one past the last edited layer; default: all"}
-    )
+    start_layer: int | None = option(None, "first edited layer; default: ceil(layers / 16)")
+    end_layer: int | None = option(None, "layer after the last edited one; default: all are edited")
 
     name: ClassVar[str] = "pai"
     rows: ClassVar[Literal["predicting", "text"]] = "predicting"
     has_fused_form: ClassVar[bool] = True
     PRESETS: ClassVar[tuple[Preset, ...]] = (
-        Preset("LLaVA-1.5-7B", "llava", "llama", 4096, 32, {"alpha": 0.5}, "notes on the paper"),
+        Preset(LLAVA_7B, {"alpha": 0.5}, "notes on the paper"),
     )
 
-    def __post_init__(self) -> None:
-        check_range(self, "alpha", 0.0, 10.0)
-
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> PayAttentionToImage:
-        preset = find_preset(self.PRESETS, info)
-        alpha = self.alpha
-        if alpha is None:
-            alpha = preset.values["alpha"] if preset else 0.2
-        default = (math.ceil(info.num_layers * 2 / 32), info.num_layers)
-        start, end = layer_range(self, info, self.start_layer, self.end_layer, default)
-        return replace(self, alpha=alpha, start_layer=start, end_layer=end)
-
-    def layers(self, info: ModelInfo) -> Sequence[int]:
-        return range(self.start_layer or 0, self.end_layer or info.num_layers)
+        return self.with_defaults(info, alpha=0.2, start_layer=math.ceil(info.num_layers / 16))
 
     def plan(self, keys: Keys) -> Plan | None:
         if not self.alpha:

@@ -1,15 +1,15 @@
-"""PAI, guidance part: weigh the image against no image, with one weight throughout."""
+"""PAI, guidance part: weigh the image against no image, with a constant weight."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from vlmfix.base.contrast import Branch, ContrastMethod, Prompt, keep_plausible
-from vlmfix.base.method import check_range
+from vlmfix.base.method import option
 
 __all__ = ["ImageGuidance"]
 
@@ -21,28 +21,22 @@ class ImageGuidance(ContrastMethod):
     Liu, Zheng, Chen: "Paying More Attention to Image: A Training-Free Method for Alleviating
     Hallucination in LVLMs", ECCV 2024, arXiv 2407.21771. This is the second half of PAI, a
     guidance gamma (c - u) + u of log-probabilities c with and u without the image; the attention
-    half is `pai`, and "pai+pai_guidance" is the whole. The image-free stream is never edited, as
-    in the authors' code.
+    half is `pai`, and "pai+pai_guidance" is the whole. The branch without the image is never
+    edited, as in the authors' code.
 
     Paper and code: the code's loader and its examples have gamma 1.1, its command line 2; 1.1 is
     the default. At gamma = 1 the code returns plain scores, without ruling out any token, and so
-    does this. The code is a logits processor, hence runs after penalties, and does not reorder
-    its cache in a beam search; here the contrast comes first and beams are followed. With guidance
-    on, the code leaves the last prompt row without the attention boost; here it has it.
+    does this. The code is a logits processor, which runs after penalties and does not reorder its
+    cache in a beam search; here the contrast comes first and beams are followed. With guidance on,
+    the code leaves the attention of the last prompt row unedited; here it is edited.
     """
 
-    gamma: float = field(
-        default=1.1, metadata={"help": "strength of the guidance; 1 changes nothing"}
-    )
-    beta: float = field(
-        default=0.1, metadata={"help": "least share of the best token's probability; 0: off"}
+    gamma: float = option(1.1, "strength of the guidance; 1 changes nothing", 1.0, 100.0)
+    beta: float = option(
+        0.1, "rule out tokens below this share of the best token's probability; 0: none", 0.0, 1.0
     )
 
     name: ClassVar[str] = "pai_guidance"
-
-    def __post_init__(self) -> None:
-        check_range(self, "gamma", 1.0, 100.0)
-        check_range(self, "beta", 0.0, 1.0)
 
     def streams(self) -> int:
         return 0 if self.neutral() else 1

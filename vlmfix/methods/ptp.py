@@ -1,13 +1,13 @@
-"""PTP: keep visual tokens by what region they are in, what they are, and what is asked."""
+"""PTP: keep visual tokens by their region, their saliency and their relevance to the question."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.base.method import check_range
+from vlmfix.base.method import option
 from vlmfix.base.pruning import (
     Kept,
     TokenMethod,
@@ -18,10 +18,7 @@ from vlmfix.base.pruning import (
 )
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import ModelInfo
-from vlmfix.families.tower import describe_tower
-
-if TYPE_CHECKING:
-    from vlmfix.families.tower import Tower
+from vlmfix.families.tower import Tower, describe_tower
 
 __all__ = ["PyramidTokenPruning", "fuse", "region_saliency", "stretched", "tile_budgets"]
 
@@ -29,12 +26,12 @@ Thumbnail = Literal["uniform", "keep", "pool"]
 
 
 def region_saliency(tiles: torch.Tensor, whole: torch.Tensor, temperature: float) -> torch.Tensor:
-    """How much of the picture each tile stands for.
+    """The share of the picture that each tile stands for.
 
     Args:
-        tiles: (T, d), the class token of each tile behind the vision encoder.
+        tiles: (T, d), the class token of each tile at the vision encoder's output.
         whole: (d,), that of the thumbnail.
-        temperature: of the softmax over tiles; low: the most similar tile takes all.
+        temperature: of the softmax over tiles; near 0 the most similar tile takes all.
 
     Returns:
         (T,), positive, summing to 1.
@@ -54,8 +51,8 @@ def tile_budgets(
         saliency: of each tile, the thumbnail not among them.
         whole: index of the thumbnail; None: there is none.
         thumbnail: its budget. "uniform": the share of its tokens that is kept of the picture's;
-            "keep": all of them, but for one token for each tile; "pool": it is a tile as salient
-            as the most salient one.
+            "keep": all its tokens, as long as one is left for each tile; "pool": that of a tile as
+            salient as the most salient one.
 
     Returns:
         A number per tile, at most its count, in proportion to the saliency, summing to the budget.
@@ -70,19 +67,19 @@ def tile_budgets(
         own = min(counts[whole], max(1, budget - len(tiles)))
     else:
         own = round(budget * counts[whole] / sum(counts))
-    own = max(own, budget - sum(tiles))  # what the tiles have no room for
+    own = max(own, budget - sum(tiles))  # tiles have no room for more
     shares = share_budget(tiles, budget - own, saliency)
     return [*shares[:whole], own, *shares[whole:]]
 
 
 def stretched(values: torch.Tensor) -> torch.Tensor:
-    """(n,) values, the smallest at 0 and the largest at 1; all 0 if they are equal."""
+    """(n,) values scaled to [0, 1]; all 0 if they are equal."""
     low, high = values.aminmax()
     return (values - low) / torch.where(high > low, high - low, 1.0)
 
 
 def fuse(saliency: torch.Tensor, relevance: torch.Tensor, alpha: float) -> torch.Tensor:
-    """(n,) (1 - alpha) saliency + alpha relevance, which are on one scale."""
+    """(n,) (1 - alpha) saliency + alpha relevance, both on one scale."""
     return (1 - alpha) * saliency + alpha * relevance
 
 
@@ -96,62 +93,49 @@ class PyramidTokenPruning(TokenMethod):
     the tokens are ranked by the class token's attention (token) and by the attention that the
     question pays to them in an early decoder layer (instruction).
 
-    Reconstruction: of the paper only its abstract and introduction were at hand, and no code of the
-    authors. The stages and what they see are the paper's. The token and instruction scores, their
+    Reconstruction: only the paper's abstract and introduction were available, and no code of the
+    authors. The stages and their inputs are the paper's. The token and instruction scores, their
     fusion with `alpha` = 0.5 and decoder layer 2 follow descriptions of it by others. The form of
     the region score, `temperature`, the thumbnail's budget, the method of largest remainders and
     the scopes of the scales (saliency per tile, relevance per picture) are choices made here. At
-    `temperature` = 1 cosines are so close that tiles get nearly equal budgets; 0.25 tells them
-    apart.
+    `temperature` = 1 cosines are so close that tiles get nearly equal budgets; 0.25 separates them.
 
-    Placement: descriptions by others drop tokens within the language model, at that layer. Here
-    the prompt runs up to `instruction_layer` once, to read the attention, and then starts afresh
-    without them, so that all layers and their KV cache are short. Dropping them in place is not
-    offered. `alpha=0` asks nothing of the language model and costs no such look.
+    Placement: descriptions by others drop tokens within the language model, at that layer. Here a
+    probe pass runs the prompt up to `instruction_layer` to read the attention, and the prompt then
+    runs without the dropped tokens, so that all layers and their KV cache are short. Dropping
+    tokens between layers is not offered. `alpha=0` needs no probe pass.
 
-    The budget is one per picture: InternVL's tiles are joined, whose placeholders stand in one run
-    with the thumbnail last; in LLaVA-NeXT the thumbnail comes first. The region stage needs tiles,
-    a thumbnail and class tokens. Models that see one tile have no use for it. SmolVLM and Idefics3
-    part their tiles by text and have no class token: there each tile has a budget of its own.
-    Encoders without a class token count the attention received from all patches.
+    The budget is one per picture: InternVL's tiles, whose placeholders stand in one run with the
+    thumbnail last, are joined; in LLaVA-NeXT the thumbnail comes first. The region stage needs
+    tiles, a thumbnail and class tokens; models that see one tile do not use it. SmolVLM and
+    Idefics3 separate their tiles by text and have no class token: there each tile has a budget of
+    its own. Encoders without a class token count the attention received from all patches.
     """
 
-    alpha: float = field(
-        default=0.5, metadata={"help": "weight of the question against the image, from 0 to 1"}
+    alpha: float = option(
+        0.5, "weight of a token's relevance to the question against its saliency", 0.0, 1.0
     )
-    temperature: float = field(
-        default=1.0, metadata={"help": "of the softmax over tiles; lower is sharper, such as 0.25"}
+    temperature: float = option(
+        1.0, "temperature of the softmax over tiles; lower is sharper, such as 0.25", 1e-3, 1e3
     )
-    region: Literal["cls_cosine", "uniform"] = field(
-        default="cls_cosine",
-        metadata={"help": "budgets of tiles: by class token, or uniform: all alike"},
+    region: Literal["cls_cosine", "uniform"] = option(
+        "cls_cosine", "budgets of tiles: cls_cosine (by their class tokens) or uniform (all alike)"
     )
-    thumbnail: Thumbnail = field(
-        default="uniform",
-        metadata={"help": "its budget: uniform, keep: all of it, pool: that of the best tile"},
+    thumbnail: Thumbnail = option(
+        "uniform",
+        "budget of the thumbnail: uniform (its share), keep (all tokens), pool (the best tile's)",
     )
-    instruction_layer: int | None = field(
-        default=None, metadata={"help": "decoder layer, from 0, that the question is read in; 2"}
+    instruction_layer: int | None = option(
+        None, "decoder layer, counted from 0, whose attention gives the relevance; default: 2"
     )
-    saliency_layer: int | None = field(
-        default=None, metadata={"help": "encoder layer for token saliency; default: the last"}
+    saliency_layer: int | None = option(
+        None, "encoder layer whose attention gives the saliency; default: the last"
     )
 
     name: ClassVar[str] = "ptp"
     needs_tiles: ClassVar[bool] = True
     reads_question: ClassVar[bool] = True
     whole_pictures: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self, "alpha", 0.0, 1.0)
-        check_range(self, "temperature", 1e-3, 1e3)
-        if self.region not in ("cls_cosine", "uniform"):
-            raise BadInput(f"ptp: region={self.region!r} must be 'cls_cosine' or 'uniform'.")
-        if self.thumbnail not in ("uniform", "keep", "pool"):
-            raise BadInput(
-                f"ptp: thumbnail={self.thumbnail!r} must be 'uniform', 'keep' or 'pool'."
-            )
 
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> PyramidTokenPruning:
         super().prepared(info, model)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from vlmfix.base.contrast import Branch, ContrastMethod, Prompt, keep_plausible
-from vlmfix.base.method import check_range
+from vlmfix.base.method import option
 from vlmfix.families import ModelInfo
 from vlmfix.methods.noise import STEPS, noised
 
@@ -17,11 +17,11 @@ __all__ = ["ReBalancingContrastiveDecoding", "significant"]
 
 
 def significant(attention: torch.Tensor, mu: float) -> torch.Tensor:
-    """The visual tokens of one prompt that draw more than usual.
+    """Mark the visual tokens of one prompt that draw more attention than usual.
 
     Args:
         attention: (N,) attention of the last prompt token to N visual tokens.
-        mu: how many standard deviations (of the population) above the mean a token has to be.
+        mu: least number of (population) standard deviations above the mean.
 
     Returns:
         (N,) bool, at least one of them, if N > 0.
@@ -41,10 +41,10 @@ class ReBalancingContrastiveDecoding(ContrastMethod):
 
     Experimental: rebuilt from the abstract of Liang et al.: "Mitigating Hallucination in
     Visual-Language Models via Re-Balancing Contrastive Decoding", PRCV 2024, arXiv 2409.06485.
-    Its method section, constants and tables were not at hand, and no code is public: that there
-    are a textual branch (noise on the image, against the bias of text) and a visual one (a
-    selection of significant tokens) is theirs, the rest is ours. Do not report its numbers as
-    the paper's.
+    Its method section, constants and tables were not available, and no code is public. The textual
+    branch (noise on the image, against the bias of text) and the visual one (a selection of
+    significant tokens) are the paper's, the rest is ours. Do not report its numbers as the
+    paper's.
 
     With l the logits of the prompt, t those of the textual and v those of the visual branch,
     z = l + a_t (l - t) + a_v (v - l), on tokens with at least `beta` of the best token's
@@ -55,35 +55,25 @@ class ReBalancingContrastiveDecoding(ContrastMethod):
     blind tokens and subtracts, and attention sinks of the image are not taken out of it.
     """
 
-    a_t: float = field(
-        default=0.5, metadata={"help": "weight of the textual branch; 0 does not run it"}
+    a_t: float = option(0.5, "weight of the textual branch; 0: it does not run", 0.0, 10.0)
+    a_v: float = option(0.5, "weight of the visual branch; 0: it does not run", 0.0, 10.0)
+    beta: float = option(
+        0.1, "rule out tokens below this share of the best token's probability; 0: none", 0.0, 1.0
     )
-    a_v: float = field(
-        default=0.5, metadata={"help": "weight of the visual branch; 0 does not run it"}
+    noise_step: int = option(
+        500, f"step of the noise schedule, 0 (hardly any noise) to {STEPS - 1}", 0, STEPS - 1
     )
-    beta: float = field(
-        default=0.1, metadata={"help": "least share of the best token's probability; 0: off"}
+    mu: float = option(
+        0.0,
+        "significant tokens get attention at least this many standard deviations above the mean",
+        -1000.0,
+        1000.0,
     )
-    noise_step: int = field(
-        default=500, metadata={"help": f"how far the image is noised, 0 to {STEPS - 1}"}
-    )
-    mu: float = field(
-        default=0.0,
-        metadata={"help": "significant: this many standard deviations above the mean attention"},
-    )
-    seed: int | None = field(
-        default=None, metadata={"help": "of the noise; default: torch.initial_seed()"}
+    seed: int | None = option(
+        None, "seed of the noise; default: torch.initial_seed()", 0, 2**63, high_open=True
     )
 
     name: ClassVar[str] = "rbd"
-
-    def __post_init__(self) -> None:
-        check_range(self, "a_t", 0.0, 10.0)
-        check_range(self, "a_v", 0.0, 10.0)
-        check_range(self, "beta", 0.0, 1.0)
-        check_range(self, "noise_step", 0, STEPS - 1)
-        check_range(self, "mu", -1000.0, 1000.0)
-        check_range(self, "seed", 0, 2**63, high_open=True)
 
     def streams(self) -> int:
         return int(self.a_t > 0) + int(self.a_v > 0)

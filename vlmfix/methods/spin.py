@@ -1,19 +1,19 @@
-"""SPIN: damp the heads that look least at the image, anew for every token."""
+"""SPIN: suppress the heads that attend least to the image, chosen at every token."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
 from vlmfix.base.attention import AttentionMethod, Keys, Plan
-from vlmfix.base.method import Preset, check_range, find_preset, layer_range
+from vlmfix.base.method import LayerRange, Preset, option
 from vlmfix.families import ModelInfo
+from vlmfix.methods.structures import LLAVA_7B
 
-__all__ = ["ImageGuidedHeadSuppression", "suppress"]
+__all__ = ["HeadSuppressionByMass", "ImageGuidedHeadSuppression", "suppress"]
 
 
 def suppress(strength: torch.Tensor, rho: float, epsilon: float) -> torch.Tensor:
@@ -25,73 +25,63 @@ def suppress(strength: torch.Tensor, rho: float, epsilon: float) -> torch.Tensor
 
 
 @dataclass(frozen=True)
-class ImageGuidedHeadSuppression(AttentionMethod):
-    """Multiply the outputs of the heads that look least at the image by a small factor.
+class ImageGuidedHeadSuppression(LayerRange, AttentionMethod):
+    """Multiply the outputs of the heads that attend least to the image by a small factor.
 
     "Mitigating Hallucinations in Vision-Language Models through Image-Guided Head Suppression"
     (SPIN), EMNLP 2025, arXiv 2505.16411. In the row that predicts the next token, in every layer
     of [start_layer, end_layer), a head's strength is the sum of its scores over the visual tokens.
     The strongest floor(rho x heads) heads stay as they are, the others are multiplied by `epsilon`
-    before the output projection. Nothing is stored: each step and layer decides for itself.
+    before the output projection. Heads are chosen in each step and layer, and nothing is stored.
 
     Paper and code: the authors' code sums raw scores before the softmax, not probabilities, and
     so does the default; `score="mass"` takes the share of attention on the image instead. The
     two differ, as a raw sum also counts how negative the scores of ignored tokens are. The code's
-    row mask is wrong for batches; here every sample decides for itself. In the code `epsilon` is 0
+    row mask is wrong for batches; here every sample has its own heads. In the code `epsilon` is 0
     when it is not given, and so it is here for models without a preset.
     """
 
-    rho: float = field(default=0.95, metadata={"help": "share of the heads that stay; 1: all"})
-    epsilon: float | None = field(
-        default=None,
-        metadata={"help": "factor on the other heads; default: the model's preset, else 0"},
+    rho: float = option(0.95, "share of the heads that stay as they are; 1: all", 0.0, 1.0)
+    epsilon: float | None = option(
+        None, "factor on the outputs of the other heads; default: preset, else 0", 0.0, 1.0
     )
-    score: Literal["raw", "mass"] = field(
-        default="raw",
-        metadata={"help": "strength of a head: sum of its raw scores, or its attention mass"},
+    score: Literal["raw", "mass"] = option(
+        "raw", "strength of a head: raw (sum of its scores) or mass (of its attention)"
     )
-    start_layer: int = field(default=0, metadata={"help": "first edited layer"})
-    end_layer: int | None = field(
-        default=None, metadata={"help": "one past the last edited layer; default: all"}
-    )
+    start_layer: int = option(0, "first edited layer")
+    end_layer: int | None = option(None, "layer after the last edited one; default: all are edited")
 
     name: ClassVar[str] = "spin"
     rows: ClassVar[Literal["predicting", "text"]] = "predicting"
     PRESETS: ClassVar[tuple[Preset, ...]] = (
-        Preset(
-            "LLaVA-1.5-7B", "llava", "llama", 4096, 32, {"epsilon": 0.08},
-            "authors' code, CHAIR", (32000, 32064),
-        ),
-    )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        check_range(self, "rho", 0.0, 1.0)
-        check_range(self, "epsilon", 0.0, 1.0)
+        Preset(LLAVA_7B, {"epsilon": 0.08}, "authors' code, CHAIR"),
+    )
 
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> ImageGuidedHeadSuppression:
-        epsilon = self.epsilon
-        if epsilon is None:
-            preset = find_preset(self.PRESETS, info)
-            epsilon = preset.values["epsilon"] if preset else 0.0
-        default = (0, info.num_layers)
-        _, end = layer_range(self, info, self.start_layer, self.end_layer, default)
-        return replace(self, epsilon=epsilon, end_layer=end)
-
-    def layers(self, info: ModelInfo) -> Sequence[int]:
-        return range(self.start_layer, self.end_layer or info.num_layers)
+        ready = self.with_defaults(info, epsilon=0.0)
+        return HeadSuppressionByMass(**vars(ready)) if self.score == "mass" else ready
 
     def plan(self, keys: Keys) -> Plan | None:
         if self.rho == 1 or self.epsilon == 1:
             return None
         return Plan((keys.visual.float(),), keys.visual.any(1).tolist())
 
-    def overrides(self, function: str) -> bool:
-        # Raw scores decide before the softmax, attention mass is known after it only.
-        unused = "edit_weights" if self.score == "raw" else "score_scale"
-        return function != unused and super().overrides(function)
-
     def score_scale(self, scores: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
         return self._factors(scores, plan[0])
+
+    def _factors(self, rows: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+        """Factors (B, H, R) by the sum of each row (B, H, R, K) over visual keys (B, K)."""
+        assert self.epsilon is not None  # set by prepared()
+        strength = torch.matmul(rows, visual.to(rows.dtype)[:, None, :, None]).squeeze(-1)
+        factors = suppress(strength, self.rho, self.epsilon)
+        # All heads are at 0 where a row sees no image, as behind a sliding window.
+        return torch.where((strength != 0).any(1, keepdim=True), factors, 1.0)
+
+
+class HeadSuppressionByMass(ImageGuidedHeadSuppression):
+    """SPIN with `score="mass"`: attention mass is known only after the softmax."""
+
+    score_scale = AttentionMethod.score_scale  # not this method's: raw scores play no part
 
     def edit_weights(
         self, weights: torch.Tensor, *plan: torch.Tensor
@@ -99,11 +89,3 @@ class ImageGuidedHeadSuppression(AttentionMethod):
         # A row times a factor is a head output times that factor; the row then sums to it.
         factors = self._factors(weights, plan[0])
         return weights * factors[..., None], factors != 1
-
-    def _factors(self, rows: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
-        """Factors (B, H, R) by the sum of each row (B, H, R, K) over visual keys (B, K)."""
-        assert self.epsilon is not None  # set by prepared()
-        strength = torch.matmul(rows, visual.to(rows.dtype)[:, None, :, None]).squeeze(-1)
-        factors = suppress(strength, self.rho, self.epsilon)
-        # All heads are at 0 where there is no image, or none left in a sliding window.
-        return torch.where((strength != 0).any(1, keepdim=True), factors, 1.0)

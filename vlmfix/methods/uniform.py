@@ -1,4 +1,4 @@
-"""A regular grid of visual tokens: the baseline that says what a lower resolution would do."""
+"""A regular grid of visual tokens: the baseline that stands for a lower resolution."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["UniformGrid", "grid_size", "grid_tokens", "spread"]
 
 
 def spread(count: int, kept: int) -> torch.Tensor:
-    """(kept,) int64: the middles of `kept` equal parts of the places 0 ... count - 1.
+    """(kept,) int64: the middles of `kept` equal parts of 0 ... count - 1.
 
     round((i + 1/2) count / kept - 1/2), halves up.
     """
@@ -22,11 +22,11 @@ def spread(count: int, kept: int) -> torch.Tensor:
 
 
 def grid_size(rows: int, columns: int, budget: int) -> tuple[int, int]:
-    """Rows and columns of a coarse grid with at most `budget` places.
+    """Rows and columns of a coarse grid with at most `budget` cells.
 
-    Rows or columns are the number on either side of the one that keeps the aspect of the fine grid,
-    the other as many as the budget holds. Of these the one with most places; of equal ones the one
-    with fewest rows.
+    Candidates have a number of rows, or of columns, next to the one that keeps the aspect of the
+    fine grid, and as many of the other as the budget holds. The one with most cells is taken; of
+    equal ones, the one with fewest rows.
     """
     sizes = []
     for round_ in (math.floor, math.ceil):
@@ -38,7 +38,7 @@ def grid_size(rows: int, columns: int, budget: int) -> tuple[int, int]:
 
 
 def grid_tokens(row: torch.Tensor, column: torch.Tensor, budget: int) -> torch.Tensor:
-    """The tokens of one tile at the places of a coarse grid, topped up from the middle outwards.
+    """Choose the tokens of one tile on a coarse grid, and fill the budget from the middle outwards.
 
     Args:
         row, column: (n,) int64, where the tokens stand; rows and columns at the edges that the
@@ -62,9 +62,9 @@ class UniformGrid(TokenMethod):
 
     A baseline: Omri, Shroff, Tambe: "Token Sequence Compression for Efficient Multimodal
     Computing", arXiv 2504.17892, find regular sampling surprisingly strong. How they place the
-    grid is not known here; ours has about the image's aspect, its rows and columns lie in the
-    middles of equal parts, and what the budget holds beyond it are the tokens nearest to the middle
-    of the image. Tiles of an image (LLaVA-NeXT) get shares in proportion to their tokens.
+    grid is not known here; ours has about the image's aspect, and its rows and columns lie in the
+    middles of equal parts. What is left of the budget goes to the tokens nearest to the middle of
+    the image. Tiles of an image (LLaVA-NeXT) get shares in proportion to their tokens.
     """
 
     name: ClassVar[str] = "uniform"

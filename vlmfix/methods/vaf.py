@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
 from vlmfix.base.attention import AttentionMethod, FusedEdit, Keys, Plan
-from vlmfix.base.method import Preset, check_range, find_preset, layer_range
+from vlmfix.base.method import LayerRange, Preset, option
 from vlmfix.families import ModelInfo
 from vlmfix.families.kinds import TEXT
+from vlmfix.methods.structures import LLAVA_7B
 
 __all__ = ["VisualAmplificationFusion", "multiply_scores"]
 
@@ -25,7 +25,7 @@ def multiply_scores(scores: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class VisualAmplificationFusion(AttentionMethod):
+class VisualAmplificationFusion(LayerRange, AttentionMethod):
     """Multiply pre-softmax scores: of visual tokens up, of the system prompt down.
 
     Yin, Si, Wang: "ClearSight: Visual Signal Enhancement for Object Hallucination Mitigation in
@@ -43,48 +43,30 @@ class VisualAmplificationFusion(AttentionMethod):
     Independent reruns disagree with the paper's gains: measure it on your model.
     """
 
-    image_gain: float = field(
-        default=1.15, metadata={"help": "factor on the scores of visual tokens; 1 changes nothing"}
+    image_gain: float = option(
+        1.15, "factor on the scores of visual tokens; 1 changes nothing", 0.0, 10.0
     )
-    system_gain: float = field(
-        default=0.95,
-        metadata={"help": "factor on the scores of the text before the first visual token"},
+    system_gain: float = option(
+        0.95, "factor on the scores of the text before the first visual token", 0.0, 10.0
     )
-    start_layer: int | None = field(
-        default=None, metadata={"help": "first edited layer; default by preset, else 0.28 of all"}
+    start_layer: int | None = option(
+        None, "first edited layer; default: preset, else round(0.28 x layers)"
     )
-    end_layer: int | None = field(
-        default=None,
-        metadata={"help": "one past the last edited layer; default by preset, else 0.47 of all"},
+    end_layer: int | None = option(
+        None, "layer after the last edited one; default: preset, else round(0.47 x layers)"
     )
 
     name: ClassVar[str] = "vaf"
     rows: ClassVar[Literal["predicting", "text"]] = "text"
     has_fused_form: ClassVar[bool] = True
     PRESETS: ClassVar[tuple[Preset, ...]] = (
-        Preset(
-            "LLaVA-1.5-7B", "llava", "llama", 4096, 32, {"start_layer": 9, "end_layer": 15},
-            "authors' code", (32000, 32064),
-        ),
-    )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        check_range(self, "image_gain", 0.0, 10.0)
-        check_range(self, "system_gain", 0.0, 10.0)
+        Preset(LLAVA_7B, {"start_layer": 9, "end_layer": 15}, "authors' code"),
+    )
 
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> VisualAmplificationFusion:
-        if preset := find_preset(self.PRESETS, info):
-            first, stop = preset.values["start_layer"], preset.values["end_layer"]
-        else:
-            first = round(0.28 * info.num_layers)
-            stop = max(first + 1, round(0.47 * info.num_layers))
-        default = (first, stop)
-        start, end = layer_range(self, info, self.start_layer, self.end_layer, default)
-        return replace(self, start_layer=start, end_layer=end)
-
-    def layers(self, info: ModelInfo) -> Sequence[int]:
-        assert self.start_layer is not None and self.end_layer is not None  # set by prepared()
-        return range(self.start_layer, self.end_layer)
+        start = round(0.28 * info.num_layers)
+        end = max(start + 1, round(0.47 * info.num_layers))
+        return self.with_defaults(info, start_layer=start, end_layer=end)
 
     def plan(self, keys: Keys) -> Plan | None:
         if self.image_gain == self.system_gain == 1:

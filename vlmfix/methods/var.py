@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -12,10 +12,17 @@ import torch
 from vlmfix.analysis.calibrate import load_calibration
 from vlmfix.analysis.massive import DEFAULT_FRACTION, magnitude
 from vlmfix.base.attention import AttentionMethod, FusedEdit, Keys, Plan
-from vlmfix.base.method import Preset, check_range, find_preset
+from vlmfix.base.method import Preset, option
 from vlmfix.errors import BadInput, CalibrationNeeded
 from vlmfix.families import ModelInfo
 from vlmfix.families.kinds import IMAGE, TEXT
+from vlmfix.methods.structures import (
+    LLAVA_7B,
+    LLAVA_13B,
+    LLAVA_NEXT_7B,
+    LLAVA_NEXT_13B,
+    QWEN2_VL_7B,
+)
 
 __all__ = ["VisualAttentionRedistribution", "redistribute", "rules"]
 
@@ -23,7 +30,7 @@ __all__ = ["VisualAttentionRedistribution", "redistribute", "rules"]
 def rules(
     groups: torch.Tensor, keep: float, rho: float, minimum_visual_mass: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `redistribute` needs to know of every key, once per prompt and layer.
+    """Prepare `redistribute` for every key, once per prompt and layer.
 
     Args:
         groups: (B, K, 3) indicator of text sinks, visual sinks, and visual tokens that are not
@@ -33,8 +40,8 @@ def rules(
         minimum_visual_mass: and where it puts at least this mass on the image.
 
     Returns:
-        sums (B, K, 4): a row times these gives what its sinks give up, by how much it passes the
-        two rules (as softmax rows sum to one), and its mass off the sinks;
+        sums (B, K, 4): a row times these gives the mass that its sinks give up, its margins over
+        the two rules (as softmax rows sum to one), and its mass off the sinks;
         moves (B, K, 2): relative change of a key, as a sink and as one that gains.
     """
     text_sinks, visual_sinks, rest = groups.unbind(-1)
@@ -66,20 +73,18 @@ def redistribute(
 _7B = {"sink_channels": (1415, 2533), "tau": 20.0}
 _13B = {"sink_channels": (2100, 4743), "tau": 20.0}
 _QWEN = {"sink_channels": (458, 2570), "tau": 20.0}
-_CODE, _BASE = "authors' code", "same base model as LLaVA-1.5-7B"
-_VICUNA = (32000, 32064)  # the vocabulary tells vicuna from later Llamas of the same shape
 
 
 @dataclass(frozen=True)
 class VisualAttentionRedistribution(AttentionMethod):
-    """Move attention from visual sinks to the rest of the image, in heads that look at it.
+    """Move attention from visual sinks to the rest of the image, in heads that attend to it.
 
     Kang, Kim, Kim, Hwang: "See What You Are Told: Visual Attention Sink in Large Multimodal
     Models", ICLR 2025, arXiv 2503.03321. Some visual tokens draw attention although masking them
     changes nothing; they share the massive channels of the language model's own sinks (the first
     token, line breaks). A token is a sink of a layer if max over `sink_channels` of |x_d| / rms(x)
-    at the layer's input reaches `tau`. Sinks are found once, in the prompt; heads are chosen anew
-    in every row.
+    at the layer's input reaches `tau`. Sinks are found once, in the prompt; heads are chosen in
+    every row.
 
     Paper and code: the paper's text moves 0.6 of the sinks' attention, the authors' code keeps
     0.6; `variant="code"` (default: what their numbers came from) keeps 0.6, "paper" keeps 0.4.
@@ -90,49 +95,40 @@ class VisualAttentionRedistribution(AttentionMethod):
     Independent reruns show little gain in CHAIR: measure it on your model.
     """
 
-    keep: float | None = field(
-        default=None,
-        metadata={"help": "share of its attention that a sink keeps; default by variant"},
+    keep: float | None = option(
+        None, "share of its attention that a sink keeps; default: see variant", 0.0, 1.0
     )
-    rho: float = field(
-        default=0.5,
-        metadata={"help": "edit heads with at least this share of visual mass off the sinks"},
+    rho: float = option(
+        0.5, "edit heads with at least this share of their visual mass off the sinks", 0.0, 2.0
     )
-    minimum_visual_mass: float = field(
-        default=0.2, metadata={"help": "edit heads with at least this mass on the image"}
+    minimum_visual_mass: float = option(
+        0.2, "edit heads with at least this mass on the image", 0.0, 1.0
     )
-    tau: float | None = field(
-        default=None,
-        metadata={"help": "sink threshold on |x_d| / rms(x); default by preset or calibration"},
+    tau: float | None = option(
+        None, "sink threshold on |x_d| / rms(x); default: preset or calibration",
+        0.0, math.inf, high_open=True,
+    )  # fmt: skip
+    sink_channels: tuple[int, ...] | None = option(
+        None, "massive channels that mark sinks, e.g. 1415/2533; default: preset or calibration"
     )
-    sink_channels: tuple[int, ...] | None = field(
-        default=None,
-        metadata={"help": "massive channels, e.g. 1415/2533; default by preset or calibration"},
+    variant: Literal["code", "paper"] = option(
+        "code", "whose default of keep: code (the authors' code, 0.6) or paper (0.4)"
     )
-    variant: Literal["code", "paper"] = field(
-        default="code", metadata={"help": "which default of keep: code 0.6, paper 0.4"}
+    last_layer: Literal["excluded", "official"] = option(
+        "excluded", "last layer: excluded, or official (edited, as in the authors' code)"
     )
-    last_layer: Literal["excluded", "official"] = field(
-        default="excluded", metadata={"help": "official: edit the last layer too, as the code does"}
-    )
-    video: bool = field(default=True, metadata={"help": "count video tokens as visual"})
+    video: bool = option(True, "whether video tokens count as visual")
 
     name: ClassVar[str] = "var"
     rows: ClassVar[Literal["predicting", "text"]] = "text"
     has_fused_form: ClassVar[bool] = True
     PRESETS: ClassVar[tuple[Preset, ...]] = (
-        Preset("LLaVA-1.5-7B", "llava", "llama", 4096, 32, _7B, _CODE, _VICUNA),
-        Preset("LLaVA-1.5-13B", "llava", "llama", 5120, 40, _13B, _CODE, _VICUNA),
-        Preset("LLaVA-NeXT-vicuna-7B", "llava_next", "llama", 4096, 32, _7B, _BASE, _VICUNA),
-        Preset("LLaVA-NeXT-vicuna-13B", "llava_next", "llama", 5120, 40, _13B, _CODE, _VICUNA),
-        Preset("Qwen2-VL-7B", "qwen2_vl", "qwen2_vl_text", 3584, 28, _QWEN, "notes on the paper"),
+        Preset(LLAVA_7B, _7B, "authors' code"),
+        Preset(LLAVA_13B, _13B, "authors' code"),
+        Preset(LLAVA_NEXT_7B, _7B, "same base model as LLaVA-1.5-7B"),
+        Preset(LLAVA_NEXT_13B, _13B, "authors' code"),
+        Preset(QWEN2_VL_7B, _QWEN, "notes on the paper"),
     )
-
-    def __post_init__(self) -> None:
-        check_range(self, "keep", 0.0, 1.0)
-        check_range(self, "rho", 0.0, 2.0)
-        check_range(self, "minimum_visual_mass", 0.0, 1.0)
-        check_range(self, "tau", 0.0, math.inf, high_open=True)
 
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> VisualAttentionRedistribution:
         channels, known_tau = self._constants(info, model)
@@ -157,8 +153,8 @@ class VisualAttentionRedistribution(AttentionMethod):
         """Sink channels, and the threshold that goes with them if it is known."""
         if self.sink_channels is not None:
             return self.sink_channels, None
-        if preset := find_preset(self.PRESETS, info):
-            return preset.values["sink_channels"], preset.values["tau"]
+        if known := self.published(info):
+            return known["sink_channels"], known["tau"]
         calibration = load_calibration(model)
         if calibration is not None and calibration.sink_channels is not None:
             return calibration.sink_channels, calibration.tau

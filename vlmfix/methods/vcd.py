@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from vlmfix.base.contrast import Branch, ContrastMethod, Prompt, keep_plausible
-from vlmfix.base.method import check_range
+from vlmfix.base.method import option
 from vlmfix.methods.noise import STEPS, noised
 
 __all__ = ["VisualContrastiveDecoding"]
@@ -17,40 +17,34 @@ __all__ = ["VisualContrastiveDecoding"]
 
 @dataclass(frozen=True)
 class VisualContrastiveDecoding(ContrastMethod):
-    """Take from the logits what the model would say of the noised image, too.
+    """Subtract the logits that the model has for a noised image.
 
     Leng et al.: "Mitigating Object Hallucinations in Large Vision-Language Models through Visual
     Contrastive Decoding", CVPR 2024, arXiv 2311.16922. What survives the noise is the language's
     prior. With l of the image and l' of the noised one, z = l + alpha (l - l') on tokens that
     have at least `beta` of the best token's probability in l; no other token can be chosen. The
-    noise (diffusion.py) is drawn once per prompt.
+    noise (noise.py) is sampled once per prompt.
 
     Paper and code: beta is 0.1 in the paper and by the code's options, 0.2 in the script of its
-    POPE runs; 0.1 is the default. Noise goes on normalised pixels, as in the code. The code
-    changes sampling alone, so that its greedy and beam runs are plain; here every way of decoding
-    is contrasted. Read the page on what an independent rerun of the paper's numbers gave.
+    POPE runs; 0.1 is the default. Noise is added to normalised pixels, as in the code. The code
+    changes only sampling, so that its greedy and beam runs are plain; here every way of decoding
+    is contrasted. docs/methods/vcd.md has an independent rerun of the paper's numbers.
     """
 
-    alpha: float = field(
-        default=1.0, metadata={"help": "strength of the contrast; 0 only rules out tokens"}
+    alpha: float = option(
+        1.0, "strength of the contrast; 0: only rule out implausible tokens", 0.0, 10.0
     )
-    beta: float = field(
-        default=0.1, metadata={"help": "least share of the best token's probability; 0: off"}
+    beta: float = option(
+        0.1, "rule out tokens below this share of the best token's probability; 0: none", 0.0, 1.0
     )
-    noise_step: int = field(
-        default=500, metadata={"help": f"how far the image is noised, 0 to {STEPS - 1}"}
+    noise_step: int = option(
+        500, f"step of the noise schedule, 0 (hardly any noise) to {STEPS - 1}", 0, STEPS - 1
     )
-    seed: int | None = field(
-        default=None, metadata={"help": "of the noise; default: torch.initial_seed()"}
+    seed: int | None = option(
+        None, "seed of the noise; default: torch.initial_seed()", 0, 2**63, high_open=True
     )
 
     name: ClassVar[str] = "vcd"
-
-    def __post_init__(self) -> None:
-        check_range(self, "alpha", 0.0, 10.0)
-        check_range(self, "beta", 0.0, 1.0)
-        check_range(self, "noise_step", 0, STEPS - 1)
-        check_range(self, "seed", 0, 2**63, high_open=True)
 
     def streams(self) -> int:
         return int(self.alpha > 0)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 
 from vlmfix.analysis.divergence import LastHeads, head_divergence, prune_outliers, select_heads
 from vlmfix.base.attention import AttentionMethod, Keys, Plan, ProbePass
-from vlmfix.base.method import Preset, check_range, find_preset
+from vlmfix.base.method import Preset, option
 from vlmfix.errors import BadInput, StateError
 from vlmfix.families import ModelInfo
+from vlmfix.methods.structures import LLAVA_7B, LLAVA_NEXT_7B
 
 __all__ = ["VisionAwareHeadReinforcement", "reinforce"]
 
@@ -26,7 +27,7 @@ def reinforce(
         with_image: (B, H, D) head outputs at the row that predicts the first token.
         without_image: the same without the image.
         alpha: factor of the selected heads.
-        prune: leave out heads that flare up without the image.
+        prune: leave out heads whose outputs are outliers without the image.
     """
     divergence = head_divergence(with_image, without_image)
     if prune:
@@ -35,7 +36,6 @@ def reinforce(
 
 
 _LAST_SHARE = 0.44  # of the layers: 14 of 32
-_PAPER, _VICUNA = "the paper", (32000, 32064)
 _SECOND_AND_LAST_14 = {"reinforced_layers": (1, *range(18, 32))}
 
 
@@ -44,57 +44,48 @@ class VisionAwareHeadReinforcement(AttentionMethod):
     """Multiply the outputs of the heads that change most when the image is taken away.
 
     He et al.: "Cracking the Code of Hallucination in LVLMs with Vision-aware Head Divergence",
-    ACL 2025, arXiv 2412.13949. Before the prompt's own forward, one more runs on the prompt
+    ACL 2025, arXiv 2412.13949. Before the prompt's own forward, a probe pass runs on the prompt
     without its visual tokens. In each reinforced layer, at the last prompt row, the heads whose
-    output differs from that one by more than the layer's median are multiplied by `alpha`, in all
-    rows of the prompt and all later ones. The choice is made layer by layer, so that deeper layers
-    see what was reinforced above them, and once: it holds until the end of the answer.
+    output differs from that pass by more than the layer's median are multiplied by `alpha`, in all
+    rows of the prompt and all later ones. Heads are chosen layer by layer, so that deeper layers
+    see what was reinforced in earlier ones, and once: they hold until the end of the answer.
 
-    Open in the paper: which standard deviation bounds an outlier (here the unbiased one), how
-    ties with the median go (not selected), and whether the text-only forward is reinforced as it
-    goes (here it is plain). Several images are taken away together. The paper gives layers for
-    models of 32; on others the rule is scaled: the second layer and the last round(0.44 x layers),
-    which nobody has tuned. alpha = 4 breaks the paper's answers. `vhd_source="knockout"` is not
-    the paper's: no second forward, the image is hidden in each layer alone, and other heads win.
+    Open in the paper: which standard deviation bounds an outlier (here the unbiased one), whether
+    ties with the median are selected (here not), and whether the probe pass is reinforced as well
+    (here it is plain). Several images are taken away together. The paper gives layers for models
+    of 32; on others the rule is scaled: the second layer and the last round(0.44 x layers), which
+    is untuned. alpha = 4 breaks the paper's answers. `vhd_source="knockout"` is not the paper's: it
+    needs no probe pass, hides the image in each layer alone, and selects other heads.
     """
 
-    alpha: float = field(
-        default=2.0, metadata={"help": "factor of the selected heads; the paper uses 2 (3 works)"}
+    alpha: float = option(
+        2.0, "factor on the outputs of the selected heads; the paper uses 2 (3 works)", 0.0, 10.0
     )
-    reinforced_layers: tuple[int, ...] | None = field(
-        default=None, metadata={"help": "e.g. 1/18/19; default: preset, else scaled to the depth"}
+    reinforced_layers: tuple[int, ...] | None = option(
+        None, "layers whose heads are reinforced, e.g. 1/18/19; default: preset, else by depth"
     )
-    include_second_layer: bool = field(
-        default=True,
-        metadata={"help": "false: leave layer 1 out of the default layers (it can be unstable)"},
+    include_second_layer: bool = option(
+        True, "whether layer 1, which can be unstable, is among the default layers"
     )
-    prune_outliers: bool = field(
-        default=True, metadata={"help": "leave out heads that flare up without the image"}
+    prune_outliers: bool = option(
+        True, "whether heads whose outputs are outliers without the image are left out"
     )
-    vhd_source: Literal["text", "knockout"] = field(
-        default="text",
-        metadata={"help": "without the image: a text-only forward, or visual keys hidden in place"},
+    vhd_source: Literal["text", "knockout"] = option(
+        "text", "outputs without the image: text (a text-only pass) or knockout (hide visual keys)"
     )
 
     name: ClassVar[str] = "vhr"
     head_scale_from: ClassVar[Literal["prompt", "step"]] = "prompt"
     PRESETS: ClassVar[tuple[Preset, ...]] = tuple(
-        Preset(model, kind, "llama", 4096, 32, _SECOND_AND_LAST_14, _PAPER, _VICUNA)
-        for model, kind in (
-            ("LLaVA-1.5-7B", "llava"),
-            ("LLaVA-NeXT-vicuna-7B", "llava_next"),
-        )
+        Preset(structure, _SECOND_AND_LAST_14, "the paper")
+        for structure in (LLAVA_7B, LLAVA_NEXT_7B)
     )
-
-    def __post_init__(self) -> None:
-        check_range(self, "alpha", 0.0, 10.0)
 
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> VisionAwareHeadReinforcement:
         count, chosen = info.num_layers, self.reinforced_layers
         if chosen is None:
-            preset = find_preset(self.PRESETS, info)
             last = range(count - round(_LAST_SHARE * count), count)
-            chosen = preset.values["reinforced_layers"] if preset else (1, *last)
+            chosen = self.published(info).get("reinforced_layers", (1, *last))
             skipped = () if self.include_second_layer else (1,)
             chosen = tuple(sorted({layer for layer in chosen if layer < count} - {*skipped}))
         if not all(0 <= layer < count for layer in chosen):
@@ -116,7 +107,7 @@ class VisionAwareHeadReinforcement(AttentionMethod):
 
     def plan(self, keys: Keys) -> Plan | None:
         visual = keys.visual.any(1)
-        # Without any image no forward was run that could be compared.
+        # Without an image there was no probe pass to compare with.
         if self.alpha == 1 or not visual.any():
             return None
         if self.knocks_out():
@@ -124,7 +115,7 @@ class VisionAwareHeadReinforcement(AttentionMethod):
         if keys.layer not in keys.seen:
             raise StateError(
                 "vhr chooses its heads in the first forward of a prompt, and this KV cache was "
-                "filled before it was on or before there was an image. Start without this cache."
+                "filled before vhr was on or before there was an image. Start without this cache."
             )
         return Plan((), visual.tolist(), constants=(visual, keys.seen[keys.layer]))
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
-from vlmfix.base.method import check_range
+from vlmfix.base.method import option
 from vlmfix.base.pruning import (
     Kept,
     TokenMethod,
@@ -17,10 +17,7 @@ from vlmfix.base.pruning import (
     share_budget,
 )
 from vlmfix.families import ModelInfo
-from vlmfix.families.tower import describe_tower
-
-if TYPE_CHECKING:
-    from vlmfix.families.tower import Tower
+from vlmfix.families.tower import Tower, describe_tower
 
 __all__ = ["VisionZip", "merge_tokens"]
 
@@ -28,7 +25,7 @@ __all__ = ["VisionZip", "merge_tokens"]
 def merge_tokens(
     attention: torch.Tensor, keys: torch.Tensor, dominant: int, contextual: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dominant tokens, and contextual ones that the others are merged into, of an image or tile.
+    """Choose dominant tokens of an image or tile, and merge all others into contextual ones.
 
     Of what is not dominant, every step-th token is a target (step = max(1, rest // contextual)),
     the first `contextual` of them; each other token goes to the target whose key is closest by
@@ -37,13 +34,13 @@ def merge_tokens(
     Args:
         attention: (n,), what each token receives: the largest are dominant; of equal ones the
             first.
-        keys: (n, D), of each token.
-        dominant: how many.
-        contextual: how many; together at most n.
+        keys: (n, D), the key vector of each token.
+        dominant: number of dominant tokens.
+        contextual: number of contextual tokens; with the dominant ones at most n.
 
     Returns:
         index: (k,) int64, ascending: the dominant tokens and the targets.
-        weights: (k, n) float32, of which tokens each of them is made.
+        weights: (k, n) float32: row i times the tokens is kept token i.
     """
     count = len(attention)
     chosen = largest(attention, dominant)
@@ -65,37 +62,31 @@ def merge_tokens(
 
 @dataclass(frozen=True)
 class VisionZip(TokenMethod):
-    """Keep the visual tokens that the encoder's class token attends to; merge all others.
+    """Keep the visual tokens that the encoder's class token attends to most; merge all others.
 
     Yang et al.: "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR
     2025, arXiv 2412.04467. Attention and keys are those of the layer whose output becomes the
-    features. Encoders without a class token count the attention received from all patches, which
-    is ours.
+    features. Ours: encoders without a class token count the attention received from all patches.
 
     Deviations from the authors' code: they merge the encoder's features, before the projector; here
     the projector's output is merged, for every family alike. Their "54 dominant tokens" are the
     class token itself and 53 patches; the model of transformers has no such visual token, so all 54
     are patches. They put contextual tokens behind the dominant ones; here each stands where its
-    target was. Tiles of one image share its budget by size, where they give each tile the same.
-    As in their code, a contextual token is the sum of its target and a mean, not one mean over
-    both.
+    target was. Tiles of one image share its budget by size, in their code equally. As in their
+    code, a contextual token is the sum of its target and a mean, not one mean over both.
     """
 
-    contextual_share: float = field(
-        default=10 / 64,
-        metadata={"help": "share of the budget for merged tokens; the authors' 64 are 54 + 10"},
+    contextual_share: float = option(
+        10 / 64, "share of the budget for merged tokens; the authors' 64 are 54 + 10", 0.0, 1.0
     )
-    layer: int | None = field(
-        default=None,
-        metadata={"help": "encoder layer, from 0, that is read; default: the features' own"},
+    layer: int | None = option(
+        None,
+        "encoder layer, counted from 0, whose attention and keys are read; default: the one that "
+        "makes the features",
     )
 
     name: ClassVar[str] = "visionzip"
     needs_tiles: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self, "contextual_share", 0.0, 1.0)
 
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> VisionZip:
         super().prepared(info, model)
