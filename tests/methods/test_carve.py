@@ -29,7 +29,6 @@ from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import describe_model
 from vlmfix.methods.carve import (
     ContrastiveAttentionRefinement,
-    Refinement,
     bounding_box,
     components_kept,
     contrast_attention,
@@ -39,6 +38,7 @@ from vlmfix.methods.carve import (
     relevant_mask,
     spread,
 )
+from vlmfix.methods.refinement import Refinement
 
 PUBLISHED: dict[str, Any] = {
     "layers": (0,),

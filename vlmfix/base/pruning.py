@@ -67,6 +67,11 @@ class VisualTokens:
         inside = place - starts[tile]
         return tile, inside // columns, inside % columns
 
+    def by_tile(self) -> list[torch.Tensor]:
+        """The indices of the tokens of each tile, int64 on the CPU."""
+        tile, _, _ = self.grid()
+        return [(tile == at).nonzero().flatten() for at in range(len(self.tiles))]
+
     def received(self, layer: int, what: Literal["column", "cls"] = "column") -> torch.Tensor:
         """(n,) float32: attention that each token receives within its tile (see tower.Received).
 

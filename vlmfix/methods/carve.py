@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
@@ -22,11 +20,12 @@ from vlmfix.engine.session import SESSION
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import ModelInfo
 from vlmfix.families.tower import describe_tower
+from vlmfix.methods.chats import last_text, request, with_images
+from vlmfix.methods.refinement import Mask, Refinement, Scores
 from vlmfix.methods.structures import EMOJI
 
 __all__ = [
     "ContrastiveAttentionRefinement",
-    "Refinement",
     "bounding_box",
     "components_kept",
     "contrast_attention",
@@ -37,8 +36,6 @@ __all__ = [
     "spread",
 ]
 
-Scores = NDArray[np.float32]
-Mask = NDArray[np.bool_]
 Steps = Literal["all", "first", "last"]
 
 _ROUNDING = 1e-5  # what a resize may make of a constant, as a share of it
@@ -126,65 +123,6 @@ def cut_out(image: Image.Image, mask: Mask, box: Box, black: bool) -> Image.Imag
     scale = max(image.width / crop.width, image.height / crop.height)
     size = (round(crop.width * scale), round(crop.height * scale))
     return crop if size == crop.size else crop.resize(size, Image.Resampling.LANCZOS)
-
-
-@dataclass(frozen=True, eq=False)
-class Refinement:
-    """The findings of CARVE in one chat.
-
-    Attributes:
-        changed: whether the chat was rewritten.
-        reason: why it was not; None if it was.
-        number: index of the refined image in the chat, from 0.
-        image: that image.
-        scores: (h, w) float32, S.
-        mask: (h, w) bool, the regions kept.
-        box: bounding box of the mask, (left, top, right, bottom), right and bottom exclusive.
-        refined: the new image; the original if `changed` is False.
-        answer: the model's answer to the question about the original image; one token with
-            steps="first".
-        general: its general description, up to the last step that was compared.
-        shared: whether both answers shared one prefill of the images (`analysis/passes.py`).
-    """
-
-    changed: bool
-    reason: str | None
-    number: int
-    image: Image.Image
-    scores: Scores
-    mask: Mask
-    box: Box
-    refined: Image.Image
-    answer: str = ""
-    general: str = ""
-    shared: bool = False
-
-    def facts(self) -> dict[str, Any]:
-        """Everything except the pictures, as plain data for JSON."""
-        names = ("changed", "reason", "number", "box", "answer", "general", "shared")
-        return {name: getattr(self, name) for name in names}
-
-    def save(self, folder: str | Path, name: str = "carve") -> list[Path]:
-        """Write the map over the image, the mask and the refined image as PNG files.
-
-        Returns:
-            NAME-map.png, NAME-mask.png and NAME-refined.png in `folder`.
-
-        Raises:
-            MissingDependency: matplotlib, which the map needs, is not installed.
-        """
-        from vlmfix.analysis.viz import overlay
-
-        pictures = {
-            "map": overlay(self.image, self.scores),
-            "mask": Image.fromarray(self.mask),
-            "refined": self.refined,
-        }
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        paths = [Path(folder) / f"{name}-{what}.png" for what in pictures]
-        for path, picture in zip(paths, pictures.values(), strict=True):
-            picture.save(path)
-        return paths
 
 
 _GENERAL = "Write a general description of the image."
@@ -288,11 +226,9 @@ class ContrastiveAttentionRefinement(PixelMethod):
     ) -> tuple[list[Any], list[Refinement | None]]:
         """Rewrite chats; the finding is None for a chat without an image or a question."""
         read = [split_chat(chat) for chat in chats]
-        asks = [_last_text(plain) if images else None for images, plain in read]
+        asks = [last_text(plain) if images else None for images, plain in read]
         requests = [
-            _with_images(
-                _request(plain, at, text, self.suffix or ""), [[image] for image in images]
-            )
+            with_images(request(plain, at, text, self.suffix or ""), [[image] for image in images])
             for text in (None, self.general)
             for (images, plain), at in zip(read, asks, strict=True)
             if at is not None
@@ -320,7 +256,7 @@ class ContrastiveAttentionRefinement(PixelMethod):
                 shown[found.number].append(found.refined)
                 if self.final == "refined":
                     shown[found.number].remove(found.image)
-                new[-1] = _with_images(plain, shown)
+                new[-1] = with_images(plain, shown)
             read_on = None if self.steps == "last" else len(question.tokens)
             said = tokenizer.batch_decode(
                 [question.tokens, general.tokens[:read_on]], skip_special_tokens=True
@@ -430,43 +366,3 @@ class _Places:
                 piece_places(self.processor, *image.size) if self.cuts else whole
             )
         return self.known[image.size]
-
-
-def _last_text(plain: Sequence[Any]) -> int | None:
-    """The index of the user's last message that holds text."""
-    said = [
-        at
-        for at, message in enumerate(plain)
-        if message["role"] == "user" and any(part["type"] == "text" for part in message["content"])
-    ]
-    return said[-1] if said else None
-
-
-def _request(plain: Sequence[Any], at: int, text: str | None, suffix: str) -> list[Any]:
-    """A chat whose message `at` asks for a short answer, to `text` if it is given."""
-    parts = plain[at]["content"]
-    last = max(i for i, part in enumerate(parts) if part["type"] == "text")
-    said = parts[last]["text"] if text is None else text
-    if not said.rstrip().endswith(suffix):
-        said = f"{said} {suffix}"
-    kept = [
-        {"type": "text", "text": said} if i == last else part
-        for i, part in enumerate(parts)
-        if i == last or text is None or part["type"] == "image"
-    ]
-    return [*plain[:at], {**plain[at], "content": kept}, *plain[at + 1 :]]
-
-
-def _with_images(plain: Sequence[Any], shown: Sequence[Sequence[Image.Image]]) -> list[Any]:
-    """A chat with one or several images in the place of each of its markers."""
-    left = iter(shown)
-    chat = []
-    for message in plain:
-        content: list[Any] = []
-        for part in message["content"]:
-            if part["type"] == "image":
-                content += [{"type": "image", "image": image} for image in next(left)]
-            else:
-                content.append(part)
-        chat.append({**message, "content": content})
-    return chat

@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vlmfix.base.method import option
-from vlmfix.base.pruning import LayerTokenMethod
+from vlmfix.base.pruning import LayerTokenMethod, largest
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import ModelInfo
 
@@ -70,5 +70,4 @@ class FastV(LayerTokenMethod):
         return self.layer
 
     def keep(self, attention: torch.Tensor, budget: int) -> torch.Tensor:
-        order = attention.argsort(descending=True, stable=True)
-        return order[:budget].sort().values
+        return largest(attention, budget)

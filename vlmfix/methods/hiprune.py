@@ -168,10 +168,10 @@ class HiPrune(TokenMethod):
         by_text = round(self.text_share * budget)
         if self.additive:
             by_text = budget - super().budget(len(visual))
-        tile, row, column = visual.grid()
+        _, row, column = visual.grid()
         objects = visual.received(self.object_layer).cpu()
         deep = visual.received(self.deep_layer).cpu()
-        groups = [(tile == at).nonzero().flatten() for at in range(len(visual.tiles))]
+        groups = visual.by_tile()
         shares = share_budget([len(group) for group in groups], budget - by_text)
         chosen = [
             group[

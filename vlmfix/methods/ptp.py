@@ -172,8 +172,7 @@ class PyramidTokenPruning(TokenMethod):
         relevance = torch.zeros_like(saliency)
         if visual.relevance is not None:
             relevance = stretched(visual.relevance.cpu())
-        tile, _, _ = visual.grid()
-        groups = [(tile == at).nonzero().flatten() for at in range(len(visual.tiles))]
+        groups = visual.by_tile()
         counts = [len(group) for group in groups]
         budgets = tile_budgets(
             counts, budget, self._regions(visual).tolist(), visual.whole, self.thumbnail

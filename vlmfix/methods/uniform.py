@@ -71,8 +71,8 @@ class UniformGrid(TokenMethod):
     needs_tiles: ClassVar[bool] = True
 
     def keep(self, visual: VisualTokens, budget: int) -> Kept:
-        tile, row, column = visual.grid()
-        groups = [(tile == at).nonzero().flatten() for at in range(len(visual.tiles))]
+        _, row, column = visual.grid()
+        groups = visual.by_tile()
         shares = share_budget([len(group) for group in groups], budget)
         chosen = [
             group[grid_tokens(row[group], column[group], share)]

@@ -101,8 +101,7 @@ class VisionZip(TokenMethod):
         assert self.layer is not None  # set by prepared()
         attention = visual.received(self.layer, "cls").cpu()
         keys = visual.keys(self.layer).cpu()
-        tile, _, _ = visual.grid()
-        groups = [(tile == at).nonzero().flatten() for at in range(len(visual.tiles))]
+        groups = visual.by_tile()
         shares = share_budget([len(group) for group in groups], budget)
         indices, weights = [], torch.zeros(budget, len(visual))
         start = 0
