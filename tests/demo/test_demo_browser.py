@@ -62,7 +62,7 @@ def test_the_whole_page(window: Open, tmp_path: Path) -> None:
     assert said[0] != said[1]
     marked = page.all('#panes .pane[data-pane="1"] .word.differs')
     assert marked and not page.all('#panes .pane[data-pane="0"] .word.differs')
-    assert "In it are: bed, cup, teddy bear, toilet" in page.text("#legend")
+    assert "The picture shows: bed, cup, teddy bear, toilet" in page.text("#legend")
 
     number = said[0].index("bear")
     page.find(f'#panes button.word[data-pane="0"][data-word="{number}"]').click()
@@ -226,7 +226,7 @@ def test_a_visitor_may_change_the_model_where_that_is_allowed(tmp_path: Path) ->
                 page.until(lambda says=says: says in page.text("#model-message"), says)
             page.tab("Attention")
             page.until(lambda: page.all("#attention-words .word"), "the words")[3].click()
-            changed = "the model has changed since"
+            changed = "the model was changed after this answer"
             page.until(lambda: changed in page.text("#attention-message"), "a message")
             page.tab("Compare")
             page.example(1)

@@ -240,7 +240,7 @@ def test_about_cites_every_method() -> None:
     for row in list_methods():
         assert f"<b>{row.name}</b>" in html
     assert 'href="https://arxiv.org/abs/2503.03321"' in html
-    assert html.count("Not on this model as it is: it has no sinks") == 1
+    assert html.count("Does not run on this model yet: it has no sinks") == 1
 
 
 def test_answers_that_somebody_stopped_are_not_said_to_be_written() -> None:

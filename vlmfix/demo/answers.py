@@ -20,19 +20,19 @@ from vlmfix.families.surgeon import module_state
 
 __all__ = ["STOPPED", "answer"]
 
-#: `Pane.error` of an answer that somebody ended.
+#: `Pane.error` of an answer that a visitor stopped.
 STOPPED = "stopped."
 
-#: Seconds between two looks at answers that are being written.
+#: Seconds between two checks of the answers.
 _PAUSE = 0.05
 
 
 class _Stopped(Exception):
-    """Nobody waits for the answer any more."""
+    """The answer is not wanted any more."""
 
 
 class _Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
-    """Takes the tokens of one answer, and passes the model on after each."""
+    """Collects the tokens of one answer, and passes the model on after each of them."""
 
     def __init__(
         self, engine: Engine, pane: Pane, passes: PassCounter, stop: threading.Event
@@ -42,7 +42,7 @@ class _Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
         self._since = time.perf_counter()
 
     def put(self, value: torch.Tensor) -> None:
-        """The prompt, then one token at a time."""
+        """Take the prompt, then one token at a time."""
         if not self._begun:
             self._begun = True
             return
@@ -54,10 +54,10 @@ class _Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
         with module_state(self._engine.model):
             self._engine.turns.pass_on()
         self._since = time.perf_counter()
-        self._passes.rows = self._pane.passes  # the hook saw the passes of the others, too
+        self._passes.rows = self._pane.passes  # the hook also counted the other panes
 
     def end(self) -> None:
-        """Count what was done since the turn began."""
+        """Add seconds and passes since the turn began."""
         now = time.perf_counter()
         self._pane.seconds += now - self._since
         self._since = now
@@ -74,13 +74,13 @@ def answer(
 
     Args:
         engine: holds the model.
-        asked: what is asked.
-        methods: of the panes; None is the plain model.
-        stop: once set, the answers end where they are.
+        asked: picture and prompt.
+        methods: one per pane; None is the plain model.
+        stop: event that ends the answers at once.
 
     Yields:
-        The panes, the same objects every time, whenever something is new, and at the end. An
-        error in one of them is its `error`; the others go on.
+        The panes, the same objects every time, after every change and at the end. An error in one
+        pane becomes its `error`, and the others continue.
 
     Raises:
         BadInput: too many panes.
@@ -112,7 +112,7 @@ def answer(
 
 
 def _write(engine: Engine, pane: Pane, asked: Question, stop: threading.Event) -> None:
-    """One answer, in a thread of its own."""
+    """Write one answer, in a thread of its own."""
     try:
         with (
             engine.turns.turn(),

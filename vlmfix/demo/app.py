@@ -32,26 +32,26 @@ from vlmfix.errors import BadInput
 
 __all__ = ["build", "serve"]
 
-#: Requests that run at once, taking turns at the model, and that wait in line for that.
+#: Requests that run at once, taking turns at the model, and requests that wait in line.
 AT_ONCE, LINE = 4, 32
 LARGEST_FILE = "20mb"
-#: Visitors whose last answers are kept, each with a picture of at most MAX_PIXELS.
+#: The most visitors whose last answers are kept, each with a picture of at most MAX_PIXELS.
 SESSIONS = 50
-#: Seconds after which an uploaded file goes, and between two looks for such.
+#: Seconds after which an uploaded file is deleted, and between two checks for such files.
 _OLD = 3600
 
 
 def build(engine: Engine, allow_model_choice: bool = False) -> gr.Blocks:
-    """The page of an engine.
+    """Build the page of an engine.
 
     Args:
         engine: holds the model.
-        allow_model_choice: whether a visitor may load another one.
+        allow_model_choice: whether a visitor may load another model.
     """
     folder = tempfile.TemporaryDirectory(prefix="vlmfix-demo-")
     desk = Desk(engine, Path(folder.name))
     with gr.Blocks(title="vlmfix", analytics_enabled=False, delete_cache=(_OLD, _OLD)) as page:
-        page.vlmfix_folder = folder  # lives as long as the page
+        page.vlmfix_folder = folder  # deleted with the page
         gr.Markdown("# vlmfix\nOne question to a vision-language model, plain and with methods.")
         with gr.Tabs() as tabs:
             with gr.Tab("Compare", id="compare"):
@@ -77,7 +77,7 @@ def build(engine: Engine, allow_model_choice: bool = False) -> gr.Blocks:
 
 
 def _model_choice(desk: Desk, compare: Compare, attention: Attention, about: gr.HTML) -> None:
-    """Where a visitor changes the model, for everybody."""
+    """The controls with which a visitor changes the model for all visitors."""
     with gr.Row():
         name = gr.Textbox(
             desk.engine.name, label="Model: emoji, a folder or a hub id", elem_id="model"
@@ -120,14 +120,14 @@ def serve(
 
     Args:
         model: "emoji", a local folder or a hub id. No code of a checkpoint is ever run.
-        host: the address to listen on; beyond loopback everybody in the network can ask the model.
-        port: the first free one from 7860 if absent.
-        allow_model_choice: visitors may load other models; on loopback only.
-        open_browser: open the page in the browser of this machine.
-        dtype: of the model.
-        device: of the model.
-        block: return when interrupted; else at once, with the server running.
-        told: gets the address as a line.
+        host: the address to listen on; beyond loopback everyone in the network can use the model.
+        port: the port to listen on; default: the first free one from 7860.
+        allow_model_choice: whether visitors may load other models; on loopback only.
+        open_browser: whether to open the page in the browser of this machine.
+        dtype: dtype of the model.
+        device: device of the model.
+        block: whether to return only when interrupted; False returns with the server running.
+        told: called with a line that holds the address.
 
     Raises:
         BadInput: a host or port that cannot be used, or a choice of models beyond loopback.
@@ -135,11 +135,11 @@ def serve(
     """
     if allow_model_choice and not _is_loopback(host):
         raise BadInput(
-            f"--allow-model-choice on {host}: whoever can open the page could have this machine "
-            "download and load models. It works on 127.0.0.1 only; name the model on the command "
-            "line instead: vlmfix demo MODEL --host ..."
+            f"--allow-model-choice on {host}: everyone who can open the page could make this "
+            "machine download and load models. It works on 127.0.0.1 only; name the model on the "
+            "command line instead: vlmfix demo MODEL --host ..."
         )
-    torch.manual_seed(0)  # of the noise that methods draw: the same answers after a restart
+    torch.manual_seed(0)  # seed of the methods' noise: the same answers after a restart
     page = build(Engine(model, dtype=dtype, device=device), allow_model_choice)
     plain = [gr.themes.Font(name) for name in ("system-ui", "sans-serif")]
     mono = [gr.themes.Font(name) for name in ("ui-monospace", "monospace")]

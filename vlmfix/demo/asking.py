@@ -1,4 +1,4 @@
-"""What is asked and what is answered, and the limits of it. No model in here."""
+"""Questions and answers as plain data, and their limits. No model in here."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ MAX_PANES = 4
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked.
+    """A question about a picture.
 
     Attributes:
         picture: upright, in RGB.
-        prompt: the text beside it.
+        prompt: the text of the question.
         max_new_tokens: longest answer.
     """
 
@@ -47,7 +47,7 @@ class Question:
 
     @property
     def chat(self) -> list[dict[str, Any]]:
-        """As `vlmfix.generate` takes it."""
+        """The question as `vlmfix.generate` takes it."""
         content = [{"type": "image", "image": self.picture}, {"type": "text", "text": self.prompt}]
         return [{"role": "user", "content": content}]
 
@@ -58,15 +58,15 @@ class Pane:
 
     Attributes:
         method: None is the plain model.
-        tokens: of the answer so far, the one that ended it included.
-        seconds: that the model worked on it; time spent waiting for others is not in it.
-        passes: rows that went through the decoder, as in `vlmfix eval`: a second stream in the same
-            batch counts as a second pass.
-        done: whether it is finished, or has failed.
+        tokens: the answer so far, with the token that ended it.
+        seconds: working time of the model on this answer, without waiting for other panes.
+        passes: rows that went through the decoder, as in `vlmfix eval`: a branch in the same batch
+            counts as a second pass.
+        done: whether the answer is finished or has failed.
         finish: "eos" or "length".
-        report: what `vlmfix.last_call` says; None for the plain model.
-        note: why the method can change nothing here.
-        error: what went wrong, as a message.
+        report: the report of `vlmfix.last_call`; None for the plain model.
+        note: why the method can change nothing on this model; None if it can.
+        error: the message of the error; None without one.
     """
 
     method: Method | None
@@ -81,12 +81,12 @@ class Pane:
 
     @property
     def name(self) -> str:
-        """What the pane is called."""
+        """The heading of the pane."""
         return "base" if self.method is None else self.method.spec()
 
 
 def read_picture(source: str | bytes) -> Image.Image:
-    """An uploaded picture, upright and in RGB; its size is read before its pixels are.
+    """Read an uploaded picture, upright and in RGB; its size is checked before its pixels.
 
     Args:
         source: path or bytes of an image file.
@@ -95,7 +95,7 @@ def read_picture(source: str | bytes) -> Image.Image:
         BadInput: not an image, a damaged one, or more than `MAX_PIXELS`.
     """
     if isinstance(source, str):
-        with open(source, "rb") as file:  # a message must not tell the server's paths
+        with open(source, "rb") as file:  # a message must not show the server's paths
             source = file.read()
     try:
         with Image.open(io.BytesIO(source)) as header:
@@ -106,14 +106,14 @@ def read_picture(source: str | bytes) -> Image.Image:
         raise BadInput(
             f"the picture is too large: {width} x {height} pixels are "
             f"{width * height / 1e6:.0f} megapixels, and the demo takes up to "
-            f"{MAX_PIXELS // 10**6}, because models look at far fewer and all visitors share "
-            "the memory. Scale it down."
+            f"{MAX_PIXELS // 10**6}, because models use far fewer and all visitors share the "
+            "memory. Scale it down."
         )
     return vlmfix.load_image(source)
 
 
 def message(error: Exception) -> str:
-    """What a visitor is told. What nobody foresaw goes to the log of the server in full."""
+    """The message that a visitor sees; an unexpected error is logged on the server in full."""
     if isinstance(error, VlmfixError):
         return str(error)
     logging.getLogger(__name__).error("the demo failed", exc_info=error)

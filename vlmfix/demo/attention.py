@@ -1,4 +1,4 @@
-"""The tab Attention: where the rows that wrote a word looked, base beside method."""
+"""The tab Attention: maps of the attention behind a word, base next to method."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ __all__ = ["MEAN", "Attention", "heads", "layers"]
 #: Stands for the mean over all layers, or all heads.
 MEAN = -1
 _FIRST = "Run something in Compare, then click a word of an answer."
-#: The file is there when this runs; the browser has yet to hear of it.
+#: The file exists when this runs, but the browser learns of it a moment later.
 _DOWNLOAD = "() => setTimeout(() => document.querySelector('#png-file')?.click(), 300)"
 
 
 def layers(engine: Engine) -> list[tuple[str, int]]:
-    """The layers to choose from."""
+    """The choices of the layer control."""
     return [("mean of all", MEAN), *((str(layer), layer) for layer in engine.layers)]
 
 
 def heads(engine: Engine) -> list[tuple[str, int]]:
-    """The heads to choose from."""
+    """The choices of the head control."""
     return [("mean of all", MEAN), *((str(head), head) for head in range(engine.info.num_heads))]
 
 
 class Attention:
-    """The components of the tab, and what happens in it."""
+    """The components of the tab and their events."""
 
     def __init__(self, desk: Desk, run: gr.State, tabs: gr.Tabs) -> None:
         self._desk, self._tabs = desk, tabs
@@ -48,7 +48,7 @@ class Attention:
         small: dict[str, Any] = {"min_width": 120}
         engine = desk.engine
         with gr.Row():
-            self.beside = gr.Radio([], label="Beside the base", elem_id="beside")
+            self.beside = gr.Radio([], label="Next to the base", elem_id="beside")
             self.layer = gr.Dropdown(
                 layers(engine), value=MEAN, label="Layer", elem_id="layer", **small
             )
@@ -71,7 +71,7 @@ class Attention:
         self._run, self._how = run, how
 
     def listen(self, words: gr.HTML) -> None:
-        """Show a map, on this tab, when one of these words is clicked."""
+        """Show a map on this tab when a visitor clicks one of these words."""
         words.word(
             self._word,
             [self._run, self.beside, *self._how],
@@ -85,12 +85,12 @@ class Attention:
         return [self.message, self.words, self.beside, self.figures, self.chosen, self.look]
 
     def begin(self, run: Run | None) -> tuple[Any, ...]:
-        """Take over new answers; what was chosen before is gone."""
+        """Take over new answers and clear what was chosen before."""
         if run is None:
             return pages.status(_FIRST), "", gr.update(choices=[], value=None), "", None, None
         usable = [(pane.name, at) for at, pane in enumerate(run.panes) if at and not pane.error]
         beside = gr.update(choices=usable, value=usable[0][1] if usable else None)
-        told = pages.status("Click a word to see what the rows that wrote it looked at.")
+        told = pages.status("Click a word to see where the rows that wrote it attend.")
         return told, self._words(run, None), beside, "", None, None
 
     def _words(self, run: Run, chosen: tuple[int, int] | None) -> str:
@@ -101,7 +101,7 @@ class Attention:
         self, run: Run | None, beside: int | None, layer: int, head: int, part: int,
         event: gr.EventData,
     ) -> dict[Any, Any]:  # fmt: skip
-        """A word was clicked."""
+        """Show the map of a clicked word."""
         if run is None:
             return {self.message: pages.status(_FIRST)}
         chosen = pane, _ = int(event.pane), int(event.word)
@@ -117,7 +117,7 @@ class Attention:
         self, run: Run | None, chosen: tuple[int, int] | None, beside: int | None,
         layer: int, head: int, part: int,
     ) -> dict[Any, Any]:  # fmt: skip
-        """Another method goes beside the base."""
+        """Show the map of another method next to the base."""
         if run is None or chosen is None:
             return {self.message: pages.status(_FIRST)}
         return self._looked(run, chosen, beside, layer, head, part)
@@ -130,7 +130,7 @@ class Attention:
         engine = self._desk.engine
         try:
             if run.number != engine.number:
-                raise BadInput("the model has changed since: run it again in Compare.")
+                raise BadInput("the model was changed after this answer: run it again in Compare.")
             method = run.panes[beside].method if beside else None
             found = look(engine, run.asked, run.panes[pane], number, method)
         except Exception as error:
@@ -142,8 +142,8 @@ class Attention:
         part = part if part < len(found.parts) else 0
         parts = [(f"part {at + 1}", at) for at in range(len(found.parts))]
         told = (
-            f"What the rows that wrote “{found.word}” looked at, in the answer of "
-            f"{run.panes[pane].name}, which both read. {found.note or ''}"
+            f"Attention of the rows that wrote “{found.word}” in the answer of "
+            f"{run.panes[pane].name}; both arms read the same answer. {found.note or ''}"
         )
         return {
             self.message: pages.status(told),
@@ -158,7 +158,7 @@ class Attention:
     def _export(
         self, run: Run | None, look: Look | None, layer: int, head: int, part: int
     ) -> tuple[Any, Any]:
-        """The maps as one PNG with their scale."""
+        """Save the maps and their scale as one PNG."""
         if run is None or look is None:
             return pages.alert("there is no map yet: click a word first."), None
         picture, grids = _chosen(run.asked, look, layer, head, part)
@@ -172,7 +172,7 @@ class Attention:
 
 
 def _where(layer: int, head: int) -> str:
-    """What a map shows, in words."""
+    """A label of a map: its layers and heads."""
     first = "mean over layers" if layer == MEAN else f"layer {layer}"
     second = "mean over heads" if head == MEAN else f"head {head}"
     return f"attention weight, {first}, {second}"
@@ -181,7 +181,7 @@ def _where(layer: int, head: int) -> str:
 def _chosen(
     asked: Question, look: Look, layer: int, head: int, part: int
 ) -> tuple[Any, dict[str, Any]]:
-    """A part of the picture, and (rows, columns) of each arm."""
+    """A part of the picture, and the map (rows, columns) of each arm over it."""
     one = look.parts[part]
     at = slice(None) if layer == MEAN else [look.layers.index(layer)]
     of = slice(None) if head == MEAN else [head]
@@ -190,7 +190,7 @@ def _chosen(
 
 
 def _draw(asked: Question, look: Look, layer: int, head: int, part: int) -> str:
-    """The part of the picture, and the map of each arm over it, on one scale."""
+    """Draw a part of the picture and the maps of all arms over it, on one scale."""
     picture, grids = _chosen(asked, look, layer, head, part)
     high = max(float(grid.max()) for grid in grids.values())
     shown = [(picture, "the picture")]

@@ -1,4 +1,4 @@
-"""The tab Compare: what is asked, which methods answer, and their answers side by side."""
+"""The tab Compare: the question, the methods, and their answers side by side."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ PROMPTS = (
     "Please describe this image in detail.",
     "Is there a dog in the image? Answer the question using a single word or phrase.",
 )
-#: The methods of the panes at first, and how many panes there are.
+#: The first methods of the panes, and the first number of panes.
 FIRST = ("vhr", "pai", "vcd")
 SHOWN = 3
 
-#: Words are buttons; gradio is told which of them was clicked. The click draws the words anew, on
-#: another tab maybe: the keyboard goes on from the one that is pressed.
+#: Words are buttons, and a click tells gradio which one it was. The click also makes gradio render
+#: the words again, perhaps on another tab: the keyboard focus moves to the pressed word there.
 ON_LOAD = """
 element.addEventListener('click', (event) => {
   const word = event.target.closest('button.word');
@@ -63,17 +63,17 @@ _TO_ANSWERS = "() => { if (innerWidth < 700) document.querySelector('#message').
 
 @dataclass
 class Slot:
-    """The controls of one pane: which method, and for each method its options."""
+    """The controls of one pane: its method, and the options of each method."""
 
     method: gr.Dropdown
     options: dict[str, dict[str, Any]]
 
     def components(self) -> set[Any]:
-        """All that says what the pane runs."""
+        """All components that decide what the pane runs."""
         return {self.method, *(c for own in self.options.values() for c in own.values())}
 
     def read(self, values: Mapping[Any, Any]) -> Method:
-        """The method that the controls say."""
+        """Make the method that the controls describe."""
         name = values[self.method]
         if not name:
             raise BadInput("a pane has no method: choose one, or show fewer panes.")
@@ -82,7 +82,7 @@ class Slot:
 
 
 class Compare:
-    """The components of the tab, and what happens in it."""
+    """The components of the tab and their events."""
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
@@ -108,7 +108,7 @@ class Compare:
             height=220,
             elem_id="picture",
         )
-        # gradio would decode the image, and fail on it, before we can refuse it.
+        # gradio would decode the image, and fail on it, before the demo can refuse it.
         self.picture.preprocess = uploaded_file
         examples = gr.HTML(
             pages.examples([picture for _, picture in example_images(EXAMPLES)]),
@@ -172,21 +172,21 @@ class Compare:
 
     @property
     def settings(self) -> set[Any]:
-        """What says which methods run."""
+        """All components that decide which methods run."""
         return {self.count}.union(*(slot.components() for slot in self.slots))
 
     @property
     def inputs(self) -> set[Any]:
-        """Of `answer`."""
+        """The inputs of `answer`."""
         return {self.picture, self.prompt, self.length} | self.settings
 
     @property
     def outputs(self) -> list[Any]:
-        """Of `answer`."""
+        """The outputs of `answer`."""
         return [self.message, self.panes, self.legend, self.run]
 
     def methods(self, values: Mapping[Any, Any]) -> list[Method]:
-        """The methods of the panes that are shown, the base aside."""
+        """The methods of the panes that are shown, without the base."""
         return [slot.read(values) for slot in self.slots[: int(values[self.count]) - 1]]
 
     def answer(self, values: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
@@ -199,7 +199,7 @@ class Compare:
             asked = engine.question(values[self.picture], values[self.prompt], length)
             truth, number = engine.truth(asked.picture), engine.number
             yield {
-                self.message: pages.status("The model is asked."),
+                self.message: pages.status("The model is answering."),
                 self.legend: pages.legend(truth),
                 self.run: None,
             }
@@ -216,16 +216,16 @@ class Compare:
 
 
 def ending(panes: Sequence[Pane]) -> str:
-    """How the answers ended, as one line."""
+    """A line that says how the answers ended."""
     if any(pane.error == STOPPED for pane in panes):
         return "Stopped."
     return "All answers are written."
 
 
 def uploaded_file(payload: Any) -> str | None:
-    """The path of a file that was uploaded, as gradio's Image hands it over; None for any other.
+    """The path of an uploaded file, as gradio's Image hands it over; None for any other path.
 
-    gradio checks only payloads that say that they are files, and a request may leave that out.
+    gradio checks only payloads that declare themselves as files, which a request may omit.
     """
     path = getattr(payload, "path", None)
     folder = Path(get_upload_folder()).resolve()
@@ -233,11 +233,11 @@ def uploaded_file(payload: Any) -> str | None:
 
 
 def _component(control: Control, place: str) -> Any:
-    """What a control is on the page.
+    """The component of a control.
 
     Args:
-        control: what it is.
-        place: pane and method, the beginning of its id.
+        control: an option of a method.
+        place: prefix of the component's id, which names pane and method.
     """
     common: dict[str, Any] = {
         "label": control.name,
@@ -256,5 +256,5 @@ def _component(control: Control, place: str) -> Any:
         return gr.Number(value=control.default, precision=precision, **common)
     default = "" if control.default is None else control.default
     shown = "/".join(map(str, default)) if isinstance(default, tuple) else default
-    # Numbers that may be empty, too: a number field of gradio makes 0 of nothing.
+    # Optional numbers as well: a number field of gradio turns an empty value into 0.
     return gr.Textbox(value=str(shown), placeholder="default", **common)

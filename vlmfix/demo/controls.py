@@ -1,4 +1,4 @@
-"""Controls of a method, read off its dataclass, and the method that they make."""
+"""Controls for the options of a method, read off its dataclass, and the way back to a method."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["Control", "controls_of", "make_method"]
 
 @dataclass(frozen=True)
 class Control:
-    """One option of a method as something to fill in.
+    """The control of one option.
 
     Attributes:
-        name: of the field.
-        kind: "flag", "choice", "whole" and "number" (numbers), "list" (values parted by /), "text".
-        default: the field's.
-        help: what it is, from the field's metadata.
+        name: name of the option.
+        kind: "flag", "choice", "whole" and "number" (numbers), "list" (separated by /), "text".
+        default: default of the option.
+        help: help text of the option.
         choices: the values of a choice.
         optional: whether an empty control means None.
     """
@@ -54,7 +54,7 @@ def _control(item: dataclasses.Field[Any], hint: Any) -> Control:
     ]
     common = (item.default, item.metadata.get("help", ""))
     optional = union and type(None) in typing.get_args(hint)
-    (kind,) = kinds  # a field that may be two things has no one control: give it one type
+    (kind,) = kinds  # an option of two types has no control: give it one type
     if typing.get_origin(kind) is Literal:
         return Control(item.name, "choice", *common, typing.get_args(kind), optional)
     if typing.get_origin(kind) is tuple:
@@ -64,12 +64,12 @@ def _control(item: dataclasses.Field[Any], hint: Any) -> Control:
 
 
 def make_method(name: str, values: Mapping[str, Any]) -> Method:
-    """The method that its controls say.
+    """Make a method from the values of its controls.
 
     Args:
-        name: of the method.
-        values: what stands in each control, by its name. An empty control (None or "") is None
-            where the option may be, else the default; controls that are missing are left alone.
+        name: name of the method.
+        values: the value of each control, by name. An empty control (None or "") means None where
+            the option is optional, else the default; options without a value keep the default.
 
     Raises:
         BadInput: a value that the method cannot take.
@@ -87,7 +87,7 @@ def _read(method: str, control: Control, value: Any) -> Any:
     if value is None or (isinstance(value, str) and not value.strip()):
         return None if control.optional else control.default
     if isinstance(value, str) and control.kind in ("list", "whole", "number"):
-        # The registry reads text as on the command line, where commas part options.
+        # The registry reads text as on the command line, where commas separate options.
         text = value.replace(",", "/").replace(" ", "")
         return getattr(build(f"{method}:{control.name}={text}"), control.name)
     if control.kind == "number":

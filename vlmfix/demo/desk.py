@@ -1,4 +1,4 @@
-"""What the tabs share: the engine, which methods fit, and who is to be stopped."""
+"""The state that the tabs share: the engine, which methods fit, and which runs to stop."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from vlmfix.registry import list_methods
 
 __all__ = ["QUIET", "Desk", "Run", "enlarged"]
 
-#: Of every event: it is for this page alone, and no veil goes over what it writes.
+#: Arguments of every event: hidden from the API, and without an overlay on its outputs.
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
-_SIDE = 448  # of a picture that is shown, at least, in pixels
+_SIDE = 448  # least longest side of a shown picture in pixels
 
 
 @dataclass
@@ -28,10 +28,10 @@ class Run:
     """The last answers of one visitor.
 
     Attributes:
-        asked: what was asked.
+        asked: the question.
         panes: the answers, the base first.
-        truth: objects of the picture, if somebody knows.
-        number: of the model that answered.
+        truth: objects of an EmojiCOCO picture; None for other pictures.
+        number: `Engine.number` of the model that answered.
     """
 
     asked: Question
@@ -41,11 +41,11 @@ class Run:
 
 
 class Desk:
-    """One for all visitors.
+    """The shared state of all visitors.
 
     Args:
         engine: holds the model.
-        folder: for files that live as long as the page.
+        folder: folder for files that are deleted with the page.
     """
 
     def __init__(self, engine: Engine, folder: Path) -> None:
@@ -54,30 +54,30 @@ class Desk:
         self.examine()
 
     def examine(self) -> None:
-        """Find out which methods fit the model; once for each model."""
+        """Check which methods fit the model, once per model."""
         rows = examine(self.engine.model)["methods"]
-        #: Why a method does not fit; None: it does.
+        #: Why a method does not fit; None if it does.
         self.fits = {row["name"]: None if row["fits"] else str(row["why"]) for row in rows}
 
     def choices(self) -> list[tuple[str, str]]:
-        """Methods as a visitor reads them, with a word about those that do nothing here."""
+        """The choices of a method control; those that do not fit the model point to About."""
         names = [row.name for row in list_methods()]
         return [(f"{name} (see About)" if self.fits[name] else name, name) for name in names]
 
     def begin(self, request: gr.Request) -> threading.Event:
-        """What ends the next run of this visitor; the one before ends now."""
+        """The event that stops the next run of this visitor; the previous run is stopped now."""
         self.stop(request)
         event = self._stops[request.session_hash] = threading.Event()
         return event
 
     def stop(self, request: gr.Request) -> None:
-        """End what this visitor runs."""
+        """Stop the run of this visitor."""
         if before := self._stops.pop(request.session_hash, None):
             before.set()
 
 
 def enlarged(picture: Image.Image) -> Image.Image:
-    """A small picture enlarged without smoothing, a large one made smaller."""
+    """Enlarge a small picture without smoothing, and shrink a large one."""
     longest = max(picture.size)
     if longest >= _SIDE:
         small = picture.copy()

@@ -1,7 +1,7 @@
-"""The one model of the demo, and what is asked of it. No page in here.
+"""The one model of the demo, and the questions that it can take. No page in here.
 
-The model is wrapped once, without a method. Whoever needs it runs under `vlmfix.using` in a thread
-of their own, so that methods are nobody else's, and in turns (turns.py).
+The model is wrapped once, without a method. Every answer runs under `vlmfix.using` in a thread of
+its own, so that its method acts on no other answer, and in turns (turns.py).
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ __all__ = ["Engine"]
 
 
 class Engine:
-    """One model in memory, and what a visitor can ask of it.
+    """One model in memory, shared by all visitors.
 
     Args:
         name: "emoji", a local folder or a hub id.
-        dtype: of the model; what the checkpoint says if absent.
-        device: of the model; CUDA if there is one.
+        dtype: dtype of the model; default: the checkpoint's.
+        device: device of the model; default: CUDA if there is one.
 
     Raises:
         VlmfixError: the model cannot be loaded or wrapped.
@@ -48,7 +48,7 @@ class Engine:
         self.turns = Turns()
         self._running = 0
         self._lock = threading.Lock()
-        #: Counts the models: what was made with one is of no use with the next.
+        #: Counts the models that were loaded: answers of one are of no use with the next.
         self.number = 0
         self._take(name)
 
@@ -60,11 +60,11 @@ class Engine:
         self.number += 1
 
     def change_model(self, name: str) -> None:
-        """Put another model in the place of this one, which leaves the memory first.
+        """Replace the model; the old one is freed before the new one is loaded.
 
         Raises:
             BadInput: answers are being written.
-            VlmfixError: the model cannot be loaded; the one before is back then.
+            VlmfixError: the model cannot be loaded; the old one is loaded again then.
         """
         if not name.strip():
             raise BadInput("no model: give 'emoji', a folder or a hub id.")
@@ -82,13 +82,13 @@ class Engine:
 
     @contextmanager
     def in_use(self, alone: bool = False) -> Iterator[None]:
-        """Keep the model in its place for as long as the block takes.
+        """Keep the model from being replaced within the block.
 
         Args:
-            alone: refuse where somebody else uses it.
+            alone: whether to refuse while the model is in use.
 
         Raises:
-            BadInput: somebody does.
+            BadInput: `alone`, and the model is in use.
         """
         with self._lock:
             if alone and self._running:
@@ -102,7 +102,7 @@ class Engine:
 
     @property
     def tokenizer(self) -> Any:
-        """Of the model."""
+        """The tokenizer of the model."""
         return getattr(self.processor, "tokenizer", self.processor)
 
     @property
@@ -113,15 +113,15 @@ class Engine:
     def question(
         self, picture: str | bytes | None, prompt: str | None, max_new_tokens: int = 96
     ) -> Question:
-        """Check what is asked before the model sees any of it.
+        """Check a question before the model sees any of it.
 
         Args:
             picture: path or bytes of an image file.
-            prompt: the text beside it.
+            prompt: the text of the question.
             max_new_tokens: longest answer.
 
         Raises:
-            BadInput: no image or not one, too many pixels, no prompt, or one that is too long.
+            BadInput: no image, a file that is none, too many pixels, or no or too long a prompt.
         """
         text = (prompt or "").strip()
         if not text:
@@ -135,12 +135,12 @@ class Engine:
         if picture is None:
             raise BadInput("there is no picture: choose an example or upload one.")
         asked = Question(read_picture(picture), text, max_new_tokens)
-        with self.turns.turn():  # a tokenizer has room for one writer at a time
+        with self.turns.turn():  # a tokenizer is not safe for two threads at once
             self._check_length(asked)
         return asked
 
     def _check_length(self, asked: Question) -> None:
-        """Refuse what does not fit into the positions of the model."""
+        """Refuse a question that does not fit into the positions of the model."""
         config = self.model.config.get_text_config(decoder=True)
         positions = getattr(config, "max_position_embeddings", None)
         ids = chat_inputs(self.model, self.processor, [asked.chat])["input_ids"]
@@ -149,8 +149,8 @@ class Engine:
             visual = int(torch.isin(ids, ids.new_tensor(self.info.image_token_ids)).sum())
             raise BadInput(
                 f"the prompt is too long for this model: {ids.shape[1]} tokens, {visual} of them "
-                f"the picture's, and {asked.max_new_tokens} for the answer make {needed}, and it "
-                f"was trained to read {positions}. Ask something shorter."
+                f"the picture's, and {asked.max_new_tokens} for the answer make {needed}, and the "
+                f"model was trained on {positions}. Ask something shorter."
             )
 
     @cached_property
@@ -160,7 +160,7 @@ class Engine:
         return digests, ground_truth(data)
 
     def truth(self, picture: Image.Image) -> frozenset[str] | None:
-        """The objects of an EmojiCOCO picture, told by its pixels; None for any other."""
+        """The objects of an EmojiCOCO picture, recognised by its pixels; None for any other."""
         digests, truths = self._known
         image = digests.get(_digest(picture))
         return None if image is None else truths[image]

@@ -1,4 +1,4 @@
-"""Where a word looked, and what pruning keeps, over the parts of the picture."""
+"""Maps over the parts of the picture: attention behind a word, and tokens that pruning keeps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Look", "Part", "kept", "look"]
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A part of the picture that the vision tower got as one, and what lies over it.
+    """A part of the picture that the vision tower got as one image, and the maps over it.
 
     Attributes:
         box: left, top, right, bottom in pixels of the picture.
@@ -35,14 +35,14 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """Where the rows that wrote one word looked, plain and under a method.
+    """Attention to the picture of the rows that wrote one word, plain and under a method.
 
     Attributes:
-        word: without punctuation around it.
+        word: the word, without punctuation around it.
         layers: the L layers.
-        heads: H.
-        parts: of the picture, a LLaVA-NeXT image has two.
-        note: what to know about it.
+        heads: number of heads, H.
+        parts: the parts of the picture; a LLaVA-NeXT image has two.
+        note: a caveat about the map; None without one.
     """
 
     word: str
@@ -53,16 +53,16 @@ class Look:
 
 
 def look(engine: Engine, asked: Question, pane: Pane, number: int, method: Method | None) -> Look:
-    """Where the rows that wrote a word looked, in the plain model and under a method.
+    """Map the attention of the rows that wrote a word, in the plain model and under a method.
 
-    Both read the same answer, the pane's, so that what differs is the method's doing.
+    Both arms read the same answer, the pane's, so that every difference comes from the method.
 
     Args:
         engine: holds the model.
-        asked: what was asked.
-        pane: whose answer is read.
-        number: of the word.
-        method: whose map stands beside that of the plain model.
+        asked: the question.
+        pane: the pane whose answer is read.
+        number: index of the word in the answer.
+        method: the method whose map stands next to that of the plain model; None: no method.
 
     Raises:
         BadInput: no such word, or a method whose answer is not about this picture.
@@ -109,17 +109,17 @@ def look(engine: Engine, asked: Question, pane: Pane, number: int, method: Metho
 
 
 def _boxes(engine: Engine, picture: Image.Image, images: int) -> list[Box]:
-    """Where in the picture lies what the vision tower gets as one image."""
+    """The boxes in the picture of what the vision tower gets as one image each."""
     if describe_tower(engine.model, engine.info).layout == "tiles":
         return piece_places(engine.processor, *picture.size)
     return [(0, 0, *picture.size)] * images
 
 
 def kept(engine: Engine, asked: Question, method: Method) -> list[tuple[Box, torch.Tensor]]:
-    """Which visual tokens a pruning method keeps.
+    """Find the visual tokens that a pruning method keeps.
 
     Returns:
-        Parts of the picture, each with (rows, columns) bool, True where a token stays.
+        Parts of the picture, each with (rows, columns) bool, True where a token is kept.
 
     Raises:
         BadInput: a method that does not prune.
@@ -136,7 +136,7 @@ def kept(engine: Engine, asked: Question, method: Method) -> list[tuple[Box, tor
 
 
 def _note(method: Method | None) -> str | None:
-    """What a map of a method does not show."""
+    """The caveat of a method's map; None without one."""
     if method is not None and method.stage == "tokens":
         return f"The map shows the whole prompt; {method.name} answered about a shorter one."
     if method is not None and method.stage == "logits":

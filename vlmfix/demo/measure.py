@@ -22,7 +22,7 @@ __all__ = ["Measure"]
 
 
 class Measure:
-    """The components of the tab, and what happens in it."""
+    """The components of the tab and their events."""
 
     def __init__(self, desk: Desk, compare: Compare) -> None:
         self._desk, self._compare = desk, compare
@@ -42,7 +42,7 @@ class Measure:
         stop.click(desk.stop, queue=False, **QUIET)
 
     def _measure(self, values: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
-        told = pages.status("The questions are made.")
+        told = pages.status("vlmfix is making the questions.")
         yield {self.message: told, self.forest: "", self.table: ""}
         try:
             methods = self._compare.methods(values)
@@ -61,7 +61,7 @@ class Measure:
 
 
 def _forest(results: Mapping[str, Any]) -> str:
-    """The forest plot of the score card; nothing where no method was measured."""
+    """The forest plot of the score card; empty if no method was measured."""
     [table] = make_card({"POPE": results})
     figure = draw_forest(table)
     if figure is None:

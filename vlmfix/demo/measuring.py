@@ -1,4 +1,4 @@
-"""A quick POPE while others go on asking."""
+"""A quick POPE that shares the model with other visitors."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from vlmfix.families.surgeon import module_state
 
 __all__ = ["measure"]
 
-#: Requests that a batch holds; the others wait for so long.
+#: Requests per batch; other visitors wait while a batch runs.
 _BATCH = 8
 
 
 def measure(
     engine: Engine, methods: Sequence[Method], images: int, stop: threading.Event | None = None
 ) -> Iterator[tuple[int, int, str] | dict[str, Any]]:
-    """POPE on the first bundled images, base and methods, by `vlmfix.evals.evaluate`.
+    """Run POPE on the first bundled images, base and methods, by `vlmfix.evals.evaluate`.
 
     Args:
         engine: holds the model.
-        methods: one arm each, beside the base.
-        images: how many, each with six questions in each of three splits.
-        stop: once set, the run ends after its batch, without results.
+        methods: one arm each, in addition to the base.
+        images: number of images, each with six questions in each of three splits.
+        stop: event that ends the run after its batch, without results.
 
     Yields:
-        (requests done, requests in all, what is running), and at last the results.
+        (requests done, requests in all, label of the arm), and finally the results.
 
     Raises:
         VlmfixError: methods that cannot run here.

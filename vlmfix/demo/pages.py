@@ -33,10 +33,10 @@ def panes(
 
     Args:
         shown: the panes, the base first.
-        words: of each.
-        truth: the objects of an EmojiCOCO picture; None: nobody knows.
-        chosen: the number of a pane and of the word of it that is pressed.
-        facts: whether speed and what was done stand below.
+        words: the words of each pane.
+        truth: the objects of an EmojiCOCO picture; None for other pictures.
+        chosen: numbers of the pane and of its word that is pressed; None: no word.
+        facts: whether to show speed and report below each answer.
     """
     parts = []
     for at, pane in enumerate(shown):
@@ -95,7 +95,7 @@ def _facts(pane: Pane) -> str:
 
 
 def _done(report: CallReport | None) -> str:
-    """What a method did, as `vlmfix.last_call` tells it."""
+    """The report of `vlmfix.last_call`, folded."""
     if report is None:
         return ""
     rows: list[tuple[str, str]] = [("methods", " + ".join(report.methods))]
@@ -124,30 +124,30 @@ def _done(report: CallReport | None) -> str:
 
 
 def legend(truth: frozenset[str] | None) -> str:
-    """What the marks mean."""
+    """The meaning of the marks."""
     differs = '<span class="word differs">marked</span>: differs from base'
     if truth is None:
-        more = "Nobody has annotated this picture, so no word is marked as absent."
+        more = "This picture has no annotations, so no word is marked as absent."
     else:
         more = (
             '<span class="word absent">underlined</span>: not in the picture (CHAIR). '
-            f"In it are: {escape(', '.join(sorted(truth)) or 'no objects')}."
+            f"The picture shows: {escape(', '.join(sorted(truth)) or 'no objects')}."
         )
-    return f'<p class="legend">{differs}. {more} Click a word to see what it looked at.</p>'
+    return f'<p class="legend">{differs}. {more} Click a word to see its attention map.</p>'
 
 
 def alert(text: str) -> str:
-    """A message that has to be seen; nothing for an empty one."""
+    """An error message; empty for an empty text."""
     return f'<p class="error" role="alert">{escape(text)}</p>' if text else ""
 
 
 def status(text: str) -> str:
-    """A line about what goes on."""
+    """A line about the state of the run."""
     return f'<p class="status" role="status">{escape(text)}</p>'
 
 
 def progress(done: int, steps: int, label: str) -> str:
-    """A bar, and what is running."""
+    """A progress bar with a label."""
     told = f"{label}: {done} of {steps} questions"
     return (
         f'<p class="status" role="status"><progress max="{steps}" value="{done}" '
@@ -156,10 +156,10 @@ def progress(done: int, steps: int, label: str) -> str:
 
 
 def figures(pictures: Sequence[tuple[Image, str]], kind: str = "cells") -> str:
-    """Pictures beside each other, each with a caption.
+    """Pictures side by side, each with a caption.
 
     Args:
-        pictures: each with what it shows.
+        pictures: each with its caption.
         kind: "cells", whose edges stay sharp, or "plot".
     """
     parts = [
@@ -190,8 +190,8 @@ def about(model: str, fits: Mapping[str, str | None]) -> str:
     """The methods: what each does, its options, its paper, and whether it fits the model.
 
     Args:
-        model: its name.
-        fits: method -> why it does not fit; None: it does.
+        model: name of the model.
+        fits: why each method does not fit, by name; None if it does.
     """
     entries = "".join(_method(describe(row.name), fits.get(row.name)) for row in list_methods())
     return (
@@ -208,7 +208,9 @@ def _method(info: Mapping[str, Any], why_not: str | None) -> str:
         f"</td><td>{escape(o['help'])}</td></tr>"
         for o in info["options"]
     )
-    note = f'<p class="error">Not on this model as it is: {escape(why_not)}</p>' if why_not else ""
+    note = (
+        f'<p class="error">Does not run on this model yet: {escape(why_not)}</p>' if why_not else ""
+    )
     table = (
         '<div class="scroll"><table><thead><tr><th>option</th><th>default</th><th>what it is</th>'
         f"</tr></thead><tbody>{options}</tbody></table></div>"

@@ -22,12 +22,12 @@ FIRST = ("hiprune", "divprune", "uniform")
 
 
 class Tokens:
-    """The components of the tab, and what happens in it.
+    """The components of the tab and their events.
 
     Args:
-        desk: what the tabs share.
-        picture: the component that holds it, in Compare.
-        prompt: the same for the prompt, which some methods read.
+        desk: the state that the tabs share.
+        picture: the component of the picture, in Compare.
+        prompt: the component of the prompt, which some methods read.
     """
 
     def __init__(self, desk: Desk, picture: Any, prompt: Any) -> None:
@@ -44,7 +44,7 @@ class Tokens:
             share = gr.Slider(
                 0.05, 1, 0.25, step=0.05, label="Share of the visual tokens kept", elem_id="share"
             )
-        show = gr.Button("Show what stays of the picture in Compare", elem_id="show-tokens")
+        show = gr.Button("Show kept tokens of the picture in Compare", elem_id="show-tokens")
         told = gr.HTML(elem_id="tokens-message")
         masks = gr.HTML(elem_id="kept")
         show.click(self._show, [picture, prompt, pruning, share], [told, masks], **QUIET)
@@ -65,5 +65,5 @@ class Tokens:
                     shown.append((viz.darken_dropped(part, mask.numpy()), caption))
         except Exception as error:
             return pages.alert(message(error)), ""
-        told = "Dark patches are dropped before the model reads them, or between its first layers."
+        told = "Dark patches are dropped, before the language model or between its first layers."
         return pages.status(told), pages.figures(shown)

@@ -1,4 +1,4 @@
-"""One model, many answers: whoever wants the model stands in line, and holds it for one turn."""
+"""One model, many answers: each waits in line for the model and holds it for one turn."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["Turns"]
 
 
 class Turns:
-    """A lock that is given in the order of asking.
+    """A lock that is granted in the order of requests.
 
-    Answers that pass it on after every token are written side by side, while no two forwards ever
-    run at once: nothing of one can meet the other in the model, and a turn's time is its own.
+    Answers that pass it on after every token are written side by side, while no two forwards run
+    at once: answers cannot disturb each other in the model, and the seconds of a turn are its own.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Turns:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Hold the model for as long as the block takes."""
+        """Hold the model within the block."""
         self._enter()
         try:
             yield
@@ -31,13 +31,13 @@ class Turns:
             self._leave()
 
     def pass_on(self) -> None:
-        """Within a turn: let all who wait have one, then take the next."""
+        """Within a turn: give one to all who wait, then take the next."""
         self._leave()
         self._enter()
 
     @property
     def waiting(self) -> int:
-        """How many stand in line, the one who holds the model included."""
+        """The length of the line, including the holder of the model."""
         return len(self._line)
 
     def _enter(self) -> None:

@@ -1,4 +1,4 @@
-"""An answer as words: the tokens that write each, what differs from another answer, what is absent.
+"""Answers as words: tokens of each word, differences between answers, and absent objects.
 
 Pure: no model and no page.
 """
@@ -25,8 +25,8 @@ class Word:
 
     Attributes:
         text: as written, punctuation included.
-        tokens: indices of the answer's tokens that write it; punctuation around it has its own.
-        objects: COCO objects that it names, or takes part in naming, by CHAIR's rules.
+        tokens: indices of the answer's tokens that write it, without punctuation around it.
+        objects: COCO objects that it names, alone or with its neighbours, by CHAIR's rules.
     """
 
     text: str
@@ -43,8 +43,8 @@ def split_words(ids: Sequence[int], tokenizer: Any) -> list[Word]:
     """The words of an answer.
 
     Args:
-        ids: its tokens; special ones write nothing.
-        tokenizer: that of the model.
+        ids: tokens of the answer; special ones write nothing.
+        tokenizer: the tokenizer of the model.
     """
     lower, spans = token_spans(ids, tokenizer)
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -68,9 +68,9 @@ def split_words(ids: Sequence[int], tokenizer: Any) -> list[Word]:
 
 
 def differing(base: Sequence[Word], words: Sequence[Word], base_done: bool = True) -> set[int]:
-    """Indices of the words that the base does not have at that place; punctuation aside.
+    """Indices of the words that the base does not have at that place; punctuation is ignored.
 
-    While the base is still being written, what goes beyond it is not known to differ.
+    While the base is still being written, words beyond its end do not count as different.
     """
     old, new = [word.bare for word in base], [word.bare for word in words]
     found: set[int] = set()
