@@ -15,7 +15,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,43 @@ KEPT = RESULTS / "pruning" / "kept.csv"
 _PART = re.compile(r"(<!-- generated: ([^>]*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
+#: Headings of the README's list of methods, by stage.
+_STAGES = {
+    "attention": "Attention in the language model, edited",
+    "hidden": "Hidden states, edited",
+    "logits": "Logits, contrasted with those of a second view of the prompt",
+    "pixels": "The image, changed before it is encoded",
+    "tokens": "Visual tokens, pruned",
+}
+#: How a paper is named in the registry, and the address that this leads to.
+_ADDRESSES = (
+    (re.compile(r",? ?arXiv (\d{4}\.\d{5})"), "https://arxiv.org/abs/{}"),
+    (re.compile(r",? ?OpenReview (\w+)"), "https://openreview.net/forum?id={}"),
+)
+
+
 def methods() -> str:
-    """The table of methods."""
-    rows = [
-        f"| [`{row.name}`](docs/methods/{row.name}.md) | {row.summary} | {row.paper} |"
-        for row in list_methods()
-    ]
-    return "\n".join(["| method | what it does | paper |", "|---|---|---|", *rows]) + "\n"
+    """The methods by stage, one line each."""
+    lines = []
+    rows = list_methods()
+    for stage in sorted({row.stage for row in rows}, key=list(_STAGES).index):
+        lines += [f"**{_STAGES[stage]}**", ""]
+        lines += [
+            f"- [`{row.name}`](docs/methods/{row.name}.md): {row.summary} {_linked(row.paper)}"
+            for row in rows
+            if row.stage == stage
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _linked(paper: str) -> str:
+    """A paper as the registry names it, as a link where the registry has its number."""
+    for number, address in _ADDRESSES:
+        if found := number.search(paper):
+            text = number.sub("", paper) or found[0]
+            return f"[{text}]({address.format(found[1])})"
+    return paper
 
 
 def method(name: str) -> str:
@@ -58,7 +88,7 @@ def method(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-#: Columns of the README's table: task, place, metric, heading.
+#: Columns of the table of the evaluation: task, place, metric, heading.
 _COLUMNS = (
     ("pope", "random", "accuracy", "POPE random"),
     ("pope", "popular", "accuracy", "popular"),
@@ -69,16 +99,33 @@ _COLUMNS = (
 )
 
 
+#: Columns of the excerpt of it in the README.
+_EXCERPT = (
+    ("pope", "adversarial", "accuracy", "POPE adversarial"),
+    ("chair", "caption", "chair_i", "CHAIRi"),
+    ("chair", "caption", "recall", "recall"),
+)
+
+
 def results() -> str:
     """The committed evaluation of the bundled model, one row per arm."""
+    return _arms_table(list(_results()["tasks"]["pope"]["arms"]), _COLUMNS)
+
+
+def excerpt(*arms: str) -> str:
+    """Some arms and columns of it."""
+    return _arms_table(arms, _EXCERPT)
+
+
+def _arms_table(arms: Sequence[str], columns: Sequence[tuple[str, str, str, str]]) -> str:
     tasks = _results()["tasks"]
     lines = [
-        "| | " + " | ".join(heading for *_, heading in _COLUMNS) + " |",
-        "|---|" + "---|" * len(_COLUMNS),
+        "| | " + " | ".join(heading for *_, heading in columns) + " |",
+        "|---|" + "---|" * len(columns),
     ]
-    for arm in tasks["pope"]["arms"]:
+    for arm in arms:
         cells = [
-            _cell(tasks[task]["arms"][arm], place, metric) for task, place, metric, _ in _COLUMNS
+            _cell(tasks[task]["arms"][arm], place, metric) for task, place, metric, _ in columns
         ]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -407,6 +454,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "methods": methods,
     "method": method,
     "results": results,
+    "excerpt": excerpt,
     "full_results": full_results,
     "contrast": contrast,
     "pruning": pruning,
@@ -420,7 +468,7 @@ PARTS: dict[str, Callable[..., str]] = {
 
 
 def filled(text: str) -> str:
-    """The text with every generated part made anew."""
+    """The text with every generated part filled in."""
 
     def part(match: re.Match[str]) -> str:
         what, *arguments = match[2].split()

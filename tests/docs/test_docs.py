@@ -12,8 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from PIL import Image
 
+import vlmfix
+from vlmfix.families import REFUSED
 from vlmfix.registry import list_methods
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,14 +84,74 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+#: The two lines of the quickstart that load a model: a real checkpoint, and the bundled one.
+REAL = re.compile(r'^model, processor = vlmfix\.load\("([^"]+)"\)$', re.MULTILINE)
+BUNDLED = re.compile(r'^# (model, processor = vlmfix\.load\("emoji"\))', re.MULTILINE)
+
+
 def test_quickstart_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert block is not None
-    assert len([line for line in block[1].splitlines() if line.strip()]) <= 8
-    exec(block[1], {})
+    real = REAL.search(block[1])
+    assert real is not None and real[1] == "llava-hf/llava-1.5-7b-hf"
+    code = BUNDLED.sub(r"\1", REAL.sub("", block[1]))
+    assert len([line for line in code.splitlines() if line.strip()]) <= 8
+    exec(code, {})
     printed = capsys.readouterr().out
     edited = re.search(r"edited_rows=(\d+)", printed)
     assert printed.startswith("The ") and edited is not None and int(edited[1]) > 0
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/models.md"])
+def test_the_table_of_models_is_that_of_the_tests(page: str) -> None:
+    rows = [
+        re.findall(r"`([\w.-]+)`", line.split("|")[1])
+        for line in (ROOT / page).read_text().splitlines()
+        if line.startswith("| `")
+    ]
+    assert rows[0] == list(tiny.FAMILIES)
+    assert set(rows[1]) < set(tiny.OTHERS)
+    assert not set(rows[1]) & set(REFUSED)
+    if page == "docs/models.md":
+        assert rows[2] == list(REFUSED)
+
+
+def test_the_citation_names_this_version() -> None:
+    text = (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^version: (.+)$", text, re.MULTILINE)[1] == vlmfix.__version__  # type: ignore[index]
+
+
+def described(folder: Path) -> str:
+    """The long description that setuptools makes of a project."""
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "--long-description"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_an_index_gets_absolute_links_once_there_is_an_address(tmp_path: Path) -> None:
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("vlmfix/_version.py", "vlmfix/__init__.py", "vlmfix/emoji/data/OFL.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('__version__ = "0"\n')
+    readme = (ROOT / "README.md").read_text()
+    assert described(tmp_path).strip() == readme.strip()
+    project = tmp_path / "pyproject.toml"
+    urls = (
+        '[project.urls]\nIssues = "https://x.example/i"\nRepository = "https://x.example/a/b"\n\n'
+    )
+    project.write_text(project.read_text().replace("[project.scripts]", urls + "[project.scripts]"))
+    page = described(tmp_path)
+    targets = re.findall(r"\]\(([^)\s]+)\)", page)
+    assert len(targets) == len(re.findall(r"\]\(([^)\s]+)\)", readme)) > 40
+    assert all(target.startswith("https://") for target in targets)
+    assert "](https://x.example/a/b/raw/main/docs/pictures/compare.png)" in page
+    assert "](https://x.example/a/b/blob/main/docs/methods/vhr.md)" in page
 
 
 def test_the_commands_of_the_readme_are_targets() -> None:
