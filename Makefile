@@ -12,7 +12,7 @@ WORKERS ?= 2
 PYTEST = $(PYTHON) -m pytest -q -n $(WORKERS) --dist loadfile
 TORCH := torch==2.13.0
 # Not the README: ruff would take its example apart, one argument per line.
-SOURCES := vlmfix tests docs
+SOURCES := vlmfix tests docs examples setup.py
 
 ifeq ($(origin PYTHON),undefined)
 PYTHON := .venv/bin/python
