@@ -47,7 +47,7 @@ _ADDRESSES = (
 def methods() -> str:
     """The methods by stage, one line each."""
     lines = []
-    rows = list_methods()
+    rows = [row for row in list_methods() if row.target.startswith("vlmfix.")]
     for stage in sorted({row.stage for row in rows}, key=list(_STAGES).index):
         lines += [f"**{_STAGES[stage]}**", ""]
         lines += [
