@@ -113,8 +113,8 @@ def results() -> str:
 
 
 def excerpt(*arms: str) -> str:
-    """Some arms and columns of it."""
-    return _arms_table(arms, _EXCERPT)
+    """Some arms and columns of it; figures that a narrow screen does not tear apart."""
+    return _arms_table(arms, _EXCERPT).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
 
 def _arms_table(arms: Sequence[str], columns: Sequence[tuple[str, str, str, str]]) -> str:
