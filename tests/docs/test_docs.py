@@ -159,3 +159,14 @@ def test_the_commands_of_the_readme_are_targets() -> None:
     for command in ("make eval", "make test", "make demo"):
         assert command in readme
         assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_files_that_are_named_exist(page: Path) -> None:
+    text = page.read_text()
+    for path in re.findall(r"`((?:vlmfix|tests|docs|examples)/[\w/.-]+)`", text):
+        assert (ROOT / path).exists(), path
+    for module in re.findall(r"`(?:python -m )?(vlmfix\.[a-z_.]+)(?::\w+)?`", text):
+        parts = ROOT.joinpath(*module.split("."))
+        named = parts.parent if not (parts.exists() or parts.with_suffix(".py").exists()) else parts
+        assert named.is_dir() or named.with_suffix(".py").exists(), module
