@@ -52,7 +52,7 @@ browser:  ## install Chromium (Debian, Ubuntu), with which `make test` tests the
 bench: $(FOR_EVAL)  ## speed of decoding, wrapped over plain
 	$(PYTHON) -m vlmfix bench
 
-fmt: $(FOR_DEV)  ## format the code and mend what the linter can mend
+fmt: $(FOR_DEV)  ## format the code and fix what the linter can fix
 	$(PYTHON) -m ruff check --fix $(SOURCES)
 	$(PYTHON) -m ruff format $(SOURCES)
 

@@ -111,7 +111,7 @@ def test_a_folder_is_described_and_resumed(
 
 
 def own_coco(folder: Path, count: int) -> Path:
-    """COCO-format data of somebody: the first bundled images, in a folder."""
+    """COCO-format data of the user's own: the first bundled images, in a folder."""
     with zipfile.ZipFile(emoji.evaluation_split()) as split:
         content = json.loads(split.read("annotations/instances.json"))
         content["images"] = content["images"][:count]
