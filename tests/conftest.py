@@ -27,6 +27,7 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 import pytest
+import tiers
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,8 +35,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at markers for `-m`
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, by name, what needs a GPU or a browser where there is none."""
+    """Choose what is slow; skip, by name, what needs a GPU or a browser where there is none."""
+    tiers.mark_slow(items)
     absent = {}
     if not torch.cuda.is_available():
         absent["gpu"] = "needs CUDA"

@@ -213,6 +213,20 @@ MODES: dict[str, dict[str, Any]] = {
 CELLS = [(row, family) for row in ROWS for family in row.families]
 IDS = [f"{row.name}-{family}" for row, family in CELLS]
 
+#: What a method changes in the attention of a layer: the functions of which it has some.
+_EDITS = ("edit_scores", "edit_weights", "score_scale", "head_scale")
+
+
+def primitive(row: Row) -> tuple[str, ...]:
+    """What a method is made of: its base class, and what of the attention it edits."""
+    kind = type(row.strong)
+    base = next(part for part in kind.__mro__ if part.__module__.startswith("vlmfix.base."))
+    edits = (name for name in _EDITS if hasattr(base, name))
+    return base.__name__, *(
+        name for name in edits if getattr(kind, name) is not getattr(base, name)
+    )
+
+
 # Text tokens after the image, per row. Gemma's sliding layer is where a method edits a tiny one,
 # and its window of 8 keys must still hold the image.
 _LENGTHS = {"gemma3": (1, 2, 3)}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
-from matrix import CELLS, IDS, MODES, ROWS, Row, changed, family, logits, prompt
+from matrix import CELLS, IDS, MODES, ROWS, Row, changed, family, logits, primitive, prompt
 from pruning_oracle import cut_by_hand
 from tiny import FAMILIES, build, generate_kwargs
 from transformers import DynamicCache
@@ -18,6 +19,36 @@ from vlmfix.base.attention import AttentionMethod
 from vlmfix.base.pruning import PruningMethod, TokenMethod
 
 cells = pytest.mark.parametrize(("row", "name"), CELLS, ids=IDS)
+
+
+#: Families whose images are bidirectional, which a prefill in chunks cuts.
+NO_CHUNKS = ("gemma3", "paligemma")
+
+
+def _cell(case: Mapping[str, Any]) -> Iterator[Hashable]:
+    """What a case of a generation mode shows: a pair of method, family and mode."""
+    row, name = case["row"], case["name"]
+    mode = (case["test"], case.get("mode", case.get("chunk")))
+    chunks, static = "chunk" in case, case.get("mode") == "static cache"
+    if name not in row.families or (chunks and name in NO_CHUNKS):
+        return  # it is skipped
+    yield "method in mode", row.name, mode
+    if (chunks and not row.chunks) or (static and not row.static):
+        return  # it is refused, on every family alike
+    yield "method on family", row.name, name
+    yield "family in mode", name, mode
+
+
+def _graph(case: Mapping[str, Any]) -> Iterator[Hashable]:
+    """What a compiled case shows: a method on llava, what methods are made of on other families."""
+    row, name = case["row"], case["name"]
+    if row.static and name in row.families:  # else it is skipped
+        yield row.name if name == "llava" else (primitive(row), name)
+
+
+def _made_of(case: Mapping[str, Any]) -> Iterator[Hashable]:
+    """What a case shows where methods that are made alike behave alike."""
+    yield primitive(case["row"])
 
 
 def _generate(model: Any, inputs: dict[str, Any], mode: str = "greedy") -> torch.Tensor:
@@ -80,6 +111,7 @@ def test_every_layer_caches_the_shorter_prompt(row: Row, name: str) -> None:
     assert {layer.get_seq_length() for layer in cache.layers} == {report.prompt_length + 5}
 
 
+@pytest.mark.rotated(shows=_cell)
 @cells
 @pytest.mark.parametrize("mode", ["greedy", "beam"])
 def test_left_padded_batch_equals_singles(row: Row, name: str, mode: str) -> None:
@@ -97,6 +129,7 @@ def test_left_padded_batch_equals_singles(row: Row, name: str, mode: str) -> Non
             assert torch.allclose(together[index], logits(tiny.model, alone)[0], atol=1e-4)
 
 
+@pytest.mark.rotated(shows=_cell)
 @cells
 @pytest.mark.parametrize("mode", ["no cache", "static cache"])
 def test_other_caches_equal_the_dynamic_cache(row: Row, name: str, mode: str) -> None:
@@ -147,6 +180,7 @@ BESIDE = [
 ]
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("row", BESIDE, ids=[row.name for row in BESIDE])
 @pytest.mark.parametrize("pruning", ["hiprune", "ptp", "visionzip"])
 def test_methods_beside_pruning_see_the_shorter_prompt(pruning: str, row: Row) -> None:
@@ -181,6 +215,7 @@ def test_a_model_loaded_with_eager_attention(row: Row) -> None:
             assert changed(tiny.model) > 0
 
 
+@pytest.mark.rotated(shows=_cell)
 @cells
 @pytest.mark.parametrize("mode", ["sampling", "returns"])
 def test_modes_equal_without_cache(row: Row, name: str, mode: str) -> None:
@@ -194,6 +229,7 @@ def test_modes_equal_without_cache(row: Row, name: str, mode: str) -> None:
         assert torch.equal(cached, tiny.model.generate(**inputs, **kwargs))
 
 
+@pytest.mark.rotated(shows=_cell)
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3"])
 def test_streaming_and_prompt_lookup_equal_greedy(row: Row, name: str) -> None:
@@ -226,10 +262,11 @@ def test_streaming_and_prompt_lookup_equal_greedy(row: Row, name: str) -> None:
     assert torch.equal(drafted, greedy)
 
 
+@pytest.mark.rotated(shows=_cell)
 @cells
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_chunked_prefill_equals_one_prefill(row: Row, name: str, chunk: int) -> None:
-    if name in ("gemma3", "paligemma"):
+    if name in NO_CHUNKS:
         pytest.skip("plain transformers gives other logits: chunks cut its bidirectional image")
     tiny = family(name)
     inputs = prompt(tiny)
@@ -257,6 +294,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.rotated(shows=_graph)
 @pytest.mark.parametrize("row", COMPILED, ids=[row.name for row in COMPILED])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 def test_compiled_static_decoding_is_one_graph_and_equals_greedy(row: Row, name: str) -> None:
@@ -288,6 +326,7 @@ def test_compiled_static_decoding_is_one_graph_and_equals_greedy(row: Row, name:
     assert (plain - edited)[1:].abs().max() > 1e-3
 
 
+@pytest.mark.rotated(shows=_made_of)
 @pytest.mark.parametrize("row", COMPILED, ids=[row.name for row in COMPILED])
 def test_compiled_step_of_a_prompt_without_an_image_changes_nothing(row: Row) -> None:
     """A compiled step runs every planned layer; with nothing to edit it must edit nothing."""
@@ -311,6 +350,7 @@ def test_compiled_step_of_a_prompt_without_an_image_changes_nothing(row: Row) ->
 FUSED = [row for row in ROWS if getattr(row.strong, "has_fused_form", False)]
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("row", FUSED, ids=[row.name for row in FUSED])
 @pytest.mark.parametrize("name", ["llava", "gemma3"])
 def test_fused_kernel_decodes_what_the_row_path_decodes(row: Row, name: str) -> None:

@@ -86,6 +86,7 @@ def test_the_version_has_an_entry_in_the_changelog() -> None:
     assert newest[1] == vlmfix.__version__
 
 
+@pytest.mark.slow
 def test_transformers_models_import_from_the_repository_root() -> None:
     code = (
         "from transformers import LlavaForConditionalGeneration as A;"

@@ -78,6 +78,7 @@ def tiny() -> Iterator[Any]:
     yield build("llava")
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("stack", ["var", "pai", "vcd", "all"])
 def test_unwrap_restores_everything(name: str, stack: str) -> None:

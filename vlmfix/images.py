@@ -33,23 +33,14 @@ def load_image(source: str | bytes | os.PathLike[str] | Image) -> Image:
     Raises:
         BadInput: Nothing there, not an image, a damaged image, or too many pixels.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     label, opened = _open(source)
     try:
-        image = Image.open(opened) if isinstance(opened, (Path, BytesIO)) else opened
-        limit = Image.MAX_IMAGE_PIXELS
-        # The header alone is read so far: a bomb is refused before it goes off.
-        if limit is not None and image.width * image.height > limit:
-            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-        if image.mode == "F" or image.mode.startswith("I"):
-            raise BadInput(
-                f"{label} has {image.mode} grey levels, which would turn white in 8 bits: "
-                "scale it to 8 bits first"
-            )
-        if image.mode == "P":
-            image = image.convert("RGBA")
-        return ImageOps.exif_transpose(image).convert("RGB")
+        if isinstance(opened, Image.Image):
+            return _upright(label, opened)
+        with Image.open(opened) as image:  # a damaged file, too, is closed
+            return _upright(label, image)
     except BadInput:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -60,6 +51,24 @@ def load_image(source: str | bytes | os.PathLike[str] | Image) -> Image:
         raise BadInput(f"{label} is not an image that Pillow can read") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise BadInput(f"{label} is damaged: {one_line(error)}; fetch it again") from error
+
+
+def _upright(label: str, image: Image) -> Image:
+    """The first frame as RGB, turned as its EXIF orientation says."""
+    from PIL import Image, ImageOps
+
+    limit = Image.MAX_IMAGE_PIXELS
+    # The header alone is read so far: a bomb is refused before it goes off.
+    if limit is not None and image.width * image.height > limit:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise BadInput(
+            f"{label} has {image.mode} grey levels, which would turn white in 8 bits: "
+            "scale it to 8 bits first"
+        )
+    if image.mode == "P":
+        image = image.convert("RGBA")
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def _open(source: Any) -> tuple[str, Path | BytesIO | Image]:

@@ -38,6 +38,9 @@ TINY: dict[str, Any] = {
     "rounds": 1,
     "new_tokens": 5,
 }
+#: Where float32 on llava has shown the same already.
+BFLOAT16 = pytest.param("bfloat16", marks=pytest.mark.slow)
+QWEN = pytest.param("qwen2.5-vl-tiny", marks=pytest.mark.slow)
 ARMS = ("var", "vhr", "pai", "vcd")
 CONTRASTS = sorted(
     row.name for row in list_methods() if isinstance(build(row.name), ContrastMethod)
@@ -218,8 +221,8 @@ def test_a_wrong_decode_step_is_refused(factor: float, monkeypatch: pytest.Monke
     assert "its logits differ from those without a cache" in found.refused[0]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("model", ["llava-tiny", "emoji"])
+@pytest.mark.parametrize("dtype", ["float32", BFLOAT16])
+@pytest.mark.parametrize("model", ["llava-tiny", pytest.param("emoji", marks=pytest.mark.slow)])
 def test_contrastive_methods_run_without_their_cut(model: str, dtype: str) -> None:
     settings = {**TINY, "models": (model,), "dtypes": (dtype,)}
     found = bench.run(**settings, methods=[[name] for name in CONTRASTS])
@@ -241,7 +244,7 @@ def test_sinks_are_forced_only_where_the_model_has_none(monkeypatch: pytest.Monk
         assert bench._forced(None) == forced
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", BFLOAT16])
 @pytest.mark.parametrize("mutant", ["forgotten", "base for branch", "positions of the base"])
 def test_a_wrong_contrastive_step_is_refused(
     mutant: str, dtype: str, monkeypatch: pytest.MonkeyPatch
@@ -320,8 +323,8 @@ def test_memory_is_that_of_a_short_turn_and_holds_no_branch_twice() -> None:
     assert memory.peak < 1.5 * memory.cache
 
 
-@pytest.mark.parametrize("name", ["llava-tiny", "qwen2.5-vl-tiny"])
-@pytest.mark.parametrize("compile", [None, "eager"])
+@pytest.mark.parametrize("name", ["llava-tiny", QWEN])
+@pytest.mark.parametrize("compile", [None, pytest.param("eager", marks=pytest.mark.slow)])
 def test_static_cache_and_compiled_steps(name: str, compile: str | None) -> None:
     settings = {**TINY, "models": (name,), "methods": [[name] for name in ARMS]}
     found = bench.run(**settings, cache="static", compile=compile, text_tokens=9)
@@ -427,6 +430,7 @@ def test_large_shapes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         bench.run(**{**TINY, "models": (name,)})
 
 
+@pytest.mark.slow
 def test_a_large_shape_runs_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     small = Llava(64, 3, 4, 96, 128, Tower(16, 4, 1, 64, 4), 6)
     monkeypatch.setitem(bench_models.SHAPES, "llava-1.5-7b", small)

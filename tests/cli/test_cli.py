@@ -1,4 +1,4 @@
-"""The command line: through its real entry point, and in this process where that takes long."""
+"""The command line: in this process, and three times through its real entry point."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FORCED_VAR = "var:sink_channels=0/1/2;tau=1;last_layer=official"
 
 
-def vlmfix(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def started(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """A real start, which takes seconds: three tests have one, for what only it can show."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120", "NO_COLOR": "1"}
     return subprocess.run(
         [sys.executable, "-m", "vlmfix", *map(str, arguments)],
@@ -45,7 +46,7 @@ def vlmfix(*arguments: object, timeout: float = 240) -> subprocess.CompletedProc
     )
 
 
-def inside(*arguments: object) -> subprocess.CompletedProcess[str]:
+def vlmfix(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The same in this process, which has paid for importing torch already."""
     out, err = StringIO(), StringIO()
     code: Any = 0
@@ -62,18 +63,15 @@ def inside(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(arguments, code or 0, out.getvalue(), err.getvalue())
 
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def document(*arguments: object, run: Run = vlmfix) -> Any:
+def document(*arguments: object) -> Any:
     """The one JSON document that a command prints, and nothing else."""
-    done = run(*arguments, "--json")
+    done = vlmfix(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def refused(*arguments: object, says: str, run: Run = vlmfix) -> None:
-    done = run(*arguments)
+def refused(*arguments: object, says: str) -> None:
+    done = vlmfix(*arguments)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
@@ -109,7 +107,7 @@ def test_help_is_quick_and_needs_no_torch() -> None:
 def _help_seconds() -> float:
     """Of the processor: other tests run at the same time."""
     before = os.times()
-    vlmfix("--help")
+    started("--help")
     after = os.times()
     return (
         after.children_user + after.children_system - before.children_user - before.children_system
@@ -153,7 +151,7 @@ def test_options_reach_the_evaluation(
 def test_version() -> None:
     import vlmfix as package
 
-    assert vlmfix("--version").stdout.split() == ["vlmfix", package.__version__]
+    assert started("--version").stdout.split() == ["vlmfix", package.__version__]
 
 
 def test_methods() -> None:
@@ -165,27 +163,27 @@ def test_methods() -> None:
 def test_one_method() -> None:
     info = document("methods", "var")
     assert "keep" in {option["name"] for option in info["options"]}
-    shown = inside("methods", "var").stdout
+    shown = vlmfix("methods", "var").stdout
     assert "keep" in shown
     assert info["doc"].splitlines()[0] in shown
 
 
 def test_doctor(tmp_path: Path) -> None:
     folder = tiny_folders.save("qwen2_5_vl", tmp_path)
-    report = document("doctor", folder, "--device", "cpu", run=inside)
+    report = document("doctor", folder, "--device", "cpu")
     assert report["model_type"] == "qwen2_5_vl"
     assert report["layers"] == 3
     assert {"var", "pai"} <= {row["name"] for row in report["methods"]}
-    shown = inside("doctor", folder)
+    shown = vlmfix("doctor", folder)
     assert shown.returncode == 0, shown.stderr
     assert "qwen2_5_vl" in shown.stdout
 
 
 def test_generate_prints_the_answer_alone(llava: Path, picture: Path) -> None:
     command = ("generate", picture, "is there a dog ?", "--model", llava, "--max-new-tokens", 5)
-    answers = document(*command, run=inside)["answers"]
+    answers = document(*command)["answers"]
     assert [arm["method"] for arm in answers] == ["base"]
-    plain = vlmfix(*command)
+    plain = started(*command)
     assert plain.returncode == 0, plain.stderr
     assert plain.stdout.split() == answers[0]["answer"].split()
 
@@ -198,7 +196,7 @@ def test_generate_compares_base_and_methods(llava: Path, picture: Path) -> None:
     assert answers[0]["last_call"] is None
     assert all(arm["last_call"]["edited_rows"] > 0 for arm in answers[1:])
     assert answers[2]["last_call"]["notes"]["var"]["visual_sinks"]
-    shown = inside(*command, *methods)
+    shown = vlmfix(*command, *methods)
     assert shown.returncode == 0, shown.stderr
     assert "pai:alpha=3" in shown.stdout
     assert "visual sinks" in shown.stdout
@@ -216,10 +214,10 @@ def test_compare_without_methods_takes_those_that_fit(llava: Path, picture: Path
 
 def test_the_bundled_model_is_the_default() -> None:
     command = ("generate", "emoji:1", "Describe the image.", "--method", "pai", "--compare")
-    base, pai = document(*command, run=inside)["answers"]
+    base, pai = document(*command)["answers"]
     assert len(base["answer"].split()) > 4
     assert pai["last_call"]["edited_rows"] > 0
-    shown = inside(*command).stdout
+    shown = vlmfix(*command).stdout
     assert f"{pai['last_call']['edited_rows']} rows edited" in shown
     assert base["answer"].split()[0] in shown
 
@@ -228,21 +226,21 @@ def test_refined_images_are_saved_on_request(tmp_path: Path) -> None:
     question = "Is there a sports ball in the image?"
     folder = tmp_path / "refined"
     command = ("generate", "emoji:5", question, "--method", "carve,carve:p=0.1+pai")
-    arms = document(*command, "--save-refined", folder, run=inside)["answers"]
+    arms = document(*command, "--save-refined", folder)["answers"]
     facts = [arm["last_call"]["pixels"]["carve"] for arm in arms]
     assert facts[0]["changed"] and facts[0]["answer"] and len(facts[0]["box"]) == 4
     stems = ("carve", "carve-p=0.1-pai")
     names = [[f"{stem}-{what}.png" for what in ("map", "mask", "refined")] for stem in stems]
     assert [[Path(file).name for file in one["files"]] for one in facts] == names
     assert sorted(path.name for path in folder.iterdir()) == sorted(sum(names, []))
-    shown = inside(*command).stdout
+    shown = vlmfix(*command).stdout
     assert f"carve: box ({', '.join(map(str, facts[0]['box']))}) enlarged" in " ".join(
         shown.split()
     )
-    assert "files" not in document(*command, run=inside)["answers"][0]["last_call"]["pixels"]
+    assert "files" not in document(*command)["answers"][0]["last_call"]["pixels"]
     refused(
         "generate", "emoji:5", question, "--method", "pai", "--save-refined", folder,
-        says="no method that refines images", run=inside,
+        says="no method that refines images",
     )  # fmt: skip
 
 
@@ -343,20 +341,20 @@ def test_the_demo_without_gradio() -> None:
 def test_the_list_of_tasks() -> None:
     names = {row["name"] for row in document("eval", "--list")}
     assert {"chair", "pope"} <= names
-    assert document("eval", "--tasks", "list", run=inside) == document("eval", "--list", run=inside)
+    assert document("eval", "--tasks", "list") == document("eval", "--list")
 
 
 def test_eval_of_some_images_and_of_ready_made_questions(llava: Path, tmp_path: Path) -> None:
     command = ("eval", "pope", "--model", llava, "--max-new-tokens", 2)
-    few = document(*command, "--images", 3, "--output", tmp_path / "few", run=inside)
+    few = document(*command, "--images", 3, "--output", tmp_path / "few")
     assert few["tasks"]["pope"]["n_images"] == 3
     question = {"question_id": 1, "text": "Is there a dog in the image?", "label": "no"}
     file = tmp_path / "random.json"
     file.write_text(json.dumps({**question, "image": "emoji_000000000001.png"}) + "\n")
     asked = ("--questions", f"random={file}", "--output", tmp_path / "own")
-    assert document(*command, *asked, run=inside)["tasks"]["pope"]["n_samples"] == 1
-    refused(*command, "--images", "some", says="a number of images, or 'all'", run=inside)
-    refused(*command, "--questions", "random.json", says="write SPLIT=FILE", run=inside)
+    assert document(*command, *asked)["tasks"]["pope"]["n_samples"] == 1
+    refused(*command, "--images", "some", says="a number of images, or 'all'")
+    refused(*command, "--questions", "random.json", says="write SPLIT=FILE")
 
 
 def test_eval_compares_base_and_method(llava: Path, tmp_path: Path) -> None:
@@ -365,24 +363,24 @@ def test_eval_compares_base_and_method(llava: Path, tmp_path: Path) -> None:
     assert set(results["tasks"]["pope"]["arms"]) == {"base", "pai:alpha=3"}
     assert results["errors"] == 0
     assert (tmp_path / "one" / "results.json").is_file()
-    shown = inside(*command, "--output_path", tmp_path / "two")
+    shown = vlmfix(*command, "--output_path", tmp_path / "two")
     assert shown.returncode == 0, shown.stderr
     assert "PARTIAL" in shown.stdout
     assert str(tmp_path / "two") in shown.stdout
-    refused(*command, "--output", tmp_path / "one", says="--overwrite", run=inside)
+    refused(*command, "--output", tmp_path / "one", says="--overwrite")
 
 
 def test_eval_goes_on_where_it_was_ended(llava: Path, tmp_path: Path) -> None:
     command = ("eval", "pope", "--model", llava, "--limit", 1, "--max-new-tokens", 2, "--noop")
     output = ("--output", tmp_path / "o", "--temperature", 1.0, "--greedy-too")
-    first = document(*command, *output, "--resume", run=inside)
+    first = document(*command, *output, "--resume")
     arms = first["tasks"]["pope"]["arms"]
     assert list(arms) == ["base", "noop", "base greedy", "noop greedy"]
     assert arms["noop"]["same_as_base"] == 1 and arms["noop"]["flags"] == arms["base"]["flags"]
-    again = document(*command, *output, "--resume", run=inside)
+    again = document(*command, *output, "--resume")
     assert (first["resumed"], again["resumed"]) == (0, 4 * first["tasks"]["pope"]["n_samples"])
-    refused(*command, *output, "--resume", "--seed", 3, says="seed: 0 then, 3 now", run=inside)
-    refused(*command, "--greedy-too", says="without a temperature", run=inside)
+    refused(*command, *output, "--resume", "--seed", 3, says="seed: 0 then, 3 now")
+    refused(*command, "--greedy-too", says="without a temperature")
 
 
 def test_eval_takes_data_by_task(llava: Path, tmp_path: Path) -> None:
@@ -393,7 +391,7 @@ def test_eval_takes_data_by_task(llava: Path, tmp_path: Path) -> None:
     found = document(*command, "--data", path, "--data", f"chair={evaluation_split()}", *output)
     named = {name: entry["data"] for name, entry in found["tasks"].items()}
     assert named == {"pope": "a=b.zip", "chair": Path(evaluation_split()).name}
-    refused(*command, "--data", "a", "--data", "b", says="both given for all tasks", run=inside)
+    refused(*command, "--data", "a", "--data", "b", says="both given for all tasks")
 
 
 def test_eval_fails_if_an_item_failed(llava: Path, tmp_path: Path) -> None:
@@ -403,7 +401,7 @@ def test_eval_fails_if_an_item_failed(llava: Path, tmp_path: Path) -> None:
             whole = good.read(name)
             bad.writestr(name, whole[:60] if name.startswith("images/") else whole)
     command = ("eval", "--tasks", "pope", "--model", llava, "--limit", 1, "--data", data)
-    done = inside(*command, "--output", tmp_path / "out", "--json")
+    done = vlmfix(*command, "--output", tmp_path / "out", "--json")
     assert done.returncode == 1, done.stderr
     assert json.loads(done.stdout)["errors"] > 0
     assert "items failed; the first:" in done.stderr
@@ -418,28 +416,28 @@ def test_calibration_makes_var_fit(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     tiny_folders.processor().save_pretrained(tmp_path)
     command = ("eval", "pope", "--model", tmp_path, "--method", "var")
-    refused(*command, says="vlmfix calibrate", run=inside)
+    refused(*command, says="vlmfix calibrate")
     assert not _fits(tmp_path)["var"]
-    found = document("calibrate", tmp_path, run=inside)
+    found = document("calibrate", tmp_path)
     assert 5 in found["sink_channels"]
     assert Path(found["path"]).is_file()
     assert _fits(tmp_path)["var"]
-    beside = document("calibrate", tmp_path, "--beside", run=inside)["path"]
+    beside = document("calibrate", tmp_path, "--beside")["path"]
     assert Path(beside).parent == tmp_path
 
 
 def test_calibration_of_some_parts_draws_a_map(llava: Path, tmp_path: Path) -> None:
     sinks = ("calibrate", llava, "--only", "sinks", "--allow-none", "--no-save")
-    refused(*sinks, "--plots", tmp_path / "none", says="--only heads", run=inside)
+    refused(*sinks, "--plots", tmp_path / "none", says="--only heads")
     assert not (tmp_path / "none").exists()
     command = ("calibrate", llava, "--only", "heads,gift", "--plots", tmp_path / "maps")
-    found = document(*command, run=inside)
+    found = document(*command)
     assert found["sink_channels"] is None and len(found["vision_heads"]) == 3
     assert (tmp_path / "maps" / "vision_heads.png").is_file()
-    shown = inside(*command, "--no-save")
+    shown = vlmfix(*command, "--no-save")
     assert shown.returncode == 0, shown.stderr
     assert "largest VHD in" in shown.stdout and "sink channels" not in shown.stdout
-    refused("calibrate", llava, "--only", "sink", says="sinks, heads, gift", run=inside)
+    refused("calibrate", llava, "--only", "sink", says="sinks, heads, gift")
 
 
 def test_attribution_is_kept_for_ad_hh(tmp_path: Path) -> None:
@@ -451,29 +449,29 @@ def test_attribution_is_kept_for_ad_hh(tmp_path: Path) -> None:
     config = {"suppress_tokens": [n for word, n in vocabulary.items() if word not in objects]}
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(config))
     command = ("attribute", tmp_path / "model", "--limit", 12, "--max-new-tokens", 5)
-    results = document(*command, "--output", tmp_path / "one", "--save", run=inside)
+    results = document(*command, "--output", tmp_path / "one", "--save")
     assert len(results["heads"]) == 12 and 0 < results["n_hallucinated"] < results["n_mentions"]
-    report = document("doctor", tmp_path / "model", run=inside)
+    report = document("doctor", tmp_path / "model")
     assert report["calibration"]["hallucination_heads"] == results["hallucination_heads"]
-    shown = inside(*command, "--output", tmp_path / "two", "--top", 2)
+    shown = vlmfix(*command, "--output", tmp_path / "two", "--top", 2)
     assert shown.returncode == 0, shown.stderr
     assert "hallucination head" in shown.stdout and str(tmp_path / "two") in shown.stdout
-    refused(*command, "--output", tmp_path / "one", says="--overwrite", run=inside)
-    refused(*command, "--top", 0, says="a number of heads", run=inside)
+    refused(*command, "--output", tmp_path / "one", says="--overwrite")
+    refused(*command, "--top", 0, says="a number of heads")
 
 
 def _fits(folder: Path) -> dict[str, bool]:
-    return {row["name"]: row["fits"] for row in document("doctor", folder, run=inside)["methods"]}
+    return {row["name"]: row["fits"] for row in document("doctor", folder)["methods"]}
 
 
 def test_bench(tmp_path: Path) -> None:
     path, plot = tmp_path / "bench.csv", tmp_path / "bench.png"
     command = ("bench", "--model", "llava-300m", "--quick", "--dtype", "float32", "--output", path)
     more = ("--plot", plot, "--text-tokens", "9", "--cache", "static", "--device", "cpu")
-    report = document(*command, *more, run=inside)
+    report = document(*command, *more)
     arms = ["plain", "two products", "var", "vhr", "pai"]
     assert [row["arm"] for row in report["rows"]] == arms
     assert {(row["prompt"], row["cache"]) for row in report["rows"]} == {(49, "static")}
     assert len(path.read_text().splitlines()) == 1 + len(arms)
     assert plot.is_file()
-    refused("bench", "--model", "gpt", says="llava-300m", run=inside)
+    refused("bench", "--model", "gpt", says="llava-300m")

@@ -19,7 +19,7 @@ from serving import Server, served
 import vlmfix
 from vlmfix.emoji import model_path
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(900)]
 
 Open = Callable[..., Browser]
 

@@ -53,6 +53,7 @@ def test_weights_are_small_and_plain(bundled: Any) -> None:
     assert text.num_attention_heads == 2 * text.num_key_value_heads
 
 
+@pytest.mark.slow
 def test_loads_by_the_usual_calls_without_torchvision() -> None:
     code = (
         "import sys\n"

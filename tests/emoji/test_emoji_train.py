@@ -113,6 +113,7 @@ def test_learning_rate_schedule() -> None:
     assert shares[-1] == pytest.approx(0.1, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, finished: Path) -> None:
     output = tmp_path / "killed"
     with subprocess.Popen([*COMMAND, str(output)], stdout=subprocess.DEVNULL) as process:

@@ -598,6 +598,7 @@ def test_methods_that_read_other_layers_of_the_tower_take_turns() -> None:
         assert torch.equal(logits(tiny.model, inputs), alone[0])
 
 
+@pytest.mark.slow
 def test_compiled_prefill_in_chunks() -> None:
     """generate() compiles chunks of a prompt, too; those are no decode steps."""
     from transformers import CompileConfig

@@ -13,7 +13,7 @@ import vlmfix
 from vlmfix.loading import load, load_image
 
 #: VAR is given a channel and a low threshold, as no visual sinks form in the bundled model.
-SPECS = ("var:sink_channels=0;tau=1", "vhr")
+SPECS = ("var:sink_channels=0;tau=1", pytest.param("vhr", marks=pytest.mark.slow))
 _COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")
 
 

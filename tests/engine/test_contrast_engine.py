@@ -213,6 +213,7 @@ CELLS = [
 CELLS += [("gemma3", contrast, "var", mode) for contrast in CONTRASTS for mode in MODES]
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize(
     ("name", "contrast", "edit", "mode"), CELLS, ids=["-".join(cell) for cell in CELLS]
 )
@@ -248,6 +249,7 @@ def test_lookup_takes_drafts(name: str, contrast: str, edit: str) -> None:
     assert max(queries[2:]) > 1  # behind the prompt and its branch
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize(("contrast", "edit"), PAIRS)
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 def test_a_stack_is_neither_of_its_parts(name: str, contrast: str, edit: str) -> None:
@@ -291,6 +293,7 @@ class Onlooker(ContrastMethod):
         return base
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 def test_the_attention_shown_to_a_contrast_is_the_edited_one(name: str, edit: str) -> None:
@@ -318,6 +321,7 @@ def test_the_attention_shown_to_a_contrast_is_the_edited_one(name: str, edit: st
         assert max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True)) > 1e-2
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("stack", [("avc", "pai"), ("m3id", "vhr"), ("rbd", "var")], ids="+".join)
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_a_compiled_stack_equals_eager(name: str, stack: tuple[str, str]) -> None:
@@ -764,6 +768,7 @@ def _shapes(value: Any) -> Any:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else value
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize(
     "choice",
     [
@@ -978,6 +983,7 @@ def _state(model: Any) -> list[Any]:
     ]
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("contrast", CONTRASTS)
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_a_model_survives_what_stops_its_branches(

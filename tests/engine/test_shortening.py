@@ -905,6 +905,7 @@ ATTENTION = {
 }  # fmt: skip
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("mode", ["greedy", "beams"])
 @pytest.mark.parametrize("other", ATTENTION)
 @pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl"])
@@ -1013,6 +1014,7 @@ CONTRASTS = {
 }
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("mode", ["greedy", "beams", "static beams", "no cache"])
 @pytest.mark.parametrize("contrast", CONTRASTS)
 @pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl"])

@@ -259,6 +259,7 @@ def _compare(got: Any, wanted: Any) -> None:
         assert torch.allclose(one[likely], other[likely], rtol=0, atol=1e-4)
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize(
     ("name", "method", "mode"),
     CELLS,
@@ -274,6 +275,7 @@ def test_equals_the_oracle(name: str, method: ContrastMethod, mode: str) -> None
     _check(name, _oracle(name, method), chosen, method)
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("mode", ["greedy", "beams", "static", "static beams", "no cache"])
 @pytest.mark.parametrize("method", [NoImage(), Hidden(), TwoBranches()], ids=lambda m: m.name)
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
@@ -284,6 +286,7 @@ def test_a_decoder_with_eager_attention(name: str, method: ContrastMethod, mode:
     _check(name, _oracle(name, method), MODES[mode], method, model)
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize(
     "mode", ["greedy", "beams", "static", "no cache", "lookup", "chunks beams"]
 )
@@ -311,6 +314,7 @@ def test_one_forward_outside_of_generate(name: str, method: ContrastMethod) -> N
     assert torch.allclose(got, wanted, rtol=0, atol=2e-4)
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("method", [*STRONG, PUBLISHED[0]], ids=lambda m: m.name)
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"])
 def test_a_prompt_without_an_image_in_the_batch(name: str, method: ContrastMethod) -> None:
@@ -339,6 +343,7 @@ def test_a_prompt_without_an_image_in_the_batch(name: str, method: ContrastMetho
         _compare(got, wanted)
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("method", STRONG, ids=lambda m: m.name)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_forwards_behind_each_other_outside_of_generate(name: str, method: ContrastMethod) -> None:
@@ -360,6 +365,7 @@ def test_forwards_behind_each_other_outside_of_generate(name: str, method: Contr
         assert torch.allclose(one, other, rtol=0, atol=2e-4)
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("method", STRONG, ids=lambda m: m.name)
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl"])
 def test_a_later_turn_on_the_same_cache(name: str, method: ContrastMethod) -> None:

@@ -177,6 +177,7 @@ def test_no_finite_shift_makes_all_answers_yes() -> None:
     assert matched["accuracy"]["delta"]["value"] == 0.0
 
 
+@pytest.mark.slow
 def test_nine_thousand_rows_are_quick() -> None:
     labels, p_yes, method = world(9000, 9, digits=12)
     splits, images = [s for s in "abc" for _ in range(3000)], [i % 3000 // 6 for i in range(9000)]

@@ -370,6 +370,7 @@ LONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_the_longest_answers_are_read_in_linear_time(scorer: Scorer, path: Path) -> None:
     """Against patterns that try every end for every beginning."""

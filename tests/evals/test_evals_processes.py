@@ -64,6 +64,7 @@ def test_two_processes_answer_as_one(world: Path, alone: Path, tmp_path: Path) -
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in alone.iterdir())
 
 
+@pytest.mark.slow
 def test_a_lost_process_costs_its_share_alone(world: Path, alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "lost"
     done = launch(2, str(HERE / "launched_run.py"), str(world), str(out), "1")
@@ -81,6 +82,7 @@ def test_a_lost_process_costs_its_share_alone(world: Path, alone: Path, tmp_path
     assert sum(row["run_id"] != results["run_id"] for row in rows) == results["resumed"]
 
 
+@pytest.mark.slow
 def test_a_refusal_reaches_every_process(world: Path, alone: Path, tmp_path: Path) -> None:
     """Only the first one looks at the folder; the others must not wait for ever."""
     run = json.loads((alone / "run.json").read_text())

@@ -306,6 +306,7 @@ def test_differences() -> None:
 # -- real processes --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_five_times(tmp_path: Path) -> None:
     """SIGKILL at five random moments of a real run with the bundled model."""
     seed = random.SystemRandom().randrange(10**6)

@@ -285,6 +285,7 @@ def test_scoring_nine_thousand_answers_is_quick(tmp_path: Path) -> None:
     assert "auc" in results["tasks"]["pope"]["arms"]["answers"]
 
 
+@pytest.mark.slow
 def test_scoring_five_thousand_captions_is_quick(tmp_path: Path) -> None:
     """5 s is the promise; processor time, as above."""
     names = ["dog", "cat", "person", "pizza", "kite", "zebra"]

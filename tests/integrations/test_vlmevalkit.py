@@ -101,7 +101,9 @@ def expected() -> dict[str, str]:
     return answers
 
 
-@pytest.mark.parametrize("script", ["run.py", "vlmeval/run.py"])
+@pytest.mark.parametrize(
+    "script", ["run.py", pytest.param("vlmeval/run.py", marks=pytest.mark.slow)]
+)
 def test_a_model_with_a_method_answers_in_their_run(
     tmp_path: Path, script: str, expected: dict[str, str]
 ) -> None:
@@ -115,6 +117,7 @@ def test_a_model_with_a_method_answers_in_their_run(
     assert (row["types"], row["interleave"]) == (["text", "image"], True)
 
 
+@pytest.mark.slow
 def test_their_config_files_may_name_our_class(tmp_path: Path, expected: dict[str, str]) -> None:
     shared = {"class": "VLMFix", "pretrained": "emoji", "max_new_tokens": 40}
     models = {"base": shared, "pai": {**shared, "method": "pai", "alpha": 0.9}}

@@ -33,6 +33,7 @@ def flat(call: Call, impl: ops.Implementation) -> tuple[Any, ...]:
     return ops._flatten(*call.arguments(), *options, impl)
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mask", ["none", "full"])
 def test_opcheck(impl: ops.Implementation, dtype: torch.dtype, mask: str) -> None:

@@ -74,6 +74,7 @@ def compile_all(variants: list[Variant], cache: Path) -> None:
     assert measured > len(variants) // 2, "the compiler's report was not understood"
 
 
+@pytest.mark.slow
 def test_usual_variants_fit_an_h100(tmp_path: Path) -> None:
     compile_all(list(USUAL), tmp_path)
 

@@ -121,6 +121,7 @@ EDITS = (
 )
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("edits", EDITS, ids="+".join)
 def test_every_edit(
@@ -153,6 +154,7 @@ SHAPES = (
 )
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_shapes(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -619,6 +619,7 @@ def test_only_the_last_step_asks_for_all_of_the_description(bundled: Any, chats:
         assert found.answer == "No" and described.startswith(found.general)
 
 
+@pytest.mark.slow
 def test_the_map_lies_on_what_was_asked_for(bundled: Any) -> None:
     """On the bundled images, S is larger on the object in question than elsewhere."""
     model, processor = bundled
