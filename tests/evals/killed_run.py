@@ -1,6 +1,6 @@
-"""A run that is killed five times and resumed, beside one that is left alone.
+"""A run that is killed some times and resumed, beside one that is left alone.
 
-    python killed_run.py FOLDER SEED
+    python killed_run.py FOLDER SEED KILLS
 
 Everything is imported and loaded once; each run is a process of its own, forked from here.
 """
@@ -18,8 +18,6 @@ import torch
 
 import vlmfix
 import vlmfix.evals
-
-KILLS = 5
 
 
 def lines(folder: Path) -> int:
@@ -56,7 +54,7 @@ def start(folder: Path, model: object) -> int:
     os._exit(0)
 
 
-def main(root: Path, seed: int) -> None:
+def main(root: Path, seed: int, kills: int) -> None:
     """Run both, print how many lines each killed process left."""
     torch.set_num_threads(1)
     model = vlmfix.load("emoji")
@@ -64,7 +62,7 @@ def main(root: Path, seed: int) -> None:
     if alone:
         raise SystemExit("the run that is left alone failed")
     chance = random.Random(seed)
-    moments = sorted(chance.sample(range(lines(root / "alone") - 8), KILLS))
+    moments = sorted(chance.sample(range(lines(root / "alone") - 8), kills))
     for moment in moments:
         pid = start(root / "killed", model)
         while lines(root / "killed") < moment:
@@ -78,4 +76,4 @@ def main(root: Path, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -306,15 +306,25 @@ def test_differences() -> None:
 # -- real processes --------------------------------------------------------------------------------
 
 
+def test_killed_once(tmp_path: Path) -> None:
+    killed(1, tmp_path)
+
+
 @pytest.mark.slow
 def test_killed_five_times(tmp_path: Path) -> None:
-    """SIGKILL at five random moments of a real run with the bundled model."""
+    killed(5, tmp_path)
+
+
+def killed(times: int, tmp_path: Path) -> None:
+    """SIGKILL at random moments of a real run with the bundled model."""
     seed = random.SystemRandom().randrange(10**6)
-    command = [sys.executable, str(HERE / "killed_run.py"), str(tmp_path), str(seed)]
+    command = [sys.executable, str(HERE / "killed_run.py"), str(tmp_path), str(seed), str(times)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
     kills = [list(map(int, row.split())) for row in done.stdout.splitlines()]
-    assert len(kills) == 5 and all(status == -9 for *_, status in kills), f"seed {seed}: {kills}"
+    assert len(kills) == times and all(status == -9 for *_, status in kills), (
+        f"seed {seed}: {kills}"
+    )
     expected = records(tmp_path / "alone")
     assert {len(rows) for rows in expected.values()} == {6, 108}
     assert records(tmp_path / "killed") == expected, f"seed {seed}: {kills}"
