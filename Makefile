@@ -7,9 +7,10 @@
 .PHONY: help setup eval eval-full test test-full check demo browser bench fmt clean
 
 BASE_PYTHON ?= python3
-# Processes that run the tests, a file of them at a time; each has one thread. 0: none but pytest itself.
+# Processes that run the tests; each has one thread. Tests of a file share fixtures and mostly run in
+# one process; one that has nothing left to do takes over half of what another has. 0: pytest alone.
 WORKERS ?= 2
-PYTEST = $(PYTHON) -m pytest -q -n $(WORKERS) --dist loadfile
+PYTEST = $(PYTHON) -m pytest -q -n $(WORKERS) --dist worksteal
 TORCH := torch==2.13.0
 # Not the README: ruff would take its example apart, one argument per line.
 SOURCES := vlmfix tests docs examples setup.py
@@ -32,10 +33,10 @@ eval: $(FOR_EVAL)  ## POPE and CHAIR on the bundled images and model: base, VHR 
 eval-full: $(FOR_EVAL)  ## POPE and CHAIR on all bundled images: base and every method that fits
 	$(PYTHON) -m vlmfix eval pope,chair --method var,vhr,gift,pai,imba,ad_hh,spin,vaf --threads 1
 
-test: $(FOR_DEV)  ## the tests of every change; a few minutes on two cores
+test: $(FOR_DEV)  ## the tests of every change; under five minutes on two cores
 	$(PYTEST) -m "not slow and not gpu"
 
-test-full: $(FOR_DEV)  ## every test; those for a GPU are skipped, by name, where there is none
+test-full: $(FOR_DEV)  ## every test, as .ci/run does; those for a GPU are skipped, by name, where there is none
 	$(PYTEST)
 
 check: $(FOR_DEV)  ## lint, format and types
@@ -46,7 +47,7 @@ check: $(FOR_DEV)  ## lint, format and types
 demo: $(FOR_DEMO)  ## the demo in the browser
 	$(PYTHON) -m vlmfix demo
 
-browser:  ## install Chromium (Debian, Ubuntu), with which `make test` tests the demo, too
+browser:  ## install Chromium (Debian, Ubuntu), with which `make test-full` tests the demo, too
 	apt-get install -y --no-install-recommends chromium chromium-driver fonts-dejavu-core
 
 bench: $(FOR_EVAL)  ## speed of decoding, wrapped over plain
