@@ -262,6 +262,31 @@ def test_streaming_and_prompt_lookup_equal_greedy(row: Row, name: str) -> None:
     assert torch.equal(drafted, greedy)
 
 
+@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_drafts_in_the_first_forward_are_no_part_of_the_prompt(row: Row, name: str) -> None:
+    tiny = family(name)
+    inputs = tiny.single(prompt(tiny), 2)
+    inputs["input_ids"][0, -1] = inputs["input_ids"][0, -3]  # what came before is drafted again
+    queries: list[int] = []
+    handle = (
+        tiny.model.get_decoder()
+        .layers[-1]
+        .register_forward_pre_hook(lambda module, args: queries.append(args[0].shape[1]))
+    )
+    lookup = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
+    try:
+        with vlmfix.wrapped(tiny.model, row.strong):
+            greedy = _generate(tiny.model, inputs)
+            plain = max(queries)
+            queries.clear()
+            drafted = tiny.model.generate(**inputs, **lookup, **generate_kwargs())
+            assert max(queries) > plain
+    finally:
+        handle.remove()
+    assert torch.equal(drafted, greedy)
+
+
 @pytest.mark.rotated(shows=_cell)
 @cells
 @pytest.mark.parametrize("chunk", [1, 5])
