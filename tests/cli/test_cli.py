@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from dataclasses import fields
 from io import StringIO
 from pathlib import Path
@@ -115,7 +114,7 @@ def _help_seconds() -> float:
 
 
 def test_every_option_of_an_evaluation_is_on_its_command_line() -> None:
-    shown = inside("eval", "--help").stdout
+    shown = vlmfix("eval", "--help").stdout
     flat = " ".join(re.sub("[^ -~]", " ", shown).split())
     for item in fields(Options):
         assert f" {flags(item)[0]}" in flat, item.name
@@ -141,7 +140,7 @@ def test_options_reach_the_evaluation(
         raise BadInput("seen")
 
     monkeypatch.setattr(evals, "evaluate", evaluate, raising=False)
-    assert "seen" in inside("eval", "pope", *arguments).stderr
+    assert "seen" in vlmfix("eval", "pope", *arguments).stderr
     (options,) = given
     images = {"n_images": None} if "--images" in arguments else {}
     output = {"output": Path("o")} if "--output_path" in arguments else {}

@@ -12,7 +12,6 @@ import random
 import signal
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import torch

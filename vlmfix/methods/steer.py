@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from vlmfix.base.hidden import Direction, HiddenMethod, Site
-from vlmfix.base.method import check_range
+from vlmfix.base.method import option
 from vlmfix.base.observer import Rows
 from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo
@@ -73,38 +73,25 @@ class Steer(HiddenMethod):
     the row gets its own length back: both together turn the row towards the vector (VISTA's form).
     """
 
-    vectors: Any = field(
-        default=None,
-        metadata={"help": "safetensors file with a tensor layer.N for every decoder layer N"},
+    vectors: Any = option(None, "safetensors file with a tensor layer.N for every decoder layer N")
+    strength: float = option(
+        1.0, "factor on the vector, or on the projection; 0 changes nothing", -1000.0, 1000.0
     )
-    strength: float = field(
-        default=1.0, metadata={"help": "factor on the vector (or on the projection); 0: nothing"}
+    operation: Literal["add", "project"] = option("add", "add the vector, or project it out")
+    site: Site = option("layer", "what is edited: output of the whole layer, or of its MLP")
+    edited: Rows = option(
+        "predicting", "tokens whose hidden states are edited; all: every token of the prompt, too"
     )
-    operation: Literal["add", "project"] = field(
-        default="add", metadata={"help": "add the vector, or project its subspace out"}
+    keep_norm: bool = option(False, "whether an edited hidden state keeps its length")
+    relative: bool = option(
+        False, "whether the vector counts in lengths of the hidden state that it is added to"
     )
-    site: Site = field(
-        default="layer",
-        metadata={"help": "what is edited: residual stream behind the layer, or MLP output"},
-    )
-    edited: Rows = field(
-        default="predicting",
-        metadata={"help": "tokens whose rows are edited; all: every token, image tokens too"},
-    )
-    keep_norm: bool = field(
-        default=False, metadata={"help": "whether an edited row gets its length back"}
-    )
-    relative: bool = field(
-        default=False, metadata={"help": "whether the vector counts in lengths of the edited row"}
-    )
-    only_with_image: bool = field(
-        default=False, metadata={"help": "whether prompts without an image stay as they are"}
-    )
+    only_with_image: bool = option(False, "whether prompts without an image stay as they are")
 
     name: ClassVar[str] = "steer"
 
     def __post_init__(self) -> None:
-        check_range(self, "strength", -1000.0, 1000.0)
+        super().__post_init__()
         if isinstance(self.vectors, Mapping) and not isinstance(self.vectors, SteeringVectors):
             object.__setattr__(self, "vectors", SteeringVectors(self.vectors, "given vectors"))
 

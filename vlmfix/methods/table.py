@@ -180,6 +180,15 @@ METHODS: tuple[MethodInfo, ...] = (
         paper="EMNLP 2025, arXiv 2505.16411",
     ),
     MethodInfo(
+        name="steer",
+        target="vlmfix.methods.steer:Steer",
+        title="Steering with given vectors",
+        stage="hidden",
+        summary="Add a given vector to hidden states, or project a given subspace out of them.",
+        paper="the edit of VISTA, arXiv 2502.03628, and Nullu, arXiv 2412.13817",
+        needs=("steering vectors: a safetensors file",),
+    ),
+    MethodInfo(
         name="uniform",
         target="vlmfix.methods.uniform:UniformGrid",
         title="Visual tokens of a regular grid (baseline)",
