@@ -130,29 +130,27 @@ def test_the_method_that_the_docs_show_edits_a_model(tmp_path: Path) -> None:
     assert (logits[4.0] - plain).abs().max() > 1e-3
 
 
-APP = {"cli", "cli_options", "__main__", "show", "bench", "bench_arm", "bench_models", "bench_plot"}
-ALLOWED = {
-    "leaf": {"leaf"},
-    "kernels": {"kernels", "leaf"},
-    "emoji": {"emoji", "leaf"},
-    "core": {"core", "leaf", "kernels", "emoji"},
-    "methods": {"core", "leaf"},
-    "evals": {"evals", "methods", "core", "leaf", "kernels", "emoji"},
-    "integrations": {"integrations", "evals", "methods", "core", "leaf", "emoji"},
-    "app": {"app", "demo", "evals", "methods", "core", "leaf", "kernels", "emoji"},
-    "demo": {"demo", "evals", "methods", "core", "leaf", "emoji"},
-}
-LEAVES = {"_version", "errors", "machine"}
-
-
-def layer(module: str) -> str:
-    """The layer of a module named below the package, such as "evals.pope"; "" is the package."""
-    head = module.split(".")[0]
-    if head in APP or head.startswith("bench"):
-        return "app"
-    if head in LEAVES:
-        return "leaf"
-    return head if head in ALLOWED else "core"
+#: The folders and files of the package by floor, the highest first; "" is the package itself, which
+#: only names what is public. A file imports from its own folder and from lower floors.
+FLOORS = (
+    {"__main__"},
+    {"cli"},
+    {"demo", "bench", "integrations"},
+    {"evals"},
+    {""},
+    {"methods"},
+    {"analysis"},
+    {"wrapper", "chat"},
+    {"engine"},
+    {"registry"},
+    {"base"},
+    {"families", "kernels"},
+    {"loading"},
+    {"images"},
+    {"emoji", "machine", "plugins"},
+    {"errors", "_version"},
+)
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 
 def is_module(dotted: str) -> bool:
@@ -178,14 +176,56 @@ def imported(path: Path) -> Iterator[str]:
             yield below
 
 
+def imports() -> dict[str, set[str]]:
+    """What every module imports, wherever the import stands: in functions, under TYPE_CHECKING."""
+    found: dict[str, set[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        module = ".".join(part for part in parts if part != "__init__")
+        found[module] = set(imported(path)) - {module}
+    return found
+
+
 def test_imports_run_one_way() -> None:
     wrong = []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__")
-        for other in imported(path):
-            if layer(other) not in ALLOWED[layer(module.rstrip("."))]:
-                wrong.append(f"{path.relative_to(ROOT)} imports {other or 'the package'}")
+    for module, others in imports().items():
+        for other in others:
+            here, there = module.split(".")[0], other.split(".")[0]
+            if here != there and FLOOR[there] <= FLOOR[here]:
+                wrong.append(f"{module or 'the package'} imports {other or 'the package'}")
     assert not wrong
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """A path that ends where it began; [] where there is none."""
+    done: set[str] = set()
+
+    def walk(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for other in sorted(graph.get(module, ())):
+            if found := walk(other, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in graph if (found := walk(module, []))), [])
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph = imports()
+    assert len(graph) > 150 and "engine.session" in graph["wrapper"]
+    assert circle(graph) == []
+    assert circle({**graph, "engine.ledger": {"engine.session"}})
+
+
+def test_a_file_of_the_engine_can_be_read_in_one_go() -> None:
+    lines = {
+        path.name: len(path.read_text().splitlines()) for path in (PACKAGE / "engine").glob("*.py")
+    }
+    assert len(lines) > 15 and max(lines.values()) <= 400, lines
 
 
 def test_kernels_is_no_regular_package() -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import vlmfix
 from vlmfix.base.hidden import Direction
-from vlmfix.errors import BadInput
+from vlmfix.errors import BadInput, CalibrationNeeded
 from vlmfix.methods.steer import Steer, SteeringVectors
 
 ROWS = torch.tensor([[[3.0, 4, 0], [0, 0, 2], [-1, -1, 1]]])
@@ -93,8 +93,9 @@ def test_bad_vectors(tmp_path: Path) -> None:
     eye = torch.eye(64)
     text = tmp_path / "text.safetensors"
     text.write_text("no tensors")
+    with pytest.raises(CalibrationNeeded, match="vectors=FILE"):
+        vlmfix.wrap(model, Steer())
     cases: list[tuple[dict[str, Any], str]] = [
-        ({}, "vectors=FILE"),
         ({"vectors": str(tmp_path / "absent")}, "no file"),
         ({"vectors": str(text)}, "is no safetensors file"),
         ({"vectors": write(tmp_path / "a", weight=eye[0])}, r"named?.*layer\.12"),

@@ -12,7 +12,7 @@ import torch
 from vlmfix.base.hidden import Direction, HiddenMethod, Site
 from vlmfix.base.method import option
 from vlmfix.base.observer import Rows
-from vlmfix.errors import BadInput
+from vlmfix.errors import BadInput, CalibrationNeeded
 from vlmfix.families import ModelInfo
 
 __all__ = ["Steer", "SteeringVectors"]
@@ -98,7 +98,7 @@ class Steer(HiddenMethod):
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> Steer:
         given = self.vectors
         if given is None:
-            raise BadInput(
+            raise CalibrationNeeded(
                 "steer adds a vector that you give: vectors=FILE, a safetensors file with a tensor "
                 "layer.N for each decoder layer N to edit, or a mapping {N: tensor} in Python."
             )
