@@ -20,18 +20,27 @@ from vlmfix.errors import BadInput
 from vlmfix.registry import list_methods, load_class
 
 METHODS = [row.name for row in list_methods()]
+#: Options that name a file of the server.
+FILES = {("steer", "vectors")}
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_field_has_a_control_and_untouched_controls_make_the_default(name: str) -> None:
     (row,) = (row for row in list_methods() if row.name == name)
-    fields = dataclasses.fields(load_class(row))
+    fields = [f for f in dataclasses.fields(load_class(row)) if (name, f.name) not in FILES]
     controls = controls_of(name)
     assert [control.name for control in controls] == [item.name for item in fields]
     assert [control.help for control in controls] == [item.metadata["help"] for item in fields]
     assert make_method(name, {c.name: c.default for c in controls}) == load_class(row)()
     shown = {c.name: "" if c.default is None else c.default for c in controls}
     assert make_method(name, shown) == load_class(row)()
+
+
+def test_a_visitor_cannot_name_a_file_of_the_server() -> None:
+    assert "vectors" not in [control.name for control in controls_of("steer")]
+    assert make_method("steer", {"vectors": "/etc/passwd", "strength": 2.0}).spec() == (
+        "steer:strength=2.0"
+    )
 
 
 def test_kinds_of_controls() -> None:

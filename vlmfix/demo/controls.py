@@ -39,12 +39,16 @@ class Control:
 def controls_of(name: str) -> tuple[Control, ...]:
     """The controls of a method, in the order of its fields.
 
+    An option of type Any takes a file of the server or a Python object, and a visitor may name
+    neither: it has no control, so the method is made with its default.
+
     Raises:
         UnknownMethod: no method of that name.
     """
     cls = load_class(find(name))
     hints = typing.get_type_hints(cls)
-    return tuple(_control(item, hints[item.name]) for item in dataclasses.fields(cls))
+    fields = [item for item in dataclasses.fields(cls) if hints[item.name] is not Any]
+    return tuple(_control(item, hints[item.name]) for item in fields)
 
 
 def _control(item: dataclasses.Field[Any], hint: Any) -> Control:
