@@ -1,4 +1,4 @@
-"""The tap in the vision tower, against eager attention and against the models' own packing."""
+"""The recorder in the vision tower, against eager attention and against the models' own packing."""
 
 from __future__ import annotations
 
@@ -156,9 +156,9 @@ def placed_keys(images: list[EncodedImage], layer: int) -> Tensor:
 
 
 def read(tiny: TinyFamily, inputs: Inputs) -> list[EncodedImage]:
-    with VisionRecorder(tower_of(tiny), LAYERS) as tap:
+    with VisionRecorder(tower_of(tiny), LAYERS) as recorder:
         encode(tiny.model, inputs)
-        return tap.take()
+        return recorder.take()
 
 
 def same(one: list[EncodedImage], other: list[EncodedImage]) -> None:
@@ -388,11 +388,11 @@ def test_batch_equals_singles(name: str) -> None:
 def test_two_images_in_a_prompt(name: str, kwargs: Inputs) -> None:
     tiny = family(name)
     together, apart = two_images(tiny)
-    with VisionRecorder(tower_of(tiny), LAYERS) as tap:
+    with VisionRecorder(tower_of(tiny), LAYERS) as recorder:
         tiny.model.generate(**together, **generate_kwargs(**kwargs))
-        one = tap.take()
+        one = recorder.take()
         tiny.model.generate(**apart, **generate_kwargs(**kwargs))
-        other = tap.take()
+        other = recorder.take()
     same(one, other)
     assert int((together["input_ids"] == IMAGE).sum()) == sum(len(image.index) for image in one)
     values = placed(one, 0, "column").view(2, -1).nan_to_num()
@@ -417,9 +417,9 @@ def test_a_tapped_model_is_bit_identical(name: str, base: str) -> None:
         return (result.sequences, *result.logits, logits, encode(model, inputs))
 
     plain = outputs()
-    with VisionRecorder(tower_of(tiny), LAYERS) as tap:
+    with VisionRecorder(tower_of(tiny), LAYERS) as recorder:
         tapped = outputs()
-        from_eager = tap.take()
+        from_eager = recorder.take()
     assert all(torch.equal(a, b) for a, b in zip(plain, tapped, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(plain, outputs(), strict=True))
     same(from_eager, read(family(name), inputs))
@@ -433,11 +433,11 @@ def test_detach_restores_everything(name: str) -> None:
         assert state(tiny.model) != before
         raise RuntimeError("boom")
     assert state(tiny.model) == before
-    tap = VisionRecorder(tower, (1,))
+    recorder = VisionRecorder(tower, (1,))
     for _ in range(2):
-        tap.attach()
-        tap.detach()
-        tap.detach()
+        recorder.attach()
+        recorder.detach()
+        recorder.detach()
         assert state(tiny.model) == before
 
 
@@ -446,10 +446,10 @@ def test_only_chosen_layers_are_touched() -> None:
     tower = tower_of(tiny)
     first: Any = tower.layers[0]
     config = first.config
-    with VisionRecorder(tower, (1,)) as tap:
+    with VisionRecorder(tower, (1,)) as recorder:
         assert first.config is config and tower.layers[1].config is not config
         encode(tiny.model, tiny.inputs())
-        assert [set(tile.received) for image in tap.take() for tile in image.tiles] == [{1}]
+        assert [set(tile.received) for image in recorder.take() for tile in image.tiles] == [{1}]
 
 
 def test_a_get_image_features_of_the_users_comes_back() -> None:
@@ -465,16 +465,16 @@ def test_a_get_image_features_of_the_users_comes_back() -> None:
 def test_a_failed_encoding_leaves_nothing_behind() -> None:
     tiny = build("llava")
     good = tiny.inputs()
-    with VisionRecorder(tower_of(tiny), LAYERS) as tap:
+    with VisionRecorder(tower_of(tiny), LAYERS) as recorder:
         encode(tiny.model, good)
         with pytest.raises(ValueError, match="doesn't match model"):
             encode(tiny.model, {"pixel_values": torch.zeros(1, 3, 20, 20)})
-        assert tap.take() == []
+        assert recorder.take() == []
         tower_of(tiny).module(good["pixel_values"])  # the tower alone is no encoding
-        assert tap.take() == []
+        assert recorder.take() == []
         encode(tiny.model, good)
-        assert len(tap.take()) == 1
-        assert tap.take() == []
+        assert len(recorder.take()) == 1
+        assert recorder.take() == []
 
 
 def test_outside_an_encoding_nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -484,23 +484,23 @@ def test_outside_an_encoding_nothing_is_computed(monkeypatch: pytest.MonkeyPatch
     def forbidden(*_: Any) -> None:
         raise AssertionError("attention was read")
 
-    with VisionRecorder(tower_of(tiny), LAYERS) as tap:
+    with VisionRecorder(tower_of(tiny), LAYERS) as recorder:
         encode(tiny.model, inputs)
         monkeypatch.setattr(vlmfix.engine.recorder, "received_attention", forbidden)
         tower_of(tiny).module(inputs["pixel_values"])
-        assert len(tap.take()) == 1
+        assert len(recorder.take()) == 1
 
 
 def test_the_last_encoding_counts_and_text_has_none() -> None:
     tiny = build("qwen2_5_vl")
     one, other = tiny.inputs(batch=1, seed=1), tiny.inputs(batch=2, seed=2)
     text = torch.tensor([[1, 20, 21, 22]])
-    with VisionRecorder(tower_of(tiny), LAYERS) as tap:
+    with VisionRecorder(tower_of(tiny), LAYERS) as recorder:
         tiny.model.generate(text, **generate_kwargs())
-        assert tap.take() == []
+        assert recorder.take() == []
         encode(tiny.model, one)
         encode(tiny.model, other)
-        assert len(tap.take()) == 2
+        assert len(recorder.take()) == 2
 
 
 def test_videos_are_not_read() -> None:
@@ -516,11 +516,11 @@ def test_videos_are_not_read() -> None:
         "video_grid_thw": torch.tensor([[1, 4, 4]]),
     }
     plain = tiny.model.generate(**inputs, **generate_kwargs())
-    with VisionRecorder(tower_of(tiny), LAYERS) as tap:
+    with VisionRecorder(tower_of(tiny), LAYERS) as recorder:
         assert torch.equal(tiny.model.generate(**inputs, **generate_kwargs()), plain)
-        with_video = tap.take()
+        with_video = recorder.take()
         encode(tiny.model, inputs)
-        alone = tap.take()
+        alone = recorder.take()
     same(with_video, read(tiny, qwen_images((4, 4))))
     same(with_video, alone)
 
@@ -531,7 +531,7 @@ def test_threads_read_their_own_images() -> None:
     prompts[1]["pixel_values"] = prompts[1]["pixel_values"] * 3
     expected = [read(tiny, prompt) for prompt in prompts]
     failures: list[BaseException] = []
-    with VisionRecorder(tower_of(tiny), LAYERS) as tap:
+    with VisionRecorder(tower_of(tiny), LAYERS) as recorder:
         barrier = threading.Barrier(2)
 
         def work(index: int) -> None:
@@ -539,7 +539,7 @@ def test_threads_read_their_own_images() -> None:
                 for _ in range(20):
                     barrier.wait(timeout=60)
                     encode(tiny.model, prompts[index])
-                    same(tap.take(), expected[index])
+                    same(recorder.take(), expected[index])
             except BaseException as failure:
                 failures.append(failure)
                 barrier.abort()
@@ -549,7 +549,7 @@ def test_threads_read_their_own_images() -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert tap.take() == []
+        assert recorder.take() == []
     assert not failures
 
 
@@ -594,16 +594,16 @@ def test_layers_that_are_not_there(layers: tuple[int, ...]) -> None:
 def test_one_tap_at_a_time_and_no_copies() -> None:
     tiny = build("llava")
     tower = tower_of(tiny)
-    with VisionRecorder(tower, (0,)) as tap:
+    with VisionRecorder(tower, (0,)) as recorder:
         inside = state(tiny.model)
         for layers in ((0,), (1,)):
-            with pytest.raises(StateError, match="has a tap already"):
+            with pytest.raises(StateError, match="has a recorder already"):
                 VisionRecorder(tower_of(tiny), layers).attach()
         assert state(tiny.model) == inside
         with pytest.raises(StateError, match="cannot be copied"):
             copy.deepcopy(tiny.model)
         encode(tiny.model, tiny.inputs())
-        assert len(tap.take()) == 1
+        assert len(recorder.take()) == 1
     copy.deepcopy(tiny.model)
 
 
@@ -623,12 +623,12 @@ def test_flash_attention_in_the_tower_is_refused() -> None:
 def test_features_that_do_not_fit_the_rule_are_refused() -> None:
     tiny = build("llava")
     pixels = tiny.inputs()["pixel_values"]
-    with VisionRecorder(tower_of(tiny), LAYERS) as tap:
-        with pytest.raises(UnsupportedModel, match="17 visual tokens where the tap counts 16"):
+    with VisionRecorder(tower_of(tiny), LAYERS) as recorder:
+        with pytest.raises(UnsupportedModel, match="17 visual tokens where the recorder counts 16"):
             tiny.model.get_image_features(
                 pixel_values=pixels, vision_feature_select_strategy="full", return_dict=True
             )
-        assert tap.take() == []
+        assert recorder.take() == []
 
 
 def test_a_layer_that_does_not_run_is_named() -> None:
@@ -678,9 +678,9 @@ def test_the_bundled_model() -> None:
     plain = model.generate(**inputs, max_new_tokens=5, do_sample=False)
     tower = describe_tower(model, describe_model(model))
     layers = (0, len(tower.layers) - 2)
-    with VisionRecorder(tower, layers) as tap:
+    with VisionRecorder(tower, layers) as recorder:
         tapped = model.generate(**inputs, max_new_tokens=5, do_sample=False)
-        images = tap.take()
+        images = recorder.take()
     assert torch.equal(plain, tapped)
     assert tower.has_cls
     assert [(t.rows, t.columns) for image in images for t in image.tiles] == [(8, 8), (8, 8)]
