@@ -32,8 +32,8 @@ import torch
 import vlmfix
 from vlmfix import emoji
 from vlmfix.chat import chat_inputs
-from vlmfix.evals.attribution import find_mentions
 from vlmfix.evals.chair.objects import category_of, ground_truth
+from vlmfix.evals.chair.tokens import find_mentions
 from vlmfix.evals.inputs.coco import CocoData
 from vlmfix.evals.scoring.stats import Resamples, percentile_interval
 

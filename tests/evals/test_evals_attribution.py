@@ -28,11 +28,10 @@ from vlmfix.evals.attribution import (
     ZeroHead,
     attribute,
     contrast,
-    find_mentions,
-    token_spans,
 )
 from vlmfix.evals.chair.objects import category_of, ground_truth, mentions
 from vlmfix.evals.chair.task import PROMPT
+from vlmfix.evals.chair.tokens import find_mentions, token_spans
 from vlmfix.evals.inputs.coco import CocoData
 from vlmfix.families import describe_model
 

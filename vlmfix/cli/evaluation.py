@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -37,20 +38,19 @@ def eval_command(
     """Evaluate the base model and methods on the same items. Exit code 1 if any item failed."""
     from vlmfix import evals
     from vlmfix.evals.running.processes import is_first_process
-    from vlmfix.evals.tasks import get_task
+    from vlmfix.evals.suites import run_suite
     from vlmfix.registry import parse_spec
 
     names = split(f"{task or ''},{tasks or ''}")
     if list_tasks or names == ["list"]:
-        docs = {name: get_task(name).__doc__ or "" for name in evals.list_tasks()}
+        docs = {name: evals.get_task(name).__doc__ or "" for name in evals.list_tasks()}
         rows = [{"name": name, "summary": doc.split("\n")[0]} for name, doc in docs.items()]
         show.report(json, rows, show.facts({row["name"]: row["summary"] for row in rows}))
         return
     methods = ["+".join(stack) for stack in parse_spec(method)] if method else []
     if suite is not None:
-        _run_suite(suite, names, model, methods, data, options, dtype, device, threads, json)
-        return
-    if not names:
+        _refuse_settled(suite, names, options)
+    elif not names:
         raise BadInput(
             f"no task: give one or more of {', '.join(evals.list_tasks())}, comma-separated, or "
             "--suite"
@@ -58,64 +58,31 @@ def eval_command(
     with show.only_stderr(json):
         quiet_transformers()
         set_threads(threads)
-        results = evals.evaluate(
-            names,
-            model,
-            methods,
-            _data(data, names),
-            options,
-            quiet=json,
-            dtype=dtype,
-            device=device,
-        )
+        how: dict[str, Any] = {"quiet": json, "dtype": dtype, "device": device}
+        if suite is not None:
+            given = _data(data, evals.list_tasks())
+            results = run_suite(suite, model, methods or None, given, options, **how)
+        else:
+            results = evals.evaluate(names, model, methods, _data(data, names), options, **how)
     if not is_first_process():
         return
-    show.report(json, results, evals.render(results))
-    if not json:
+    show.report(json, results, show.suite(results) if suite else evals.render(results))
+    if not suite and not json:
         print(f"written to {results['output']}")
     if results["errors"]:
-        print(show.failure(results), file=sys.stderr)
+        if not suite:
+            print(show.failure(results), file=sys.stderr)
         raise typer.Exit(1)
 
 
-def _run_suite(
-    suite: str,
-    tasks: list[str],
-    model: str,
-    methods: list[str],
-    data: list[str] | None,
-    options: Options,
-    dtype: str | None,
-    device: str | None,
-    threads: int | None,
-    json: bool,
-) -> None:
-    from vlmfix.evals import list_tasks
-    from vlmfix.evals.running.processes import is_first_process
-    from vlmfix.evals.suites import SETTLED, run_suite
+def _refuse_settled(suite: str, tasks: list[str], options: Options) -> None:
+    from vlmfix.evals.suites import SETTLED
 
-    clash = ["TASK"] if tasks else []
     given = options.changed() & set(SETTLED)
+    clash = ["TASK"] if tasks else []
     clash += [flags(item)[0] for item in fields(Options) if item.name in given]
     if clash:
         raise BadInput(f"--suite {suite} settles {', '.join(clash)}: leave it out")
-    with show.only_stderr(json):
-        quiet_transformers()
-        set_threads(threads)
-        card = run_suite(
-            suite,
-            model,
-            methods or None,
-            _data(data, list_tasks()),
-            options,
-            quiet=json,
-            dtype=dtype,
-            device=device,
-        )
-    if is_first_process():
-        show.report(json, card, show.suite(card))
-    if card["errors"]:
-        raise typer.Exit(1)
 
 
 @with_options(*SCORING, "output", "overwrite")

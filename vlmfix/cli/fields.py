@@ -48,13 +48,13 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
 
 def _parameter(item: Field[Any]) -> inspect.Parameter:
     facts = item.metadata
-    kind = facts["kind"] or _HINTS[item.name]
+    kind = facts.get("kind", _HINTS[item.name])
     shown = Option(
         *flags(item),
         help=facts["help"],
         # What is read from a text is checked by who reads it.
-        min=None if facts["kind"] else facts["least"],
-        metavar=facts["metavar"],
+        min=None if "kind" in facts else facts.get("least"),
+        metavar=facts.get("metavar"),
     )
     return inspect.Parameter(
         item.name,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
-from vlmfix.evals.attribution import token_spans
 from vlmfix.evals.chair.objects import mentions
+from vlmfix.evals.chair.tokens import token_spans
 
 __all__ = ["Word", "differing", "split_words"]
 

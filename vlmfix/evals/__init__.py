@@ -12,13 +12,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from vlmfix.evals.options import Options
-from vlmfix.evals.tasks import TASKS, Task, list_tasks
+from vlmfix.evals.tasks import TASKS, Task, get_task, list_tasks
 
 if TYPE_CHECKING:
     from vlmfix.evals.harness import evaluate
     from vlmfix.evals.reporting.report import render, to_markdown
 
-__all__ = ["TASKS", "Options", "Task", "evaluate", "list_tasks", "render", "to_markdown"]
+__all__ = [
+    "TASKS",
+    "Options",
+    "Task",
+    "evaluate",
+    "get_task",
+    "list_tasks",
+    "render",
+    "to_markdown",
+]
 
 _HOME = {
     "evaluate": "vlmfix.evals.harness",

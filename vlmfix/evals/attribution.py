@@ -30,8 +30,9 @@ from vlmfix.analysis.teacher_forcing import answer_greedily
 from vlmfix.base.attention import AttentionMethod, Keys, Plan
 from vlmfix.chat import chat_inputs
 from vlmfix.errors import BadInput
-from vlmfix.evals.chair.objects import ground_truth, mentions
+from vlmfix.evals.chair.objects import ground_truth
 from vlmfix.evals.chair.task import PROMPT
+from vlmfix.evals.chair.tokens import Mention, find_mentions
 from vlmfix.evals.inputs.coco import CocoData
 from vlmfix.evals.options import positive
 from vlmfix.evals.reporting.head_plots import layer_head_map, require_matplotlib
@@ -42,15 +43,7 @@ from vlmfix.evals.scoring.stats import LEVEL, Resamples, percentile_interval
 from vlmfix.families import ModelInfo, describe_model
 from vlmfix.wrapper import using, wrapped
 
-__all__ = [
-    "Contrast",
-    "Mention",
-    "ZeroHead",
-    "attribute",
-    "contrast",
-    "find_mentions",
-    "token_spans",
-]
+__all__ = ["Contrast", "ZeroHead", "attribute", "contrast"]
 
 Floats = NDArray[np.float64]
 
@@ -75,58 +68,6 @@ class ZeroHead(AttentionMethod):
         factors = torch.ones(len(keys.kinds), self.num_heads, device=keys.kinds.device)
         factors[:, self.head] = 0
         return Plan((), [True] * len(factors), heads=factors)
-
-
-@dataclass(frozen=True)
-class Mention:
-    """One object named in one answer.
-
-    Attributes:
-        answer: index of the answer.
-        name: the object's category.
-        hallucinated: whether the image lacks it.
-        tokens: indices of the answer's tokens that write the word.
-    """
-
-    answer: int
-    name: str
-    hallucinated: bool
-    tokens: tuple[int, ...]
-
-
-def token_spans(ids: Sequence[int], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    """The lower-cased text of some tokens, and the (start, stop) that each writes of it.
-
-    Told by decoding ever longer beginnings, which every tokenizer can do; spaces belong to the
-    token that brings them, special tokens write nothing.
-    """
-    settings = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    texts = [tokenizer.decode(ids[:end], **settings).lower() for end in range(len(ids) + 1)]
-    ends = [len(text) for text in texts]
-    for at in reversed(range(len(ids))):
-        # A character of several tokens shows as placeholders, maybe more, until it is whole.
-        ends[at] = min(ends[at], ends[at + 1])
-    return texts[-1], list(zip(ends[:-1], ends[1:], strict=True))
-
-
-def find_mentions(
-    answers: Sequence[Sequence[int]], truths: Sequence[frozenset[str]], tokenizer: Any
-) -> list[Mention]:
-    """Every object that the answers name, by CHAIR's rules, and the tokens that write it.
-
-    Args:
-        answers: token ids of each.
-        truths: the objects of each answer's image.
-        tokenizer: that of the model.
-    """
-    found = []
-    for index, (ids, truth) in enumerate(zip(answers, truths, strict=True)):
-        text, spans = token_spans(ids, tokenizer)
-        named = mentions(text)
-        for name, (start, stop) in zip(named.objects, named.spans, strict=True):
-            tokens = [at for at, (low, high) in enumerate(spans) if low < stop and high > start]
-            found.append(Mention(index, name, name not in truth, tuple(tokens)))
-    return found
 
 
 @dataclass(frozen=True)

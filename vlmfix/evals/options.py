@@ -6,7 +6,7 @@ concern answers in files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,40 +16,19 @@ from vlmfix.errors import BadInput
 __all__ = ["DEFAULTS", "SCORING", "Options", "flags", "from_text", "positive", "split"]
 
 
-def _option(
-    default: Any,
-    help: str,
-    *flags: str,
-    least: int | None = None,
-    metavar: str | None = None,
-    kind: Any = None,
-    read: Callable[[Any], Any] | None = None,
-    decides: bool = True,
-) -> Any:
+def _option(default: Any, help: str, *flags: str, **facts: Any) -> Any:
     """A field of `Options`.
 
     Args:
         default: its value where none is given.
         help: what it is, for the command line and for readers.
         flags: of the command line; none: "--" and the name.
-        least: smallest number.
-        metavar: how the command line calls the value.
-        kind: type of the value on the command line, where it is not the field's.
-        read: the command line's value -> the field's.
-        decides: a resumed run has to agree on it, and results hold it.
+        facts: "least", the smallest number; "metavar", how the command line calls the value;
+            "kind", the value's type on the command line where it is not the field's, and "read",
+            from that value to the field's; "decides" False: a resumed run may differ in it, and
+            results do not hold it.
     """
-    return field(
-        default=default,
-        metadata={
-            "help": help,
-            "flags": flags,
-            "least": least,
-            "metavar": metavar,
-            "kind": kind,
-            "read": read,
-            "decides": decides,
-        },
-    )
+    return field(default=default, metadata={"help": help, "flags": flags, **facts})
 
 
 def split(text: str) -> list[str]:
@@ -176,12 +155,12 @@ class Options:
     overwrite: bool = _option(False, "Replace earlier results in --output.", decides=False)
 
     def __post_init__(self) -> None:
-        least = {item.name for item in fields(self) if item.metadata["least"] is not None}
+        least = {item.name for item in fields(self) if "least" in item.metadata}
         positive(**{name: getattr(self, name) for name in least})
 
     def deciding(self) -> dict[str, Any]:
         """What decides the answers and figures, and so has to be equal in a resumed run."""
-        kept = {item.name for item in fields(self) if item.metadata["decides"]}
+        kept = {item.name for item in fields(self) if item.metadata.get("decides", True)}
         return {name: value for name, value in asdict(self).items() if name in kept}
 
     def changed(self) -> set[str]:
@@ -207,5 +186,5 @@ def from_text(item: Field[Any], value: Any) -> Any:
     Raises:
         BadInput: it cannot be read.
     """
-    read = item.metadata["read"]
+    read = item.metadata.get("read")
     return value if read is None or value is None else read(value)
