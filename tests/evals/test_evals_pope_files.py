@@ -291,7 +291,7 @@ def test_parquet_files_of_the_hub_set(tmp_path: Path, form: str) -> None:
     )
     table.require_images([s.image for s in task.samples if s.image])
     assert table.image("COCO_val2014_000000000008.jpg").getpixel((0, 0)) == (8, 0, 0)
-    with pytest.raises(BadInput, match=r"no picture of 1 of 1 images, first other\.jpg"):
+    with pytest.raises(BadInput, match=r"lacks 1 of 1 images, first other\.jpg"):
         table.require_images(["other.jpg"])
     one = Pope(table, Options(splits=("random",)))
     assert {s.split for s in one.samples} == {"random"}

@@ -14,18 +14,18 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlmfix.errors import BadInput
 from vlmfix.evals.inputs.folder import ImageFolder
+from vlmfix.evals.inputs.pictures import Pictures
 
 if TYPE_CHECKING:
-    from PIL import Image
+    pass
 
 __all__ = ["Box", "CocoData"]
 
@@ -55,7 +55,7 @@ class Box(NamedTuple):
         return self.width * self.height
 
 
-class CocoData:
+class CocoData(Pictures):
     """One COCO-format data set.
 
     Args:
@@ -66,7 +66,8 @@ class CocoData:
     """
 
     def __init__(self, source: str | Path) -> None:
-        self.source = Path(source)
+        self.source = self.place = Path(source)
+        self.remedy = f"put them into {self.source / 'images'}"
         if not self.source.exists():
             raise BadInput(f"no data at {self.source}: pass a folder or a .zip in COCO format")
         self._zip: zipfile.ZipFile | None = None
@@ -262,33 +263,12 @@ class CocoData:
     @cached_property
     def _pictures(self) -> ImageFolder:
         """The pictures of a folder data set."""
-        return ImageFolder(self.source, ())
+        return ImageFolder(self.source)
 
-    def require_images(self, names: Sequence[str]) -> None:
-        """Check that the pictures are there, before any work is spent on them.
+    def holds(self, name: str) -> bool:
+        """Whether there is a picture with this `file_name`."""
+        return self._find(name) is not None
 
-        Raises:
-            BadInput: some are missing; the message names the first ones.
-        """
-        missing = [name for name in names if self._find(name) is None]
-        if missing:
-            raise BadInput(
-                f"{self.source} lacks {len(missing)} of {len(names)} images, first "
-                f"{', '.join(missing[:3])}: put them into {self.source / 'images'}"
-            )
-
-    def image(self, name: str) -> Image.Image:
-        """The picture with this `file_name`, in RGB.
-
-        Raises:
-            BadInput: it is missing or cannot be decoded.
-        """
-        from PIL import Image, UnidentifiedImageError
-
-        self.require_images([name])
-        found = self._find(name)
-        assert found is not None
-        try:
-            return Image.open(BytesIO(self._bytes(found))).convert("RGB")
-        except (UnidentifiedImageError, OSError, zipfile.BadZipFile) as error:
-            raise BadInput(f"{self.source}: {found} is not a readable image ({error})") from None
+    def content(self, name: str) -> bytes:
+        """The file of a picture that is there."""
+        return self._bytes(self._find(name) or name)

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, ClassVar
 
 from vlmfix.errors import BadInput
+from vlmfix.evals.inputs.pictures import Pictures
 
 if TYPE_CHECKING:
     from typing import Self
 
-    from PIL import Image
 
 __all__ = ["ImageFolder"]
 
 
-class ImageFolder:
+class ImageFolder(Pictures):
     """The data of one benchmark; what else the benchmark brings is up to subclasses.
 
     The name of a picture may lead through folders. It is looked for in the folder itself and in
@@ -33,6 +33,7 @@ class ImageFolder:
         files: files that decide the questions and their truth; they make the fingerprint.
     """
 
+    remedy = "unpack the benchmark's pictures into it"
     task: ClassVar[str] = ""
     needs: ClassVar[str] = ""
 
@@ -62,7 +63,7 @@ class ImageFolder:
         return folder
 
     def __init__(self, root: str | Path, files: Iterable[Path] = ()) -> None:
-        self.root = Path(root)
+        self.root = self.place = Path(root)
         self._files = sorted(files)
 
     @property
@@ -90,32 +91,12 @@ class ImageFolder:
             return None
         return next((f / relative for f in self._folders if (f / relative).is_file()), None)
 
-    def require_images(self, names: Sequence[str]) -> None:
-        """Check that the pictures are there, before any work is spent on them.
+    def holds(self, name: str) -> bool:
+        """Whether there is a picture of that name."""
+        return self.find(name) is not None
 
-        Raises:
-            BadInput: some are missing; the message names the first ones.
-        """
-        missing = [name for name in names if self.find(name) is None]
-        if missing:
-            raise BadInput(
-                f"{self.root} lacks {len(missing)} of {len(names)} images, first "
-                f"{', '.join(missing[:3])}: unpack the benchmark's pictures into it"
-            )
-
-    def image(self, name: str) -> Image.Image:
-        """The picture of that name, in RGB.
-
-        Raises:
-            BadInput: it is missing or cannot be decoded.
-        """
-        from PIL import Image, UnidentifiedImageError
-
-        self.require_images([name])
+    def content(self, name: str) -> bytes:
+        """The file of a picture that is there."""
         path = self.find(name)
         assert path is not None
-        try:
-            with Image.open(path) as picture:
-                return picture.convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise BadInput(f"{path} is not a readable image ({error})") from None
+        return path.read_bytes()

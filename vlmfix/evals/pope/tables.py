@@ -16,17 +16,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmfix.errors import BadInput
 from vlmfix.evals.inputs.coco import CocoData
+from vlmfix.evals.inputs.pictures import Pictures
 from vlmfix.evals.inputs.rows import Row, read_rows
 from vlmfix.evals.pope.files import QuestionFile, image_name, load_splits, question_splits
 
 if TYPE_CHECKING:
-    from PIL import Image
+    pass
 
 __all__ = ["OwnQuestions", "QuestionTable", "open_images", "question_source"]
 
@@ -71,7 +71,7 @@ def _is_hub_name(path: str | Path) -> bool:
     return not known and _HUB.fullmatch(str(path)) is not None
 
 
-class QuestionTable:
+class QuestionTable(Pictures):
     """POPE questions with their pictures; a `tasks.DataSource`.
 
     Args:
@@ -85,8 +85,10 @@ class QuestionTable:
         BadInput: not there, not such a table, or `datasets` is not installed.
     """
 
+    remedy = "pass the pictures with --data and these questions with --questions"
+
     def __init__(self, source: str | Path) -> None:
-        self.name = str(source) if _is_hub_name(source) else Path(source).name
+        self.name = self.place = str(source) if _is_hub_name(source) else Path(source).name
         self._pictures: dict[str, Callable[[], bytes]] = {}
         tsv = Path(source).suffix == ".tsv"
         rows = self._read_tsv(Path(source)) if tsv else self._read_datasets(source)
@@ -133,38 +135,15 @@ class QuestionTable:
             rows = [asdict(question) for question in file.questions]
             digest.update(json.dumps([split, rows, sorted(file.follows.items())]).encode())
         for name in sorted(self._pictures):
-            digest.update(self._read(name))
+            digest.update(self.content(name))
         return digest.hexdigest()
 
-    def require_images(self, names: Sequence[str]) -> None:
-        """Check that the pictures are there.
+    def holds(self, name: str) -> bool:
+        """Whether the table holds a picture of that name."""
+        return name in self._pictures
 
-        Raises:
-            BadInput: some are missing; the message names the first ones.
-        """
-        missing = [name for name in names if name not in self._pictures]
-        if missing:
-            raise BadInput(
-                f"{self.name} holds no picture of {len(missing)} of {len(names)} images, first "
-                f"{', '.join(missing[:3])}: pass the pictures with --data and these questions with "
-                "--questions"
-            )
-
-    def image(self, name: str) -> Image.Image:
-        """The picture of that name, in RGB.
-
-        Raises:
-            BadInput: it is missing or cannot be decoded.
-        """
-        from PIL import Image, UnidentifiedImageError
-
-        self.require_images([name])
-        try:
-            return Image.open(BytesIO(self._read(name))).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise BadInput(f"{self.name}: {name} is not a readable image ({error})") from None
-
-    def _read(self, name: str) -> bytes:
+    def content(self, name: str) -> bytes:
+        """The bytes of a picture that is there; raises BadInput if it has none."""
         try:
             return self._pictures[name]()
         except (binascii.Error, ValueError, TypeError) as error:
