@@ -63,7 +63,7 @@ def evaluate(
     whatever cause goes on with `resume`, and gives what it would have given in one go.
 
     Args:
-        tasks: names from `vlmfix.evals.TASKS`.
+        tasks: names, of `vlmfix.evals.list_tasks()`.
         model: "emoji", a folder, a hub id, or (model, processor). A wrapped model is asked with
             each method instead of its own, in this thread alone.
         methods: one arm each: a name with options, a list of them (a stack), or a method object.

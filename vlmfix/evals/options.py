@@ -61,7 +61,12 @@ def positive(**values: int | None) -> None:
 class Options:
     """What the caller of an evaluation chose; tasks read what concerns them.
 
-    Every field says in its "help" what it is; `vlmfix eval --help` shows them all.
+    Every field says what it is, here and in `vlmfix eval --help`. In Python `n_images=None` takes
+    all images, `splits` is a list, `questions` a mapping from split to file, and `image_ids` may be
+    a list of ids. Sampling is from all tokens (top_p 1, top_k 0). `greedy_too` adds an arm
+    "<arm> greedy" for every arm, and the comparison with the greedy base (`against_greedy`): a
+    method that is better than sampling only may be worse than greedy. The answers of the `noop` arm
+    have to be the base's. `resume` keeps finished answers and asks errors again.
 
     Raises:
         BadInput: a number that is too small.
