@@ -37,11 +37,9 @@ _STAGES = {
     "pixels": "The image, changed before it is encoded",
     "tokens": "Visual tokens, pruned",
 }
-#: How a paper is named in the registry, and the address that this leads to.
-_ADDRESSES = (
-    (re.compile(r",? ?arXiv (\d{4}\.\d{5})"), "https://arxiv.org/abs/{}"),
-    (re.compile(r",? ?OpenReview (\w+)"), "https://openreview.net/forum?id={}"),
-)
+#: A paper as the table of methods names it: what to show, and its number.
+_PAPER = re.compile(r"(^|, and )(.+?), (arXiv|OpenReview) ([\w.]+)(?=,|$)")
+_ADDRESSES = {"arXiv": "https://arxiv.org/abs/", "OpenReview": "https://openreview.net/forum?id="}
 
 
 def methods() -> str:
@@ -59,13 +57,11 @@ def methods() -> str:
     return "\n".join(lines)
 
 
-def _linked(paper: str) -> str:
-    """A paper as the registry names it, as a link where the registry has its number."""
-    for number, address in _ADDRESSES:
-        if found := number.search(paper):
-            text = number.sub("", paper) or found[0]
-            return f"[{text}]({address.format(found[1])})"
-    return paper
+def _linked(papers: str) -> str:
+    """Papers as the table of methods names them, as links where they have a number."""
+    return _PAPER.sub(
+        lambda found: f"{found[1]}[{found[2]}]({_ADDRESSES[found[3]]}{found[4]})", papers
+    )
 
 
 def method(name: str) -> str:
