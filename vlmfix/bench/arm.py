@@ -30,12 +30,12 @@ __all__ = ["MINIMUM_TOKENS", "Arm", "Check", "Decoding", "Memory", "Turn", "TwoP
 
 _CHECKED = 3  # tokens of the check: one from the prompt, two from decode steps
 MINIMUM_TOKENS = _CHECKED + 1
-_WATCHED = 8  # tokens of the turn that is measured and not timed: a profiler makes them dear
-_TOKEN = 5  # what every turn writes; no placeholder and no end in any of the models
+_PROFILED = 8  # tokens of the turn whose memory is measured: a profiler makes them slow
+_TOKEN = 5  # the token that every turn writes; no placeholder and no end in any of the models
 
-#: Largest relative error of the logits of an arm against the reference. Seen on a CPU, for a
-#: random 330 M LLaVA: 1e-6 in float32; in bfloat16 0.013 of the plain model, whose logits with and
-#: without a cache differ as well, and up to 0.03 where a contrast weighs the rounding of streams.
+#: Largest relative error of the logits of an arm against the reference. Measured on a CPU, for a
+#: random 330 M LLaVA: 1e-6 in float32; in bfloat16 0.013 for the plain model, whose logits with and
+#: without a cache differ as well, and up to 0.03 where a contrast weighs the rounding of branches.
 _TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
@@ -46,7 +46,7 @@ class Decoding:
     Attributes:
         new_tokens: tokens per turn, at least `MINIMUM_TOKENS`.
         cache: "dynamic" or "static".
-        compile: backend of torch.compile for decode steps; None: they are not compiled.
+        compile: backend of torch.compile for decode steps; None: no compilation.
     """
 
     new_tokens: int
@@ -74,8 +74,8 @@ class Turn(NamedTuple):
     Attributes:
         first_token: from the call to the first new token.
         step: of a decode step.
-        prefill: within the language model's layers before the first token: the prompt, and
-            whatever a method looks at beforehand. Choosing visual tokens is not in it.
+        prefill: within the language model's layers before the first token: the prompt, and the
+            probe passes of a method. Choosing visual tokens is not in it.
         tower: within the vision tower.
     """
 
@@ -86,7 +86,7 @@ class Turn(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes of a short turn without compiling: its peak above what was there, its KV cache."""
+    """Bytes of a short turn, not compiled: its peak above the memory used before, its KV cache."""
 
     peak: int
     cache: int
@@ -94,15 +94,15 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True)
 class Check:
-    """What the turns before those that are timed have shown of an arm.
+    """The results of an arm's turns before the timed ones.
 
     Attributes:
-        memory: of a short turn.
-        streams: rows that a pass runs per row of the batch.
+        memory: memory of a short turn.
+        streams: rows that a pass runs per row of the batch, branches included.
         edited_rows: rows of attention or of logits that the methods changed, per decode step.
-        visual_tokens: that the language model got, of all rows; None: all of them.
-        reference: (B, _CHECKED, V) float32, its logits without a cache, each row less its mean.
-        refusal: why the speed of this arm means nothing; None if it computes what it should.
+        visual_tokens: visual tokens that the language model got, of all rows; None: all of them.
+        reference: (B, _CHECKED, V) float32, its logits without a cache, minus the mean of each row.
+        refusal: why the speed of this arm means nothing; None if its logits are right.
     """
 
     memory: Memory
@@ -115,10 +115,10 @@ class Check:
 
 @dataclass(frozen=True)
 class TwoProducts(AttentionMethod):
-    """A control: edits nothing, and so gets each decoded row from two matrix products.
+    """A control that edits nothing, and so gets each decoded row from two matrix products.
 
-    That is how edited rows and the streams of a contrastive method are computed, where the plain
-    model runs torch's own attention. What is left of a method's cost over this arm is its own.
+    Edited rows and the branches of a contrastive method are computed that way, while the plain
+    model runs torch's own attention. A method's cost over this arm is its own.
     """
 
     name: ClassVar[str] = "two products"
@@ -139,12 +139,12 @@ class Arm:
     """A model that is ready to be timed.
 
     Attributes:
-        name: "plain", "two products", or the specs as they were given.
+        name: "plain", "two products", or the specs as given.
         model: the subject's own model if there are no methods, else a wrapped copy.
         spec: the specs as they ran.
         is_control: whether it is the arm of `TwoProducts`.
-        edits: whether it has methods beside that.
-        warm: whether timed turns can start after the check.
+        edits: whether it has methods other than that.
+        warm: whether timed turns can start right after the check.
     """
 
     def __init__(
@@ -154,13 +154,13 @@ class Arm:
         self.device, self.decoding, self.methods = subject.device, decoding, tuple(methods)
         self.is_control = self.methods == (TwoProducts(),)
         self.edits = bool(methods) and not self.is_control
-        # A static cache of another length compiles anew, and a GPU's allocator has to grow.
+        # A static cache of another length compiles again, and a GPU's allocator has to grow.
         self.warm = decoding.compile is None and self.device == "cpu"
         self.spec = "+".join(method.spec() for method in methods)
         self.model = subject.model
         if methods:
-            # Wrapping for each turn would make torch.compile start anew, and a wrapped model that
-            # is plain for a while still runs the hooks.
+            # Wrapping for each turn would make torch.compile start over, and a wrapped model under
+            # `suspended` still runs the hooks.
             self.model = vlmfix.wrap(_twin(subject.model), list(methods))
         self._tower = describe_tower(self.model, describe_model(self.model)).module
 
@@ -169,7 +169,7 @@ class Arm:
         prefill = Stopwatch(self.model.get_decoder(), self.device)
         tower = Stopwatch(self._tower, self.device)
 
-        def stop() -> None:  # decode steps may be compiled, and bear no hooks of ours
+        def stop() -> None:  # decode steps may be compiled, which these hooks would prevent
             prefill.stop()
             tower.stop()
 
@@ -184,12 +184,12 @@ class Arm:
         return Turn(first - start, (last - first) / steps, prefill.seconds, tower.seconds)
 
     def check(self, plain: torch.Tensor | None) -> Check:
-        """Run the turns that are not timed: what an arm does, and whether it is right.
+        """Run the turns that are not timed, and check the arm's work.
 
-        The logits of its decode steps must lie within a tolerance by dtype of those that it has
-        without a cache, and at least twice as near to them as the plain model's, which the same
-        error would otherwise let pass. Each row is taken less its mean: what is added to all
-        logits changes nothing, and methods that combine log-probabilities add much.
+        The logits of its decode steps must be close to those that it has without a cache: within a
+        tolerance by dtype, and at least twice as close as the plain model's, so that an arm that
+        does nothing fails. The mean of each row is subtracted first, because a constant added to
+        all logits changes nothing, and methods that combine log-probabilities add a large one.
 
         Args:
             plain: `Check.reference` of the plain model; None for an arm that edits nothing.
@@ -197,7 +197,7 @@ class Arm:
         memory, rows = self._memory(), self._rows()
         reference = self._reference()
         output = self._generate(_CHECKED, self.decoding.arguments(), output_logits=True)
-        edited = (rows - self._rows()) / (self._watched - _CHECKED)
+        edited = (rows - self._rows()) / (self._profiled - _CHECKED)
         logits, expected = _centred(torch.stack(output.logits, dim=1))[:, 1:], reference[:, 1:]
         norm, tolerance = expected.norm(), _TOLERANCES[self.dtype]
         error = float((logits - expected).norm() / norm)
@@ -218,8 +218,8 @@ class Arm:
     def _reference(self) -> torch.Tensor:
         """The logits (B, _CHECKED, V) that choose the first tokens, without a cache.
 
-        One forward over the prompt and what every turn writes behind it: no decode step, no
-        kernel and no graph takes part, and edited rows come after the model's own attention.
+        One forward over the prompt and the tokens that every turn writes: without a decode step,
+        a kernel or a graph; edited rows replace those of the model's own attention.
         """
         inputs = dict(self.inputs)
         length, more = inputs["input_ids"].shape[1], (0, _CHECKED - 1)
@@ -247,17 +247,17 @@ class Arm:
         return kept if kept < count else None
 
     @property
-    def _watched(self) -> int:
-        return min(_WATCHED, self.decoding.new_tokens)
+    def _profiled(self) -> int:
+        return min(_PROFILED, self.decoding.new_tokens)
 
     def _memory(self) -> Memory:
         """Measure one short generate(), decode steps not compiled.
 
-        On CUDA it is what the caching allocator handed out. On a CPU it is what the profiler saw
-        of torch's tensors; scratch memory inside a library call is not in it.
+        On CUDA it is the memory that the caching allocator handed out. On a CPU it is that of
+        torch's tensors in a profile; scratch memory inside a library call is not in it.
         """
-        tokens, arguments = self._watched, self.decoding.arguments(compiled=False)
-        gc.collect()  # what others left behind must not go away meanwhile
+        tokens, arguments = self._profiled, self.decoding.arguments(compiled=False)
+        gc.collect()  # garbage of other arms must not be freed in between
         if self.device.startswith("cuda"):
             before = torch.cuda.memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -289,20 +289,20 @@ class Arm:
 
 
 class SameToken(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped
-    """Lets one token through, and never the end."""
+    """Allows one token, which is not the end."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (B, V) -> scores of which only one is finite."""
+        """Scores (B, V) -> scores with one finite value per row."""
         chosen = torch.full_like(scores, -torch.inf)
         chosen[:, _TOKEN] = 0
         return chosen
 
 
 class Clock(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
-    """Notes when each new token is there; handing it over waits for the device.
+    """Records the time of each new token; receiving it waits for the device.
 
     Args:
-        at_first: Called when the first new token is there.
+        at_first: called at the first new token.
     """
 
     def __init__(self, at_first: Callable[[], None]) -> None:
@@ -310,21 +310,21 @@ class Clock(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
         self._at_first = at_first
 
     def put(self, value: torch.Tensor) -> None:
-        """Called with the prompt, then with each step's tokens."""
+        """Record a time, for the prompt and then for each step's tokens."""
         self.times.append(time.perf_counter())
         if len(self.times) == 2:
             self._at_first()
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing at the end of the answer."""
 
 
 class Stopwatch:
     """Adds up the seconds within a module, until it is stopped.
 
     Args:
-        module: Whose forwards are timed, those that an exception ends, too.
-        device: Waited for at both ends of a forward, if it is a GPU.
+        module: the module to time, including forwards that an exception ends.
+        device: a GPU is synchronised at both ends of a forward.
     """
 
     def __init__(self, module: torch.nn.Module, device: str) -> None:
@@ -335,7 +335,7 @@ class Stopwatch:
         )
 
     def stop(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 
@@ -352,7 +352,7 @@ class Stopwatch:
 
 
 def _centred(logits: torch.Tensor) -> torch.Tensor:
-    """Logits (..., V) less their mean over V, in float32."""
+    """Logits (..., V) minus their mean over V, in float32."""
     logits = logits.float()
     return logits - logits.mean(-1, keepdim=True)
 
@@ -361,13 +361,13 @@ def _twin(model: Any) -> Any:
     """A copy of a model that shares its weights."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, shared)
-    # What transformers compiled for the original would go on running the original.
+    # A forward that transformers compiled for the original would run the original.
     twin.__dict__.pop("_compiled_call", None)
     return twin
 
 
 def _peak(profile: torch.profiler.profile) -> int:
-    """Most bytes of CPU tensors alive at once, above those from before the profile."""
+    """The most bytes of CPU tensors alive at once, above those from before the profile."""
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     results: Any = profile.profiler.kineto_results
     events = [event for event in results.events() if event.name() == "[memory]"]

@@ -1,12 +1,12 @@
-"""How long one layer's attention takes for the row that decoding computes, edited and not.
+"""Times one layer's attention for the row that decoding computes, edited and unedited.
 
     python -m vlmfix.bench.kernels [--output FILE.csv] [--plot FILE.png]
 
 On a GPU the Triton kernels are timed, by replaying CUDA graphs; without one, the plain torch path,
 and every row says that it is no measurement of the kernels. Arms take turns within each round, so a
-machine that slows down slows all of them. Every arm goes through several copies of the cache, too
-large together for the processor's own, as decoding goes through layers. An arm is timed only after
-its output was right against float64 in the same run.
+machine that slows down slows all of them. Every arm goes through several copies of the KV cache,
+together too large for the processor's cache, as decoding goes through layers. An arm is timed only
+after its output agreed with float64 in the same run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = ["NO_GPU", "Report", "Shape", "default_shapes", "draw", "main", "run",
 
 NO_GPU = "not measured on a GPU"
 PERCENTILES = (20, 50, 80)
-#: Bytes of keys and values that the copies of a cache reach together, if there are enough copies.
+#: Least bytes of keys and values in all copies of a cache, up to the largest number of copies.
 _COLD_BYTES = {"cpu": 2**27, "cuda": 2**28}
 _MOST_COPIES = 64
 _KEEP, _RHO, _MINIMUM = 0.6, 0.5, 0.2  # VAR
@@ -68,14 +68,14 @@ class Shape:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of keys and values: what any attention has to read."""
+        """Bytes of keys and values, which every attention has to read."""
         size = getattr(torch, self.dtype).itemsize
         return 2 * self.batch * self.key_heads * self.keys * self.width * int(size)
 
 
 @dataclass
 class Report:
-    """Rows that were measured; what was not, and why."""
+    """Rows that were measured, and the reasons for those that were not."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -83,23 +83,23 @@ class Report:
 
 @dataclass(frozen=True)
 class _Arm:
-    """An operator, the edit that it must equal in float64, and how it is run."""
+    """An operator, the edit that it must equal in float64, and the way to run it."""
 
     name: str
     call: Operator
     edit: str = "plain"
-    graph: bool = True  # a CUDA graph can hold it
-    backend: SDPBackend | None = None  # of torch's attention; None where it is not called
+    graph: bool = True  # whether a CUDA graph can hold it
+    backend: SDPBackend | None = None  # backend of torch's attention; None: not called
 
     def chosen(self) -> contextlib.AbstractContextManager[Any]:
-        """While this is entered, torch's attention runs on the backend."""
+        """Run torch's attention on the backend within the block."""
         chosen: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         return chosen if self.backend is None else sdpa_kernel(self.backend)
 
 
 @dataclass
 class _Problem:
-    """Inputs of one shape: several caches, and what the edits know of their keys."""
+    """Inputs of one shape: several caches, and the groups of their keys that edits read."""
 
     caches: list[Cache]
     edits: dict[str, FusedEdit]
@@ -109,7 +109,7 @@ class _Problem:
 
 
 def default_shapes(device: str) -> list[Shape]:
-    """What the published tables hold; on a CPU the few that take seconds."""
+    """The shapes of the published tables; on a CPU the few that take seconds."""
     gpu = device.startswith("cuda")
     return [
         Shape(batch, heads, key_heads, keys, dtype=dtype, masked=masked)
@@ -133,10 +133,10 @@ def run(
     """Time every operator on every shape.
 
     Args:
-        shapes: what to time.
+        shapes: the shapes to time.
         device: "cpu" or "cuda".
         rounds: timed turns of every arm.
-        progress: told what runs next.
+        progress: called with a line about what runs next.
 
     Returns:
         One row per shape and arm, times in microseconds per call. `over_sdpa` divides by the time
@@ -166,6 +166,7 @@ def _measure(
     allowed = _eager_errors(problem, exact)
     for arm in _arms(problem, implementation):
         try:
+            # The first arm is the eager one; its error bounds that of the others.
             with arm.chosen():
                 error, reason = _check(arm, problem, exact, allowed)
         except (RuntimeError, BadInput) as failure:  # a backend that does not take this shape
@@ -181,7 +182,7 @@ def _measure(
     order = [arm.name for arm in arms]
     shuffle = random.Random(0).shuffle
     for _ in range(rounds):
-        # In a fixed order an arm would always meet what the same other arm left in the processor.
+        # In a fixed order an arm would always find the processor's cache as the same arm left it.
         shuffle(order)
         for name in order:
             seconds[name].append(calls[name]())
@@ -216,9 +217,9 @@ def _measure(
 
 
 def _problem(shape: Shape, device: str) -> _Problem:
-    """Caches in which the alternate heads look at the image, with masses far from VAR's thresholds.
+    """Caches in which every other head attends to the image, far from VAR's thresholds.
 
-    Four keys in five are visual, one in 33 of those is a sink. Heads that look at the image put
+    Four keys in five are visual, one in 33 of those is a sink. Heads that attend to the image put
     about a fifth of their mass on the sinks; the others put nearly all of it on the text.
     """
     dtype = getattr(torch, shape.dtype)
@@ -227,7 +228,7 @@ def _problem(shape: Shape, device: str) -> _Problem:
     index = torch.arange(shape.keys, device=device)
     visual = (index >= shape.keys // 20) & (index < shape.keys * 17 // 20)
     sinks = visual & (index % 33 == 0)
-    # Two channels of keys and queries carry what kind a key is; this much they add to a score.
+    # Two channels of keys and queries encode the kind of a key, and add this much to a score.
     text_score, sink_score, level = 5.0, 2.0, 4.0
     scaling = shape.width**-0.5
 
@@ -263,7 +264,7 @@ def _problem(shape: Shape, device: str) -> _Problem:
 
 
 def _arms(problem: _Problem, implementation: ops.Implementation) -> list[_Arm]:
-    """The operators that are timed."""
+    """All arms, the eager one first."""
     scaling, mask = problem.scaling, problem.mask
 
     def eager(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -288,7 +289,7 @@ def _arms(problem: _Problem, implementation: ops.Implementation) -> list[_Arm]:
     def sdpa(packed: bool) -> Operator:
         def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             shape = query.shape
-            if packed:  # the heads that share a key head as rows of it: the same, for one position
+            if packed:  # heads that share a key head as its rows: equivalent for one position
                 query = query.reshape(shape[0], key.shape[1], -1, shape[3])
             grouped = query.shape[1] != key.shape[1]
             found = scaled_dot_product_attention(
@@ -351,14 +352,7 @@ def _eager_errors(problem: _Problem, exact: dict[str, torch.Tensor]) -> dict[str
 def _check(
     arm: _Arm, problem: _Problem, exact: dict[str, torch.Tensor], allowed: dict[str, float]
 ) -> tuple[float, str]:
-    """Largest error of an arm, and why it must not be timed ("" if it may).
-
-    Args:
-        arm: what is checked.
-        problem: its inputs.
-        exact: the right output of each edit.
-        allowed: the error of eager attention for each edit.
-    """
+    """The largest error of an arm, and why it must not be timed ("" if it may)."""
     found, expected = arm.call(*problem.caches[0]), exact[arm.edit]
     error = float((found.double() - expected).abs().max())
     rounding = torch.finfo(found.dtype).eps * float(expected.abs().max())
@@ -376,10 +370,10 @@ def _check(
 def _timed(
     arm: _Arm, problem: _Problem, turns: Iterator[Cache], device: str
 ) -> Callable[[], float]:
-    """A function that runs an arm and gives its seconds per call.
+    """A function that runs an arm and returns its seconds per call.
 
-    On a CPU it takes the next of `turns`, which all arms share: none finds in the processor what
-    the arm before it has read. On a GPU it runs through all caches.
+    On a CPU it takes the next of `turns`, which all arms share, so that no arm finds the data of
+    the previous one in the processor's cache. On a GPU it runs through all caches.
     """
     if not device.startswith("cuda"):
 
@@ -400,7 +394,7 @@ def _timed(
     replay: Callable[[], Any] = all_caches
     if arm.graph:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):  # compiles, and warms what a capture may not
+        with torch.cuda.stream(stream):  # compiles, and initialises what a capture may not
             all_caches()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -427,7 +421,7 @@ def _spread(name: str, values: list[float]) -> dict[str, float]:
 
 
 def write_csv(report: Report, path: Path) -> None:
-    """Write the rows to a new csv file, over an old one."""
+    """Write the rows to a csv file, replacing an old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(report.rows[0]) if report.rows else [])
@@ -436,15 +430,15 @@ def write_csv(report: Report, path: Path) -> None:
 
 
 def draw(report: Report, path: Path) -> None:
-    """Time over the fastest SDPA, one panel per dtype and head count, as a PNG.
+    """Draw the time over the fastest SDPA, one panel per dtype and head count, as a PNG.
 
     Raises:
-        BadInput: There is nothing to draw.
+        BadInput: there is nothing to draw.
         MissingDependency: matplotlib is not installed.
     """
     rows = [row for row in report.rows if not row["masked"]]
     if not rows:
-        raise BadInput("no row without a mask was measured, and those are what is drawn")
+        raise BadInput("there is nothing to draw: no row without a mask was measured")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -510,14 +504,18 @@ def _table(report: Report) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line, measure, print, and write what was asked for."""
+    """Parse the command line, measure, print, and write the files."""
     parser = argparse.ArgumentParser(prog="python -m vlmfix.bench.kernels", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--output", type=Path, help="csv file for the rows")
-    parser.add_argument("--plot", type=Path, help="PNG file to draw them in; needs matplotlib")
+    parser.add_argument("--output", type=Path, help="csv file to write the rows to")
+    parser.add_argument("--plot", type=Path, help="PNG file to draw the times in; needs matplotlib")
     parser.add_argument("--rounds", type=int, default=25, help="timed turns of every arm")
     parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="device to time on; default: a GPU if there is one",
+    )
     chosen = parser.parse_args(arguments)
     device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(chosen.threads)

@@ -15,13 +15,13 @@ from vlmfix.loading import as_device, as_dtype, load, load_image
 
 __all__ = ["LARGE", "MODELS", "SHAPES", "Subject", "subject"]
 
-TEXT_TOKENS = 28  # after the image, unless said otherwise
+TEXT_TOKENS = 28  # after the image, by default
 _SCORE_DEVIATION = 2.0
 _ROOM = 1.25  # memory that a large shape needs, in units of its weights
 
 
 @dataclass(frozen=True)
-class Tower:
+class TowerSizes:
     """Sizes of a vision tower."""
 
     hidden: int
@@ -33,7 +33,7 @@ class Tower:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a decoder, its vision tower, and the side of its image in visual tokens.
+    """Sizes of a decoder, of its vision tower, and of its image in visual tokens.
 
     The four ids at the end of the vocabulary are image, video, start and end of vision.
     """
@@ -43,19 +43,19 @@ class Shape:
     heads: int
     mlp: int
     vocabulary: int
-    tower: Tower
+    tower: TowerSizes
     side: int
 
     @property
     def decoder(self) -> dict[str, Any]:
-        """What every decoder config takes."""
+        """The arguments of every decoder config."""
         return {
             "vocab_size": self.vocabulary,
             "hidden_size": self.hidden,
             "intermediate_size": self.mlp,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
-            "max_position_embeddings": 2**17,  # rotary positions: it reserves nothing
+            "max_position_embeddings": 2**17,  # rotary positions need no memory
             "bos_token_id": 1,
             "eos_token_id": 2,
         }
@@ -69,7 +69,7 @@ class Shape:
         raise NotImplementedError
 
     def pixels(self, batch: int) -> dict[str, torch.Tensor]:
-        """What the vision tower reads, one random image per row."""
+        """The inputs of the vision tower, one random image per row."""
         raise NotImplementedError
 
 
@@ -148,12 +148,12 @@ class Qwen(Shape):
 
 
 SHAPES: dict[str, Shape] = {
-    "llava-tiny": Llava(64, 5, 4, 96, 128, Tower(16, 4, 1, 64, 4), 6),
-    "llava-300m": Llava(1024, 24, 16, 2816, 8192, Tower(256, 4, 4, 1024, 14), 24),
-    "llava-1.5-7b": Llava(4096, 32, 32, 11008, 32064, Tower(1024, 24, 16, 4096, 14), 24),
-    "qwen2.5-vl-tiny": Qwen(64, 5, 4, 96, 128, Tower(32, 4, 2, 48, 4), 6, 2, (2, 3, 3)),
+    "llava-tiny": Llava(64, 5, 4, 96, 128, TowerSizes(16, 4, 1, 64, 4), 6),
+    "llava-300m": Llava(1024, 24, 16, 2816, 8192, TowerSizes(256, 4, 4, 1024, 14), 24),
+    "llava-1.5-7b": Llava(4096, 32, 32, 11008, 32064, TowerSizes(1024, 24, 16, 4096, 14), 24),
+    "qwen2.5-vl-tiny": Qwen(64, 5, 4, 96, 128, TowerSizes(32, 4, 2, 48, 4), 6, 2, (2, 3, 3)),
     "qwen2.5-vl-7b": Qwen(
-        3584, 28, 28, 18944, 152064, Tower(1280, 32, 16, 3420, 14), 24, 4, (16, 24, 24)
+        3584, 28, 28, 18944, 152064, TowerSizes(1280, 32, 16, 3420, 14), 24, 4, (16, 24, 24)
     ),
 }
 #: Shapes for a GPU: on a CPU they run only if the device is asked for by name.
@@ -176,18 +176,18 @@ class Subject:
 def subject(
     name: str, dtype: str, device: str, batch: int, text_tokens: int | None = None
 ) -> Subject:
-    """A model on its device and a prompt of `batch` equal rows for it.
+    """Build a model on its device, and a prompt of `batch` equal rows.
 
     Args:
-        name: One of `MODELS`.
+        name: one of `MODELS`.
         dtype: bfloat16, float16 or float32.
         device: cpu, cuda or cuda:N.
-        batch: Rows of the prompt.
-        text_tokens: Text tokens after the image; 28 if absent. The bundled model has a prompt of
+        batch: rows of the prompt.
+        text_tokens: text tokens after the image; default: 28. The bundled model has a prompt of
             its own.
 
     Raises:
-        BadInput: Another text length for the bundled model, or too little memory.
+        BadInput: another text length for the bundled model, or too little memory.
     """
     where, kind = as_device(device), as_dtype(dtype)
     if name == "emoji":
@@ -219,13 +219,13 @@ def _bundled(
 
 
 def _random_model(shape: Shape, where: torch.device, dtype: torch.dtype) -> Any:
-    """Random weights, made on the device they stay on; the random state is put back."""
+    """A model of random weights, made on its device; the random state is restored."""
     gpus = [where] if where.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus), torch.device(where):
         torch.manual_seed(0)
         model = transformers.AutoModelForImageTextToText.from_config(shape.config(), dtype=dtype)
-    # As drawn, attention is nearly flat, and in half precision an edit of it would drown in
-    # rounding. Queries and keys each have the standard deviation 0.02 * sqrt(width).
+    # With the initial weights attention is nearly flat, and in half precision an edit of it would
+    # be lost in rounding. Queries and keys each have the standard deviation 0.02 * sqrt(width).
     factor = _SCORE_DEVIATION / (0.02**2 * shape.hidden)
     with torch.no_grad():
         for attention in describe_model(model).attention.values():
@@ -249,7 +249,7 @@ def _prompt(shape: Shape, batch: int, text_tokens: int) -> dict[str, torch.Tenso
 
 
 def _check_memory(name: str, shape: Shape, where: torch.device, dtype: torch.dtype) -> None:
-    """Stop before a model is built that does not fit."""
+    """Refuse a model that does not fit, before it is built."""
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(shape.config(), dtype=dtype)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -263,7 +263,7 @@ def _check_memory(name: str, shape: Shape, where: torch.device, dtype: torch.dty
 
 
 def _free_memory(where: torch.device) -> int | None:
-    """Bytes that can still be used on a device; None if the system does not say."""
+    """Free bytes on a device; None if the system does not report them."""
     if where.type == "cuda":
         return int(torch.cuda.mem_get_info(where)[0])
     info = Path("/proc/meminfo")

@@ -84,8 +84,8 @@ def redistribute_per_head(
         weights: (B, H, Q, K) softmax rows. They are not changed.
         groups: (B, K) ids: 1 text sink, 2 visual sink, 3 other visual key, 0 anything else.
         keep: share of its attention that a sink keeps.
-        rho: a row is edited where at least this share of its visual mass is off the sinks,
-        minimum_visual_mass: and where it puts at least this mass on the image.
+        rho: a row is edited if at least this share of its visual mass is off the sinks,
+        minimum_visual_mass: and if it puts at least this mass on the image.
 
     Returns:
         (B, H, Q, K), edited rows.

@@ -16,7 +16,7 @@ _PANELS = (
     ("tokens_per_second_over_plain", "decode tokens/s over plain (more is better)", (0.9, 1.0)),
     ("first_token_over_plain", "time to first token over plain (less is better)", (1.0,)),
 )
-# Of arms that drop visual tokens: at 64 of 576 tokens, twice as fast is the least expected.
+# For arms that drop visual tokens: at 64 of 576 tokens, at least twice the speed is expected.
 _PREFILL = (
     "prefill_over_plain",
     "language model's prefill over plain (less is better)",
@@ -32,11 +32,11 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     A hollow mark is the median of tokens/s over the arm that edits nothing (`TwoProducts`).
 
     Args:
-        rows: Rows of `bench.run` or of its csv file.
-        path: Where the picture goes; the ending says the format.
+        rows: rows of `bench.run` or of its csv file.
+        path: the file to write; its ending names the format.
 
     Raises:
-        BadInput: There is no arm beside plain.
+        BadInput: there is no arm other than plain.
         MissingDependency: matplotlib is not installed.
     """
     require_matplotlib()
@@ -45,7 +45,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     arms = [row for row in rows if row["arm"] != "plain"]
     if not arms:
-        raise BadInput("there is nothing to draw: no arm beside plain was measured")
+        raise BadInput("there is nothing to draw: no arm other than plain was measured")
     figure = Figure(figsize=(10, 1.1 + _ROW * len(arms)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     # A csv file of an older version has no such column.

@@ -1,14 +1,13 @@
-"""How fast a model generates with methods, and in how much memory, over the same model plain.
+"""Speed and memory of generation with methods, relative to the same model plain.
 
 Arms take turns within each round, so a machine that slows down slows all of them, and the ratio of
-a round compares neighbours in time. The prompt and the decode steps are timed apart. Before an arm
-is timed it must have edited rows while decoding, or dropped visual tokens, and its logits must
-agree with a forward that has no cache, no kernel and no graph; otherwise there is no row for it,
-but the reason.
+a round compares neighbours in time. The prompt and the decode steps are timed separately. Before an
+arm is timed it must have edited rows while decoding, or dropped visual tokens, and its logits must
+agree with a forward without cache, kernel and graph; otherwise the report gives the reason instead
+of a row.
 
-On a CPU one more arm edits nothing, but has its attention computed as methods that edit or contrast
-have theirs: what such a method does to the plain model's speed is what that arm does, times what
-the method adds to it.
+On a CPU one more arm edits nothing, but computes its attention as methods that edit or contrast do.
+The speed of such a method over the plain model is that of this arm, times the method's over it.
 """
 
 from __future__ import annotations
@@ -45,18 +44,18 @@ LEGEND = (
     "nothing. peak: above the weights, KV cache included."
 )
 NO_GPU = "not measured on a GPU"
-# Seen with torch 2.13: 0.85 ms for 16 heads and 608 keys, 0.10 ms as two matrix products.
+# Measured with torch 2.13: 0.85 ms for 16 heads and 608 keys, 0.10 ms as two matrix products.
 SLOW_PLAIN = (
     "torch's own attention is slow on a CPU for one query row in half precision. A layer with an "
     "edited row, and every layer of a contrastive step, runs two matrix products instead, and "
-    "ratios above 1 come from there. The arm 'two products' (not with --compile) does that and "
-    "nothing else: over it a method shows its own cost, of a contrastive one that of its rows"
+    "ratios above 1 come from there. The arm 'two products' (not with --compile) does only that: "
+    "relative to it a method shows its own cost, and a contrastive method that of its rows"
 )
-# A contrastive method runs without its cut at beta: a token that rounding takes across the cut
-# jumps by 1e4, which no comparison of logits survives (the cut costs a few passes over one row of
-# logits). The weight of m3id and pai_guidance is raised, as at their defaults the first tokens
-# differ from the plain model's by little more than half-precision rounding; a weight costs
-# nothing. The csv says which options ran.
+# A contrastive method runs without its cut at beta: rounding can move a token across the cut, which
+# changes its logit by 1e4 and fails the comparison of logits (the cut costs a few passes over one
+# row of logits). The weight of m3id and pai_guidance is raised, as at their defaults the first
+# tokens differ from the plain model's by little more than half-precision rounding; a weight costs
+# nothing. The csv names the options that ran.
 FORCED = {
     "avc": "avc:beta=0",
     "m3id": "m3id:decay=1;beta=0",
@@ -64,15 +63,15 @@ FORCED = {
     "rbd": "rbd:beta=0",
     "vcd": "vcd:beta=0",
 }
-# A random model has no massive activations, nor has every trained one. One channel and a threshold
-# of one standard deviation call about a third of the tokens sinks, and without a least mass on the
-# image VAR edits nearly every head, however long the text: more work than usual.
+# A random model has no massive activations, nor has every trained one. With one channel and a
+# threshold of one standard deviation, about a third of the tokens are sinks, and without a least
+# mass on the image VAR edits nearly every head at any length of text: more work than usual.
 FORCED_SINKS = {"var": "var:sink_channels=0;tau=1;minimum_visual_mass=0"}
 
 
 @dataclass
 class Report:
-    """Rows that were measured, and what was not and why."""
+    """Rows that were measured, and the reasons for those that were not."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -97,27 +96,27 @@ def run(
     """Time generate() on every model, plain and with every stack of methods.
 
     Args:
-        models: Names of `MODELS`.
-        methods: One stack of specs per arm. A bare name of `FORCED`, or of `FORCED_SINKS` where
+        models: names of `MODELS`.
+        methods: one stack of specs per arm. A bare name of `FORCED`, or of `FORCED_SINKS` where
             the model has no calibrated sinks, runs with the options there.
         dtypes: bfloat16, float16 or float32.
-        devices: cpu, cuda, cuda:1; if absent, the CPU, and a GPU where there is one. Without it,
-            the models of `LARGE` run on a GPU only.
-        rounds: Timed turns of every arm.
-        new_tokens: Tokens per turn, the same in every arm.
-        batch: Rows, all of the same prompt.
-        text_tokens: Text tokens after the image; 28 if absent. Not for emoji.
+        devices: cpu, cuda, cuda:1; default: the CPU, and a GPU if there is one. By default the
+            models of `LARGE` run on a GPU only.
+        rounds: timed turns of every arm.
+        new_tokens: tokens per turn, the same in every arm.
+        batch: rows of the batch, all of the same prompt.
+        text_tokens: text tokens after the image; default: 28. Not for emoji.
         cache: dynamic or static.
-        compile: Backend of torch.compile for the decode steps, e.g. inductor; needs the static
+        compile: backend of torch.compile for the decode steps, e.g. inductor; needs the static
             cache. None: not compiled.
-        threads: Torch threads; put back afterwards.
-        progress: Told what runs next.
+        threads: torch threads; restored afterwards.
+        progress: called with a line about what runs next.
 
     Returns:
         One row per model, device, dtype and arm; tokens/s counts all samples of the batch.
 
     Raises:
-        BadInput: A name or a number that cannot be used, or too little memory for a model.
+        BadInput: a name or a number that cannot be used, or too little memory for a model.
     """
     if unknown := set(models) - set(MODELS):
         names = ", ".join(MODELS)
@@ -141,7 +140,7 @@ def run(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        # The commit of now is the code that runs, whatever the checkout becomes meanwhile.
+        # Read now, because the checkout may change while the benchmark runs.
         facts = {device: machine.facts(device) for _, device in places}
         for name, device in places:
             for dtype in dtypes:
@@ -168,14 +167,14 @@ def _devices(name: str, devices: Sequence[str] | None) -> Sequence[str]:
     if not has_gpu:
         raise BadInput(
             f"{name} is meant for a GPU, and torch sees none here. `--device cpu` runs it on the "
-            "CPU all the same, in minutes per turn."
+            "CPU, in minutes per turn."
         )
     return ("cuda",)
 
 
 @contextmanager
 def _room_for_graphs(decoding: Decoding, arms: int) -> Iterator[None]:
-    """One graph per arm: past a limit torch.compile would quietly stop compiling."""
+    """Allow one graph per arm: beyond a limit torch.compile silently stops compiling."""
     if decoding.compile is None:
         yield
         return
@@ -190,7 +189,7 @@ def _room_for_graphs(decoding: Decoding, arms: int) -> Iterator[None]:
 def _checked(
     subject: Subject, methods: Sequence[Sequence[str]], decoding: Decoding, report: Report
 ) -> tuple[list[Arm], list[Check]]:
-    """The arms that do what they should, the plain one first; the others go to the report."""
+    """The arms that pass their check, the plain one first; the report names the others."""
     arms: list[Arm] = []
     checks: list[Check] = []
     for arm in _arms(subject, methods, decoding):
@@ -222,14 +221,14 @@ def _by_products(stacks: Iterable[Sequence[Method]]) -> bool:
 
 
 def _forced(model: Any) -> dict[str, str]:
-    """What runs on a model in place of bare names."""
+    """The specs that run on a model in place of bare names."""
     calibration = load_calibration(model)
     has_sinks = calibration is not None and calibration.sink_channels
     return FORCED if has_sinks else FORCED | FORCED_SINKS
 
 
 def _turns(arms: Sequence[Arm], rounds: int) -> list[list[Turn]]:
-    """Timed turns by arm, one per round, in an order drawn anew for each round."""
+    """Timed turns by arm, one per round, in a new random order in each round."""
     for arm in arms:
         if not arm.warm:
             arm.turn()
@@ -308,7 +307,7 @@ def _spread(name: str, values: list[float] | None) -> dict[str, float | None]:
 
 
 def _memory(memory: Memory, plain: Memory) -> dict[str, float]:
-    """What a turn needs on top of the weights, and how much of it is the KV cache."""
+    """Memory of a turn above the weights, and the KV cache's part of it."""
     return {
         "peak_above_weights_bytes": memory.peak,
         "peak_over_plain": memory.peak / plain.peak,
@@ -321,7 +320,7 @@ def write_csv(report: Report, path: Path) -> None:
     """Append the rows to a csv file, with a header if it is new.
 
     Raises:
-        BadInput: The file holds other columns.
+        BadInput: the file has other columns.
     """
     if not report.rows:
         return
@@ -340,7 +339,7 @@ def write_csv(report: Report, path: Path) -> None:
 
 
 def render(report: Report) -> RenderableType:
-    """One table per model, dtype and prompt, then what was not measured."""
+    """Tables by model, dtype and prompt, then the refusals and notes."""
     lines: list[RenderableType] = []
     for (model, dtype, batch, prompt, cache, compiled), group in groupby(report.rows, _setting):
         rows = list(group)
@@ -349,7 +348,7 @@ def render(report: Report) -> RenderableType:
         plain = (rows[0][f"{name}_p50"] for name in ("first_token_seconds", "tokens_per_second"))
         title += "\nplain: {:.3g} s to the first token, then {:.3g} tokens/s".format(*plain)
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, expand=False)
-        # What says nothing about the arms of a table takes no room in it.
+        # Columns that say nothing about the arms of a table are left out.
         pruned = any(row["visual_tokens_kept"] < row["visual_tokens"] for row in rows)
         omitted = {
             "rows": all(row["streams"] == 1 for row in rows),
@@ -379,7 +378,7 @@ def render(report: Report) -> RenderableType:
 
 
 def _cells(row: dict[str, Any], figure: Callable[[dict[str, Any], str], str]) -> dict[str, str]:
-    """Heading -> what a row of the table says."""
+    """The cells of a row by heading."""
     return {
         "arm": row["arm"],
         "rows": str(row["streams"]),
