@@ -207,7 +207,7 @@ def test_unknown_parts_are_refused(only: tuple[str, ...]) -> None:
 
 def test_parts_that_need_pictures_need_a_processor(own_cache: Path) -> None:
     for processor in (None, tiny_folders.tokenizer()):
-        with pytest.raises(BadInput, match="takes its processor"):
+        with pytest.raises(BadInput, match="needs its processor"):
             calibrate(_with_sink(), processor, only=("sinks", "gift"))
     assert not own_cache.exists()
 

@@ -118,7 +118,7 @@ def as_pixels(image: Image.Image) -> torch.Tensor:
 )
 def test_what_is_no_upright_rectangle_is_refused(change: Any) -> None:
     processor = OfImages(lambda images: as_pixels(change(images[0][0])))
-    with pytest.raises(UnsupportedModel, match="where in an image"):
+    with pytest.raises(UnsupportedModel, match="place of a visual token"):
         piece_places(processor, 60, 40)
 
 

@@ -73,7 +73,7 @@ def test_an_answer_ends_with_the_token_that_ends_it() -> None:
 
 def test_a_model_that_attends_in_both_directions_is_refused() -> None:
     tiny = family("paligemma")
-    with pytest.raises(UnsupportedModel, match="attends in both directions"):
+    with pytest.raises(UnsupportedModel, match="attention in both directions"):
         answer_greedily(tiny.model, prompt(tiny), 8)
 
 

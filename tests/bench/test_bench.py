@@ -21,7 +21,7 @@ from vlmfix.bench import arm as bench_arm
 from vlmfix.bench import models as bench_models
 from vlmfix.bench import run as bench
 from vlmfix.bench.arm import Arm, Decoding, Memory, Turn, TwoProducts
-from vlmfix.bench.models import Llava, Tower, subject
+from vlmfix.bench.models import Llava, TowerSizes, subject
 from vlmfix.bench.plot import draw
 from vlmfix.engine import attention, contrast
 from vlmfix.engine.attention import Slot
@@ -432,7 +432,7 @@ def test_large_shapes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_a_large_shape_runs_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = Llava(64, 3, 4, 96, 128, Tower(16, 4, 1, 64, 4), 6)
+    small = Llava(64, 3, 4, 96, 128, TowerSizes(16, 4, 1, 64, 4), 6)
     monkeypatch.setitem(bench_models.SHAPES, "llava-1.5-7b", small)
     found = bench.run(**{**TINY, "models": ("llava-1.5-7b",)}, methods=(("pai",),))
     assert [row["arm"] for row in found.rows] == ["plain", "two products", "pai"]

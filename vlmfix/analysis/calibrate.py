@@ -1,8 +1,8 @@
-"""Constants that a method needs and nobody has published for a model, measured on the model.
+"""Constants that a method needs and that are not published for a model, measured on the model.
 
 The result is a small JSON file in the user's cache folder (VLMFIX_CACHE, else the platform's),
 keyed by a hash of the configuration and of a sample of the weights, so that a calibration can
-never be applied to another model. A model folder may carry its own file beside the weights.
+never be applied to another model. A model folder may hold its own file next to the weights.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
     "store",
 ]
 
-FOLDER_FILE = "vlmfix_calibration.json"  # in a model folder, beside its weights
+FOLDER_FILE = "vlmfix_calibration.json"  # in a model folder, next to its weights
 PARTS = ("sinks", "heads", "gift")  # what `calibrate` can measure
 _FORMAT = 1
 _PICTURES = 8
@@ -46,26 +46,26 @@ _TEXT = "There is a photograph on the table. It shows what somebody saw on a wal
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured on one model.
+    """The measurements on one model.
 
-    A part that was never measured is None; nothing found is an empty tuple. Layers and heads are
-    0-based.
+    A part that was never measured is None; a measurement that found nothing is an empty tuple.
+    Layers and heads are 0-based.
 
     Attributes:
-        fingerprint: of the model, see `fingerprint`.
+        fingerprint: fingerprint of the model, see `fingerprint`.
         sink_channels: channels that are massive at the first text token, strongest first; empty
-            if none was found and that finding was kept.
+            if none was found and the user allowed that.
         tau: the threshold on |x_d| / rms(x) that they passed.
         largest: the largest |x_d| / rms(x) of the first text token in those layers.
-        layers: the layers looked at for sinks.
+        layers: the layers that were measured for sinks.
         magnitudes: {channel: its median |x_d| / rms(x) over those layers}.
         vision_heads: [layer][head], mean vision-aware head divergence (divergence.py).
         gift_saliency_layer: the layer whose attention to the image jumps most while the question
             is read (gaze.py).
         gift_layers: layers in which attention to image and question rise and fall together
             (gaze.py).
-        gift_changes: [layer], what `gift_saliency_layer` is the largest of.
-        gift_correlations: [layer], what `gift_layers` are the positive ones of.
+        gift_changes: [layer], the changes of which `gift_saliency_layer` has the largest.
+        gift_correlations: [layer], the correlations of which `gift_layers` have the positive ones.
         hallucination_heads: (layer, head) pairs, strongest first (`vlmfix attribute`).
         path: the file that it was read from or written to.
     """
@@ -90,7 +90,7 @@ class Calibration:
         return asdict(self)
 
     def over(self, other: Calibration | None) -> Calibration:
-        """This calibration, and of another one of the same model what this one did not measure."""
+        """This calibration, completed by another one of the same model."""
         if other is None:
             return self
         names = [item.name for item in fields(self) if getattr(self, item.name) is None]
@@ -98,7 +98,7 @@ class Calibration:
 
 
 def cache_folder() -> Path:
-    """Where calibrations are kept: VLMFIX_CACHE, or `vlmfix` in XDG_CACHE_HOME or ~/.cache."""
+    """The folder of calibrations: VLMFIX_CACHE, or `vlmfix` in XDG_CACHE_HOME or ~/.cache."""
     if own := os.environ.get("VLMFIX_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlmfix"
@@ -116,7 +116,7 @@ def fingerprint(model: Any) -> str:
 
 
 def _stable(value: Any) -> Any:
-    """A configuration without what changes between loads of the same model."""
+    """A configuration without the entries that change between loads of the same model."""
     if isinstance(value, dict):
         drop = ("dtype", "torch_dtype", "transformers_version", "use_cache", "architectures")
         return {
@@ -136,29 +136,30 @@ def calibrate(
     beside: bool = False,
     allow_none: bool = False,
 ) -> Calibration:
-    """Measure what methods need to know of a model, and keep it.
+    """Measure the constants of a model that methods need, and store them.
 
     - "sinks": the sink channels, one forward over one line of text. The first token of a text is
       a sink in every model that has sinks. A channel counts if |x_d| / rms(x) of that token
       exceeds 0.3125 sqrt(width) in at least half of the layers from a quarter to three quarters
       of the depth; at most four are kept.
     - "heads": the mean vision-aware head divergence of every head over eight bundled pictures, two
-      forwards (divergence.py). A map to look at: no method takes its heads from it.
+      forwards (divergence.py). It is for inspection: no method takes its heads from it.
     - "gift": GIFT's layers, one answer to each of the same pictures and two forwards (gaze.py).
 
-    What an earlier calibration of this model measured stays, where this one does not measure it.
+    Parts that this call does not measure keep the values of an earlier calibration.
 
     Args:
         model: a supported VLM, not wrapped; in eval mode for "heads" and "gift".
         processor: its processor or tokenizer; without one, "sinks" uses arbitrary token ids.
-        only: what to measure, of `PARTS`. None: all of it, or with no processor of images "sinks".
-        save: write the result to the cache folder.
-        beside: write it into the model's own folder instead, so that it travels with the weights.
-        allow_none: keep the finding that there are no sink channels, instead of raising. Methods
-            that work on sinks then run, say so with a warning, and change nothing.
+        only: the parts to measure, of `PARTS`. None: all of them, or "sinks" if the processor
+            takes no images.
+        save: whether to write the result to the cache folder.
+        beside: whether to write it into the model's own folder instead, next to the weights.
+        allow_none: whether to store that there are no sink channels, instead of raising. Methods
+            that work on sinks then run, warn, and change nothing.
 
     Returns:
-        Everything known of this model, old and new.
+        All measurements of this model, old and new.
 
     Raises:
         BadInput: `beside`, and the model was not loaded from a folder; an unknown part; a part that
@@ -187,12 +188,12 @@ def calibrate(
 
 
 def store(model: Any, *, beside: bool = False, **measured: Any) -> Calibration:
-    """Add measured fields of `Calibration` to what is stored of a model; all that is now known.
+    """Add measured fields of `Calibration` to those stored for a model, and return all of them.
 
     Args:
-        model: which model.
-        beside: write into the model's own folder, and empty its place in the cache folder, so that
-            there is one answer; else into the cache folder.
+        model: the model.
+        beside: whether to write into the model's own folder and remove its file in the cache
+            folder, so that there is one file; else into the cache folder.
         measured: fields of `Calibration`.
 
     Raises:
@@ -209,7 +210,7 @@ def store(model: Any, *, beside: bool = False, **measured: Any) -> Calibration:
 
 
 def _parts(only: Sequence[str] | None, processor: Any) -> tuple[str, ...]:
-    """What is to be measured, checked."""
+    """The parts to measure, checked."""
     sees = getattr(processor, "image_processor", None) is not None
     if only is None:
         return PARTS if sees else ("sinks",)
@@ -219,7 +220,7 @@ def _parts(only: Sequence[str] | None, processor: Any) -> tuple[str, ...]:
         )
     if not sees and set(only) != {"sinks"}:
         raise BadInput(
-            f"calibrating {', '.join(only)} shows the model pictures, which takes its processor; "
+            f"calibrating {', '.join(only)} shows the model pictures and needs its processor; "
             "pass it, or calibrate only=('sinks',)."
         )
     return tuple(only)
@@ -240,7 +241,7 @@ def _sinks(model: Any, info: ModelInfo, processor: Any, allow_none: bool) -> dic
             f"no sink channels in this {info.model_type} model: in layers {layers[0]} to "
             f"{layers[-1]} the first token reaches |x_d| / rms(x) = {float(first.max()):.1f}, the "
             f"threshold is {tau:.1f}. Methods that work on sinks (var) do not fit this model; "
-            "allow_none=True (--allow-none) keeps that finding, only=('heads', 'gift') (--only "
+            "allow_none=True (--allow-none) stores that, only=('heads', 'gift') (--only "
             "heads,gift) measures the rest."
         )
     return {
@@ -253,8 +254,8 @@ def _sinks(model: Any, info: ModelInfo, processor: Any, allow_none: bool) -> dic
 
 
 def _on_pictures(model: Any, processor: Any, parts: Sequence[str]) -> dict[str, Any]:
-    """The parts that need pictures: of the tuning split, which no evaluation uses."""
-    # Only these parts generate, and what they need is imported with them: chat, hooks, Pillow.
+    """Measure the parts that need pictures, those of the tuning split, which no evaluation uses."""
+    # Only these parts generate, so chat, hooks and Pillow are imported here.
     from vlmfix.analysis.divergence import measure_divergence
     from vlmfix.analysis.gaze import measure_gaze
     from vlmfix.chat import chat_inputs
@@ -286,7 +287,7 @@ def _rounded(values: Sequence[float]) -> tuple[float, ...]:
 
 
 def _text_ids(model: Any, info: ModelInfo, processor: Any) -> torch.Tensor:
-    """(1, L) ids of a line of text, starting with the model's first token if it has one."""
+    """(1, L) ids of a line of text, starting with the tokenizer's first token if it has one."""
     config = model.config.get_text_config(decoder=True)
     first = getattr(config, "bos_token_id", None)
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -304,7 +305,7 @@ def _cached(mark: str) -> Path:
 
 
 def calibration_path(model: Any, *, beside: bool = False) -> Path:
-    """Where the calibration of this model goes; see `store`.
+    """The file for the calibration of this model; see `store`.
 
     Raises:
         BadInput: `beside`, and the model was not loaded from a folder.
@@ -314,7 +315,7 @@ def calibration_path(model: Any, *, beside: bool = False) -> Path:
     folder = _model_folder(model)
     if folder is None:
         raise BadInput(
-            "this model was not loaded from a folder, so its calibration cannot go beside its "
+            "this model was not loaded from a folder, so its calibration cannot go next to its "
             "weights. Store it in the cache folder (the default), or load the model from a folder."
         )
     return folder / FOLDER_FILE
@@ -326,7 +327,7 @@ def _model_folder(model: Any) -> Path | None:
 
 
 def write(result: Calibration, path: Path) -> None:
-    """Write what was measured as JSON: to a temporary file, then a rename: whole or absent."""
+    """Write a calibration as JSON: to a temporary file, then a rename, so never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     measured = {k: v for k, v in asdict(result).items() if v is not None and k != "path"}
     with tempfile.NamedTemporaryFile(
@@ -338,13 +339,13 @@ def write(result: Calibration, path: Path) -> None:
 
 
 def load_calibration(model: Any) -> Calibration | None:
-    """What is known of exactly this model.
+    """The stored calibration of exactly this model; None if there is none.
 
-    The user's cache folder comes first, then the model's own folder for what was not measured
-    here; so a file that travels with the weights never hides a newer measurement.
+    The user's cache folder comes first, and the model's own folder completes it, so that a file
+    next to the weights never hides a newer measurement.
 
     Raises:
-        BadInput: a file is there but cannot be read.
+        BadInput: a file exists but cannot be read.
     """
     mark = fingerprint(model)
     folder = _model_folder(model)

@@ -37,7 +37,7 @@ def head_divergence(with_image: torch.Tensor, without_image: torch.Tensor) -> to
 
 
 def prune_outliers(divergence: torch.Tensor, without_image: torch.Tensor) -> torch.Tensor:
-    """Set to 0 the heads that diverge because they flare up *without* the image.
+    """Set to 0 the heads that diverge because their outputs are outliers *without* the image.
 
     Those are the heads of a layer whose VHD and whose text-only activation ||A^T||^2 (eq. 6) both
     exceed mean + standard deviation (unbiased) over the layer's heads.
@@ -56,10 +56,10 @@ def _is_large(values: torch.Tensor) -> torch.Tensor:
 
 
 def select_heads(divergence: torch.Tensor) -> torch.Tensor:
-    """The heads (..., H) above their layer's median (eq. 7): half of them where values differ.
+    """Select the heads (..., H) above their layer's median (eq. 7): half of them if all differ.
 
     For an even number of heads the median is the lower one of the middle two. Ties with it are
-    not selected, so fewer than half may be; none where all are equal.
+    not selected, so that fewer than half may be, and none if all are equal.
     """
     return divergence > divergence.median(-1, keepdim=True).values
 
@@ -67,7 +67,7 @@ def select_heads(divergence: torch.Tensor) -> torch.Tensor:
 def total_divergence(divergence: torch.Tensor, top: int = 4) -> torch.Tensor:
     """T-VHD of a token (eq. 5): the sum over layers of the `top` largest VHD of each.
 
-    The paper does not state its `top`; 4 is arbitrary, so compare only values of the same one.
+    The paper does not state its `top`; 4 is arbitrary, so compare only values of equal `top`.
 
     Args:
         divergence: (L, B, H) VHD.
@@ -99,14 +99,13 @@ def measure_divergence(
 ) -> torch.Tensor:
     """VHD of every head at the row that predicts the first token: two forwards, nothing edited.
 
-    Works on a plain model and on a wrapped one, whose methods are off meanwhile. It is the
-    difference between two plain forwards; the VHR method differs from it in deeper layers,
-    because there the image stream is already reinforced above.
+    It compares two plain forwards; methods of a wrapped model do not run. The VHR method differs
+    from it in deeper layers, because it has already reinforced heads in earlier ones.
 
     Args:
         model: a supported VLM in eval mode.
         inputs: keyword arguments of its forward for a batch of prompts, padded on the left.
-        prune: set outliers to 0, see `prune_outliers`.
+        prune: whether to set outliers to 0, see `prune_outliers`.
 
     Returns:
         (L, B, H) float32, on the device of `input_ids`. 0 in layers without softmax attention

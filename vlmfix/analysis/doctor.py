@@ -1,4 +1,4 @@
-"""What vlmfix sees in a model, and which methods fit it: `vlmfix doctor`."""
+"""The structure of a model as vlmfix reads it, and the methods that fit it: `vlmfix doctor`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["examine"]
 
 
 def examine(model: torch.nn.Module) -> dict[str, Any]:
-    """Describe a model as plain data; nothing is run and nothing is changed.
+    """Describe a model as plain data, without running or changing it.
 
     Returns:
-        `supported` and `reason`; the structure as vlmfix read it; the calibration, if there is
-        one; and for every method whether it fits, with the reason if not.
+        `supported` and `reason`; the structure as vlmfix reads it; the calibration, if there is
+        one; and for every method whether it fits, and why not.
     """
     config: Any = getattr(model, "config", None)
     report: dict[str, Any] = {
@@ -71,7 +71,7 @@ def _fit(name: str, info: Any, model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _visual_tokens(config: Any) -> str:
-    """How many placeholders an image takes, as far as the configuration says."""
+    """The number of placeholders per image, as far as the configuration tells it."""
     fixed = getattr(config, "image_seq_length", None) or getattr(
         config, "mm_tokens_per_image", None
     )

@@ -1,4 +1,4 @@
-"""Where a model's attention to the image moves: what GIFT's layers are chosen by.
+"""How a model's attention to the image changes: the measure that chooses GIFT's layers.
 
 Qi, Shang, Spiliopoulou, Pappas: "Capturing Gaze Shifts for Guidance", ICML 2026, arXiv 2510.22067.
 The paper takes its saliency map from the layer with the largest total positive change of visual
@@ -28,14 +28,14 @@ __all__ = ["Gaze", "measure_gaze", "pooled_correlation", "positive_change"]
 
 
 def positive_change(weights: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
-    """How much attention to visual keys rises from each row to the next.
+    """The rise of attention to visual keys from each row to the next.
 
     Args:
         weights: softmax rows (B, H, R, K) of consecutive positions.
         visual: (B, K) bool.
 
     Returns:
-        (B, H, R - 1): sum over visual keys of max(0, row - the row before it), in attention mass.
+        (B, H, R - 1): sum over visual keys of max(0, row - previous row), in attention mass.
     """
     rise = (weights[:, :, 1:] - weights[:, :, :-1]).clamp_min(0)
     return (rise * visual[:, None, None, :]).sum(-1)
@@ -101,7 +101,7 @@ class _GazeObserver(Observer):
     def see_weights(self, rows: SeenRows) -> None:
         layer, weights, position, visual = rows.layer, rows.weights, rows.position, rows.visual
         device = weights.device
-        here = slice(position + 1, position + weights.shape[2])  # each beside the one before it
+        here = slice(position + 1, position + weights.shape[2])  # each with the row before it
         change = positive_change(weights, visual).transpose(1, 2)
         content = self.content[:, here].to(device)
         self.changes.setdefault(layer, []).append(change[content].cpu())
@@ -115,7 +115,7 @@ class _GazeObserver(Observer):
 def measure_gaze(
     model: Any, processor: Any, prompt: Mapping[str, Any], max_new_tokens: int = 64
 ) -> Gaze:
-    """Measure a plain model's gaze on prompts with images: a greedy answer each, two forwards.
+    """Measure a plain model's gaze on prompts with images: a greedy answer to each, two forwards.
 
     Args:
         model: a supported VLM in eval mode, not wrapped.

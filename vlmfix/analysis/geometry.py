@@ -1,8 +1,8 @@
-"""Where in an image the pieces lie that a processor makes of it: the whole, its middle, tiles.
+"""The places in an image of the pieces that a processor makes of it: whole, middle, tiles.
 
-Whatever a processor does (resize, cut to the middle, cut into tiles, add a small view of the
-whole), each piece is an upright rectangle of the image. So the processor is shown an image whose
-colours are coordinates, and the coordinates are read off its pieces.
+A processor may resize, cut to the middle, cut into tiles or add a small view of the whole: each
+piece is an upright rectangle of the image. So vlmfix gives the processor an image whose colours are
+coordinates, and reads the coordinates off the pieces.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ __all__ = ["Box", "piece_places"]
 #: left, top, right, bottom in pixels of an image; right and bottom are exclusive.
 Box = tuple[int, int, int, int]
 
-#: Share of a side by which an edge may miss the image's own and still be meant: colours have 256
-#: levels, and a resize blurs the outermost ones.
+#: Share of a side within which an edge counts as the image's own: colours have 256 levels, and a
+#: resize blurs the outermost ones.
 _TOLERANCE = 1 / 64
 _SMALL = (64, 64)
 
@@ -31,10 +31,10 @@ def piece_places(processor: Any, width: int, height: int) -> list[Box]:
     """The part of an image that each of its pieces shows, in the order of `pixel_values`.
 
     Args:
-        processor: makes `pixel_values` of shape (..., 3, H, W), a piece each (the layout "tiles"
-            of tap.py).
-        width: of the image, in pixels.
-        height: of the image, in pixels.
+        processor: returns `pixel_values` of shape (..., 3, H, W), one entry per piece (the layout
+            "tiles" of families/tower.py).
+        width: width of the image in pixels.
+        height: height of the image in pixels.
 
     Raises:
         UnsupportedModel: a piece that is no upright rectangle of the image.
@@ -43,7 +43,7 @@ def piece_places(processor: Any, width: int, height: int) -> list[Box]:
     down = np.linspace(0, 255, height).round().astype(np.uint8)
     bands = [across[None, :].repeat(height, 0), down[:, None].repeat(width, 1)]
     ramps = Image.merge("RGB", [Image.fromarray(bands[at]) for at in (0, 1, 1)])
-    # What normalisation makes of 0 and 255 is read off a black and a white image.
+    # A black and a white image show the normalised values of 0 and 255.
     low, high = (
         _pieces(processor, Image.new("RGB", _SMALL, level))[0].mean((1, 2), keepdim=True)
         for level in ("black", "white")
@@ -65,17 +65,17 @@ def _pieces(processor: Any, image: Image.Image) -> torch.Tensor:
 
 
 def _edges(shares: torch.Tensor, side: int) -> tuple[int, int]:
-    """Where a piece begins and ends along one side of the image.
+    """The begin and the end of a piece along one side of the image.
 
     Args:
-        shares: (lines, count), along each line of its pixels the coordinates: 0 and 1 are the
-            centres of the first and the last pixel of the image.
-        side: of the image, in pixels.
+        shares: (lines, count), coordinates along each line of its pixels: 0 and 1 are the centres
+            of the first and the last pixel of the image.
+        side: length of that side of the image in pixels.
     """
     if side == 1:
         return 0, 1
     count = shares.shape[1]
-    # A straight line through the inner half: near the edges a resize blurs.
+    # A straight line through the inner half, because a resize blurs near the edges.
     at = np.arange(count // 4, count - count // 4)
     values = shares.numpy()[:, at]
     slope, start = np.polyfit(at + 0.5, values.mean(0), 1)
@@ -86,7 +86,7 @@ def _edges(shares: torch.Tensor, side: int) -> tuple[int, int]:
     slack *= side
     if not (straight and -slack <= low < high <= side + slack):
         raise UnsupportedModel(
-            "the processor turns, mirrors, pads or bends images, so that nobody knows where in an "
-            "image a visual token lies."
+            "the processor turns, mirrors, pads or distorts images, so the place of a visual token "
+            "is unknown. Use the model's own processor."
         )
     return (0 if low < slack else round(low)), (side if high > side - slack else round(high))

@@ -1,8 +1,8 @@
-"""How much attention rows of a prompt, or of an answer, pay to each visual token, as maps.
+"""Attention of rows of a prompt, or of an answer, to each visual token, as maps.
 
-One extra forward over prompt and answer, in which an observer looks and nothing is edited that is
-not edited anyway: on a wrapped model the maps show the rows as its methods leave them. No eager
-mode, no full attention matrices. Where a visual token stands in its image follows from the inputs
+An internal pass runs prompt and answer once more under an observer, with the methods of a wrapped
+model: the maps show the rows after their edits. It needs neither eager attention nor full attention
+matrices. Where a visual token stands in its image follows from the inputs
 and the family's layout (families/tower.py), so the vision tower is not read.
 """
 
@@ -52,7 +52,7 @@ Placed = tuple[int, tuple[torch.Tensor, ...]]
 
 @dataclass(frozen=True, eq=False)
 class AttentionMap:
-    """The attention that some rows pay to one image.
+    """The attention of some rows to one image.
 
     Attributes:
         weights: (L, H, R, n) float32 on the CPU, softmax weights from R rows to the n placeholders
@@ -61,10 +61,9 @@ class AttentionMap:
         layers: the L layers.
         heads: the H heads; None for the mean over all of them.
         rows: the R rows, as positions in the (padded) prompt and answer.
-        views: each (rows, columns) int64, the placeholder that stands there. Every family has one
-            view per image, but LLaVA-NeXT two: the whole image in one tile, and the image in
-            tiles, put together. A view stretches over the whole image that the tower was given.
-            Newlines are in no view.
+        views: each (rows, columns) int64, the placeholder at each place. Families have one view
+            per image, LLaVA-NeXT two: the whole image in one tile, and the image in joined tiles.
+            A view covers the whole image that the tower was given. Newlines are in no view.
     """
 
     weights: torch.Tensor
@@ -74,7 +73,7 @@ class AttentionMap:
     views: tuple[torch.Tensor, ...]
 
     def grids(self) -> tuple[torch.Tensor, ...]:
-        """The maps: (L, H, R, rows, columns) for each view; average what you do not need."""
+        """The maps: (L, H, R, rows, columns) for each view; average over axes you do not need."""
         return tuple(self.weights[..., view] for view in self.views)
 
 
@@ -88,11 +87,11 @@ def attention_map(
     generated: torch.Tensor | None = None,
     processor: Any = None,
 ) -> list[list[AttentionMap]]:
-    """Read the attention that rows pay to the visual tokens, for each image of each prompt.
+    """Read the attention of rows to the visual tokens, for each image of each prompt.
 
-    Runs one forward, which leaves nothing behind: outputs of the model and `last_call` are what
-    they were. On a wrapped model the stack of this thread runs (`vlmfix.using`), and rows are seen
-    after its edits. Methods that scale heads change no row.
+    Runs one forward, an internal pass: it changes neither outputs of the model nor `last_call`. On
+    a wrapped model the stack of this thread runs (`vlmfix.using`), and rows are read after its
+    edits. Methods that scale heads change no row.
 
     Args:
         model: a supported VLM in eval mode, plain or wrapped.
@@ -102,18 +101,18 @@ def attention_map(
             processor all text after the last image. "answer": the rows that predicted the tokens
             of the answer, in their order, the first being the last prompt token. Or positions in
             the padded prompt and answer, negative from the end, the same for each prompt: text
-            behind an image, or generated.
+            after an image, or generated.
         layers: indices of decoder layers with attention; None: all of them.
-        heads: the mean over heads, all of them, or the index of one.
-        generated: (B, L + T) what generate() returned for these inputs: one sequence per prompt,
-            prompt included. An answer ends with the first end token of the generation
+        heads: "mean" over heads, "all" of them, or the index of one.
+        generated: (B, L + T) ids that generate() returned for these inputs: one sequence per
+            prompt, prompt included. An answer ends with the first end token of the generation
             configuration.
         processor: the model's processor or tokenizer, which tells the question from the template.
 
     Returns:
         A list per prompt of one map per image, in order; prompts without an image have none. An
-        image is what the vision tower gets as one: crops that a processor hands over as images of
-        their own (InternVL, SmolVLM, Idefics3, Gemma 3 with pan and scan) have a map each.
+        image is a unit of the vision tower: crops that a processor returns as separate images
+        (InternVL, SmolVLM, Idefics3, Gemma 3 with pan and scan) have a map each.
 
     Raises:
         BadInput: rows, layers, heads or inputs that cannot be used; videos.
@@ -172,7 +171,7 @@ class RowKeeper(Observer):
 
     def see_weights(self, rows: SeenRows) -> None:
         layer, weights, position = rows.layer, rows.weights, rows.position
-        # Pieces overlap by their first row, which is never one of the text rule's on its own.
+        # Pieces overlap by their first row, which the text rule never selects by itself.
         seen = range(position + 1, position + weights.shape[2])
         for sample, wanted in enumerate(self.wanted):
             here = [row - position for row in sorted(set(wanted)) if row in seen]
@@ -233,12 +232,12 @@ def _heads(info: ModelInfo, heads: Literal["mean", "all"] | int) -> tuple[int, .
 
 
 def _ledger(info: ModelInfo, inputs: Mapping[str, Any], ids: torch.Tensor) -> Ledger:
-    """What each position of the prompts is."""
+    """The kind of each position of the prompts."""
     kinds = prompt_kinds(info, ids, 0, dict(inputs))
     if bool((kinds == VIDEO).any()):
         raise BadInput(
-            "the prompt holds a video, whose tokens are no map over one image. Ask about its "
-            "frames as images."
+            "the prompt holds a video, whose tokens are no map over one image. Pass its frames as "
+            "images."
         )
     ledger = Ledger(len(ids), ids.shape[1], ids.device)
     ledger.write(0, kinds, ids.shape[1])
@@ -273,7 +272,7 @@ def _with_answers(
     prompt = real_tokens(ids, inputs.get("attention_mask"))
     full = {**inputs, "input_ids": generated}
     full["attention_mask"] = torch.cat((prompt, real), dim=1).long()
-    # Of PaliGemma's types, 0 is the prefix, which attends in both directions, 1 the causal rest.
+    # PaliGemma's types: 0 is the prefix, which attends in both directions, 1 the causal rest.
     causal = int(info.sees_whole_prompt)
     for name, value in (("token_type_ids", causal), ("mm_token_type_ids", 0)):
         if inputs.get(name) is not None:
@@ -287,7 +286,7 @@ def _rows(
     lengths: list[int] | None,
     width: int,
 ) -> list[tuple[int, ...]]:
-    """Per prompt, the positions of its rows; none where it has no image."""
+    """Per prompt, the positions of its rows; none for a prompt without an image."""
     length = ledger.prompt_length
     visual = ledger.visual()[:, :length]
     behind = (ledger.kinds[:, :length] == TEXT) & (visual.cumsum(1) > 0)
@@ -306,7 +305,7 @@ def _rows(
             asked = ledger.question[sample].nonzero().flatten().tolist()
         elif rows == "answer":
             if not answer:
-                raise BadInput("rows='answer' needs generated=, what generate() returned.")
+                raise BadInput("rows='answer' needs generated=, the ids that generate() returned.")
             asked = [last[sample], *range(length, length + answer - 1)]
         elif isinstance(rows, (str, int)):
             raise BadInput(
@@ -323,7 +322,7 @@ def _rows(
 
 def _no_row(ledger: Ledger, rows: Any, sample: int, wrong: list[int], width: int) -> str:
     """Why the rows of a prompt cannot be read."""
-    way_out = "Give rows of text behind an image, or of an answer with generated=."
+    way_out = "Give rows of text after an image, or of an answer with generated=."
     if not wrong:
         return f"rows={rows!r} names no row of prompt {sample}: no such text follows its image."
     row = wrong[0]
@@ -345,10 +344,10 @@ def traceable_tower(model: Any, info: ModelInfo) -> Tower:
 
 
 def placed_images(tower: Tower, inputs: Mapping[str, Any], counts: list[int]) -> list[list[Placed]]:
-    """Where the visual tokens of whole prompts lie in their images.
+    """The places of the visual tokens of whole prompts in their images.
 
     Args:
-        tower: the model's.
+        tower: the vision tower of the model.
         inputs: arguments of its generate().
         counts: image placeholders of each prompt.
 
@@ -356,14 +355,14 @@ def placed_images(tower: Tower, inputs: Mapping[str, Any], counts: list[int]) ->
         A list per prompt of the placeholders and the views of each image.
 
     Raises:
-        BadInput: inputs that lack what tells it, or placeholders that the images do not fill.
+        BadInput: inputs without sizes of images, or placeholders that the images do not fill.
     """
     names = {"tiles": "pixel_values", "packed": "image_sizes", "patches": "image_grid_thw"}
     missing = [n for n in ("pixel_values", names[tower.layout]) if inputs.get(n) is None]
     if missing:
         raise BadInput(
-            f"the inputs lack {', '.join(missing)}, which tells where a visual token is. Pass what "
-            "the model's processor returns."
+            f"the inputs lack {', '.join(missing)}, which tells the place of a visual token. Pass "
+            "what the model's processor returns."
         )
     images = iter(_shapes(tower, inputs, sum(counts)))
     found: list[list[Placed]] = []
@@ -391,14 +390,14 @@ def _shapes(tower: Tower, inputs: Mapping[str, Any], total: int) -> Iterator[Pla
     rows, columns = tile_shape(tower, height, width)
     tokens = rows * columns
     if tower.layout == "tiles":
-        # Some families pad with empty images, so that placeholders tell their number.
+        # Some families pad with empty images, so the number comes from the placeholders.
         for _ in range(total // tokens):
             yield _whole(rows, columns)
         return
     for size in inputs["image_sizes"]:
         tiles, index = packed_index(tower, size, tokens)
         views = [torch.arange(tokens).view(rows, columns)]
-        if tiles > 1:  # then lines of the tiles put together, each with a newline at its end
+        if tiles > 1:  # then lines of the joined tiles, each with a newline at its end
             line = int((index[tokens:] == -1).nonzero()[0]) + 1
             places = torch.arange(tokens, len(index)).view(-1, line)
             views.append(places[:, :-1])

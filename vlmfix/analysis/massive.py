@@ -1,4 +1,4 @@
-"""Massive activations: the measure behind attention sinks, and where a model has them."""
+"""Massive activations: the measure that finds attention sinks, and the layers' inputs for it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Short greedy answers to a batch of chats, and where in the images each of their tokens looked.
+"""Short greedy answers to a batch of chats, and the attention of their tokens to the images.
 
-Prompts that begin alike, up to the end of their last image, share that beginning: it runs once,
-and each of them goes on from a copy of its keys and values. When the answers are written, the
-cache is cut back to the prompts, and the rows that predicted the answers run once more, all in one
-forward, under an observer: with any attention implementation, and no full attention matrix.
+Prompts with the same beginning, up to the end of their last image, share it: it runs once, and each
+prompt continues from a copy of its keys and values. After the answers, the cache is cut back to the
+prompts, and the rows that predicted the answers run once more, all in one forward, under an
+observer: with any attention implementation, and without a full attention matrix.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Look:
 
     Attributes:
         tokens: the T ids of the answer, with the one that ended it if one did.
-        maps: of each image as the vision tower gets it, weights (L, 1, T, n): the mean over heads
+        maps: for each image as the vision tower gets it, weights (L, 1, T, n): the mean over heads
             of the rows that predicted the tokens, the first being the prompt's last.
-        shared: whether the beginning of the prompt ran once for all prompts that begin alike.
+        shared: whether the beginning of the prompt ran once for all prompts that share it.
     """
 
     tokens: list[int]
@@ -64,19 +64,19 @@ def look(
     max_new_tokens: int,
     complete: Sequence[int] | None = None,
 ) -> list[Look]:
-    """Let the plain model answer chats about images greedily, and see where it looks.
+    """Let the plain model answer chats about images greedily, and read its attention to them.
 
-    Prompts run whole where sharing their beginnings would not be exact: where prompt tokens see
-    later ones (PaliGemma), and where a layer does not keep all keys (Gemma 3, whose sliding windows
-    count padding, too).
+    Prompts run whole where sharing their beginnings would not be exact: if prompt tokens see later
+    ones (PaliGemma), or if a layer does not keep all keys (Gemma 3, whose sliding windows also
+    count padding).
 
     Args:
-        model: wrapped; its methods do not run.
+        model: a wrapped model; its methods do not run.
         processor: its processor.
-        chats: each with an image; equal ones are answered once.
+        chats: chats with an image each; equal ones are answered once.
         layers: the L decoder layers to read.
         max_new_tokens: longest answer, at least 1.
-        complete: the chats whose answers matter to their ends; the others may stop when these are
+        complete: the chats whose answers are needed whole; the others may stop when these are
             written. None: all.
 
     Returns:
@@ -121,7 +121,7 @@ def look(
 def look_whole(
     model: Any, inputs: Mapping[str, Any], layers: Sequence[int], max_new_tokens: int
 ) -> list[Look]:
-    """`look` on arguments of the model's generate() for prompts that are run whole."""
+    """Run `look` on arguments of the model's generate(), every prompt as a whole."""
     session: Session = model.__dict__[SESSION]
     with session.use(PLAIN), module_state(model), torch.no_grad():
         generated = model.generate(
@@ -150,14 +150,14 @@ def look_from_start(
     max_new_tokens: int,
     complete: Sequence[int] | None = None,
 ) -> list[Look]:
-    """`look` on prompts of which several may begin alike.
+    """Run `look` on prompts of which several may share a beginning.
 
     Args:
-        model: wrapped; its methods do not run.
-        inputs: arguments of its generate() for the prompts whose beginnings are shared, U of them.
-            What follows their last visual token is not read.
-        owner: of each of the N prompts to answer, the one in `inputs` that begins like it.
-        endings: of each of them, its ids after the last visual token, at least one.
+        model: a wrapped model; its methods do not run.
+        inputs: arguments of its generate() for the U prompts whose beginnings are shared. Tokens
+            after their last visual token are not read.
+        owner: for each of the N prompts to answer, the one in `inputs` with the same beginning.
+        endings: for each of them, its ids after the last visual token, at least one.
         layers: the L decoder layers to read.
         max_new_tokens: longest answer, at least 1.
         complete: as for `look`, of the endings.
@@ -176,7 +176,7 @@ def look_from_start(
         visual = kinds[owner] == IMAGE
         cache.batch_select_indices(torch.tensor(owner, device=ids.device))
         mask, shift = mask[owner], shift[owner]
-        # Two columns at least: an observer sees the rows of a forward behind its first one.
+        # At least two columns: an observer sees the rows of a forward after its first one.
         rows, seen = (pad(x, (1, 0)) for x in _padded(endings, ids.device, left=True))
         mask = torch.cat([mask, seen], dim=1)
         wanted = range(len(owner)) if complete is None else complete
@@ -190,7 +190,7 @@ def look_from_start(
             wanted=tuple(tuple(range(last, last + len(answer))) for answer in answers),
             visual=pad(visual, (0, mask.shape[1] - visual.shape[1])).cpu(),
         )
-        # The prompts ran plain, so no ledger was kept; what follows a cache needs one.
+        # The prompts ran plain and left no ledger, which a forward on their cache needs.
         session.remember(cache, ledger)
         call = Call(prompt_length=ids.shape[1], rows=len(owner))
         inputs_behind = _behind(model, cache, rows, mask, shift)
@@ -206,14 +206,14 @@ def look_from_start(
 
 
 def _identity(processor: Any, chat: Any) -> tuple[tuple[Any, ...], str]:
-    """What makes two chats equal: the pixels of their images, and their text."""
+    """The identity of a chat: the pixels of its images, and its text."""
     images, plain = split_chat(chat)
     pixels = tuple((image.size, hashlib.sha256(image.tobytes()).digest()) for image in images)
     return pixels, processor.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
 
 
 def _prompts(info: ModelInfo, inputs: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
-    """The ids of every prompt, in two: up to its last visual token, and what follows."""
+    """The ids of every prompt in two parts: up to its last visual token, and after it."""
     ids = inputs["input_ids"]
     real = real_tokens(ids, inputs.get("attention_mask"))
     found = []
@@ -222,8 +222,8 @@ def _prompts(info: ModelInfo, inputs: Mapping[str, Any]) -> list[tuple[list[int]
         cut = 1 + max(at for at, token in enumerate(tokens) if token in info.image_token_ids)
         if cut == len(tokens):
             raise BadInput(
-                "a prompt ends with its image, so no text behind it can look at it. Put the "
-                "question behind the image, or use a chat template that opens the answer."
+                "a prompt ends with its image, so no text after it can attend to it. Put the "
+                "question after the image, or use a chat template that opens the answer."
             )
         found.append((tokens[:cut], tokens[cut:]))
     return found
@@ -243,7 +243,7 @@ def _padded(
 
 
 def _never(info: ModelInfo) -> list[int]:
-    """Tokens that no answer may hold: a placeholder would ask for one more image."""
+    """Tokens that no answer may hold: a placeholder would require one more image."""
     return [*info.image_token_ids, *info.video_token_ids]
 
 
@@ -260,8 +260,8 @@ def _run_start(
     """Run prompts up to their last visual token, on the images of `inputs`.
 
     Returns:
-        ids and mask (U, P), padded on the left, and (U, 1) what is to be added to the number of
-        tokens before a later one for its position (M-RoPE counts an image by its sides).
+        ids and mask (U, P), padded on the left, and (U, 1) the difference between the position of
+        a later token and the number of tokens before it (M-RoPE counts an image by its sides).
     """
     ids = inputs["input_ids"]
     visual = torch.isin(ids, ids.new_tensor(info.image_token_ids))
@@ -273,7 +273,7 @@ def _run_start(
     }
     kept, mask = compact(keep, tokens)
     arguments = {**inputs, **kept, "attention_mask": mask, "past_key_values": cache}
-    # M-RoPE makes positions of its own, and notes how far they are from counting.
+    # M-RoPE makes its own positions, and records their difference from counting.
     makers = [module for module in model.modules() if "rope_deltas" in module.__dict__]
     for module in makers:
         module.rope_deltas = None
@@ -284,8 +284,8 @@ def _run_start(
     for module in makers:
         if module.rope_deltas is None:
             raise BadInput(
-                "the inputs do not tell where text behind an image stands: they lack the image "
-                "grids or mm_token_type_ids, which this model's own processor writes."
+                "the inputs do not tell the positions of text after an image: they lack the image "
+                "grids or mm_token_type_ids, which this model's own processor returns."
             )
         shift = module.rope_deltas.to(shift)
     return kept["input_ids"], mask, shift
@@ -294,7 +294,7 @@ def _run_start(
 def _behind(
     model: Any, cache: DynamicCache, ids: torch.Tensor, mask: torch.Tensor, shift: torch.Tensor
 ) -> dict[str, Any]:
-    """Arguments of a forward on the ids (N, Q) that follow what the cache holds."""
+    """Arguments of a forward on the ids (N, Q) that follow those in the cache."""
     positions = (mask.cumsum(1) - 1 + shift)[:, -ids.shape[1] :].clamp(min=0)
     return {
         "input_ids": ids,

@@ -1,7 +1,7 @@
-"""Which attention heads write a concept: matching pursuit over the unembedding of its words.
+"""Find the heads that write a concept: matching pursuit over the unembedding of its words.
 
 "Head Pursuit: Probing Attention Specialization in Multimodal Transformers", NeurIPS 2025, arXiv
-2510.21518. A head writes a concept if few word directions rebuild what it adds to the residual
+2510.21518. A head writes a concept if few word directions reconstruct what it adds to the residual
 stream. This is the offline half; `vlmfix.methods.head_pursuit` edits the heads that were found.
 """
 
@@ -26,11 +26,11 @@ _PROJECTIONS = ("o_proj", "out_proj", "dense", "wo")
 
 
 class Pursuit(NamedTuple):
-    """What `pursue` found, for T = min(steps, words) steps.
+    """The result of `pursue` in T = min(steps, words) steps.
 
     Attributes:
         atoms: (..., T) int64, rows of the dictionary in the order in which they were picked.
-        explained: (..., T) share of the energy 1 - ||R||^2 / ||H||^2 that they explain so far.
+        explained: (..., T) share of the energy, 1 - ||R||^2 / ||H||^2, explained after each step.
     """
 
     atoms: torch.Tensor
@@ -38,7 +38,7 @@ class Pursuit(NamedTuple):
 
 
 class RankedHead(NamedTuple):
-    """One head (0-based, a query head) and how much of what it writes the concept explains."""
+    """One query head (0-based), and the share of its output that the concept explains."""
 
     layer: int
     head: int
@@ -46,16 +46,16 @@ class RankedHead(NamedTuple):
 
 
 def pursue(heads: torch.Tensor, dictionary: torch.Tensor, steps: int = 50) -> Pursuit:
-    """Simultaneous orthogonal matching pursuit: rebuild all samples of a head from few atoms.
+    """Simultaneous orthogonal matching pursuit: reconstruct all samples of a head from few atoms.
 
     Each step picks the atom whose correlations with the residuals, summed over samples without
     sign, are largest, and refits all samples on the atoms so far by least squares. The paper's
     text leaves open: samples are not centred here, atoms have unit norm.
 
     Args:
-        heads: (..., n, d_model) what each head adds to the residual stream in n samples.
+        heads: (..., n, d_model) contributions of each head to the residual stream in n samples.
         dictionary: (words, d_model) directions of the concept.
-        steps: atoms to pick at most; no more than there are words.
+        steps: the most atoms to pick; the number of words bounds it, too.
 
     Raises:
         BadInput: no words, no steps, or widths that differ.
@@ -77,8 +77,8 @@ def pursue(heads: torch.Tensor, dictionary: torch.Tensor, steps: int = 50) -> Pu
         if picked:
             correlation = correlation.scatter(-1, torch.stack(picked, -1), -1.0)
         picked.append(correlation.argmax(-1))
-        # An orthonormal basis of the atoms so far makes the refit one projection. Twice, as the
-        # first pass leaves rounding of an atom that lies almost in their span.
+        # With an orthonormal basis of the atoms so far, the refit is one projection. It runs twice,
+        # because one pass leaves rounding where an atom lies almost in their span.
         direction = atoms[picked[-1]][..., None, :]
         for _ in range(2):
             direction = direction - direction @ basis.mT @ basis
@@ -110,10 +110,10 @@ def concept_tokens(processor: Any, words: Sequence[str]) -> tuple[int, ...]:
 def head_contributions(
     model: torch.nn.Module, inputs: Mapping[str, Any]
 ) -> dict[int, torch.Tensor]:
-    """What every head adds to the residual stream (A_h W_h), averaged over the image's tokens.
+    """Contributions of all heads to the residual stream (A_h W_h), averaged over image tokens.
 
     Args:
-        model: a supported VLM in eval mode. Methods of a wrapped model are off meanwhile.
+        model: a supported VLM in eval mode. Methods of a wrapped model do not run.
         inputs: keyword arguments of its forward, for a batch of prompts with images.
 
     Returns:
@@ -161,7 +161,7 @@ def _image_shares(info: ModelInfo, inputs: Mapping[str, Any]) -> torch.Tensor:
     """(B, Q) weights that average over the visual tokens of each sample."""
     ids = inputs.get("input_ids")
     if not isinstance(ids, torch.Tensor):
-        raise BadInput("head_contributions needs input_ids to see where the image is.")
+        raise BadInput("head_contributions needs input_ids to find the image tokens.")
     visual = torch.isin(ids, ids.new_tensor(info.image_token_ids + info.video_token_ids))
     visual &= real_tokens(ids, inputs.get("attention_mask"))
     if not bool(visual.any(1).all()):
@@ -176,7 +176,7 @@ def _projection(info: ModelInfo, layer: int) -> torch.nn.Module:
             return child
     raise UnsupportedModel(
         f"no output projection ({', '.join(_PROJECTIONS)}) in {type(module).__name__} of layer "
-        f"{layer}, so what its heads write cannot be told apart."
+        f"{layer}, so the outputs of its heads cannot be separated."
     )
 
 
@@ -199,7 +199,7 @@ def rank_heads(
     *,
     steps: int = 50,
 ) -> list[RankedHead]:
-    """All heads of a model, those first that the words of a concept explain best.
+    """Rank all heads of a model, those first that the words of a concept explain best.
 
     The paper edits the first 8, 16 or 32 of 1024:
 
@@ -215,14 +215,14 @@ def rank_heads(
         steps: atoms per head, see `pursue`.
 
     Raises:
-        BadInput: no batches, or whatever `head_contributions` and `concept_tokens` refuse.
+        BadInput: no batches, or inputs that `head_contributions` or `concept_tokens` refuses.
         UnsupportedModel: a model without an unembedding matrix.
     """
     tokens = concept_tokens(processor, words)
     unembedding = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
     if unembedding is None:
         raise UnsupportedModel(
-            f"{type(model).__name__} shows no output embeddings, which give words a direction."
+            f"{type(model).__name__} has no output embeddings, which give words a direction."
         )
     dictionary = unembedding[list(tokens)].detach().float()
     collected: dict[int, list[torch.Tensor]] = {}

@@ -1,7 +1,7 @@
-"""Which visual tokens a pruning method keeps, and where they lie in their images.
+"""The visual tokens that a pruning method keeps, and their places in the images.
 
-The function is called `visual_tokens`, and a module of that name would take its place as an
-attribute of the package; hence the name of this one.
+The module has another name than its function `visual_tokens`, because a module of that name would
+replace the function as an attribute of the package.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ __all__ = ["KeptTokens", "visual_tokens"]
 
 @dataclass(frozen=True, eq=False)
 class KeptTokens:
-    """What a pruning method keeps of one image.
+    """The visual tokens that a pruning method keeps of one image.
 
-    Visual tokens are counted in the order of the prompt. Newlines (LLaVA-NeXT) are none: they stay
-    with the rows of which something is kept.
+    Visual tokens are counted in the order of the prompt. Newlines (LLaVA-NeXT) do not count: they
+    stay with every row that keeps a token.
 
     Attributes:
-        index: (k,) int64, ascending: the visual tokens that stay.
-        count: n, the visual tokens that there are.
-        budget: how many the method was to keep; with one that drops tokens between layers (FastV),
-            of all placeholders of the prompt.
-        weights: (k, n) float32, what each kept token is made of, for methods that merge; None: of
-            itself.
-        views: each (rows, columns) int64, the visual token that stands there. Every family has one
-            view per image, but LLaVA-NeXT two: the whole image in one tile, and the image in
-            tiles, put together; an image that a method sees as a picture of several tiles has one
-            for each. () for families whose tokens cannot be traced to places.
+        index: (k,) int64, ascending: the kept visual tokens.
+        count: n, the number of visual tokens.
+        budget: number of tokens to keep; for methods that drop tokens between layers (FastV), of
+            all placeholders of the prompt.
+        weights: (k, n) float32, row i times the tokens is kept token i, for methods that merge;
+            None: every kept token is itself.
+        views: each (rows, columns) int64, the visual token at each place. Families have one view
+            per image, LLaVA-NeXT two: the whole image in one tile, and the image in joined tiles.
+            An image that a method sees as a picture of several tiles has one view per tile. () for
+            families whose tokens cannot be traced to places.
     """
 
     index: torch.Tensor
@@ -58,11 +58,11 @@ class KeptTokens:
     views: tuple[torch.Tensor, ...]
 
     def masks(self) -> tuple[torch.Tensor, ...]:
-        """(rows, columns) bool for each view: which of its tokens stay."""
+        """(rows, columns) bool for each view: whether the token at each place is kept."""
         return tuple(torch.isin(view, self.index) for view in self.views)
 
     def groups(self) -> tuple[torch.Tensor, ...]:
-        """For each kept token, ascending, the (j,) int64 tokens that it is made of."""
+        """For each kept token, the (j,) int64 tokens that it is made of, ascending."""
         if self.weights is None:
             return tuple(self.index[:, None])
         return tuple(row.nonzero().flatten() for row in self.weights)
@@ -75,22 +75,22 @@ def visual_tokens(
     *,
     processor: Any = None,
 ) -> list[list[KeptTokens]]:
-    """Ask a pruning method what it keeps of each image of each prompt.
+    """Find the tokens that a pruning method keeps of each image of each prompt.
 
-    The images are encoded; the prompts run only where the method looks at a decoder layer (`ptp`,
-    `fastv`). Outputs of the model and `last_call` are what they were.
+    The images are encoded; the prompts run only if the method reads a decoder layer (`ptp`,
+    `fastv`). Neither outputs of the model nor `last_call` change.
 
     Args:
         model: a supported VLM in eval mode, plain or wrapped.
         inputs: arguments of its generate() for whole prompts.
-        method: see `wrap`. None: what runs on a wrapped model in this thread.
+        method: see `wrap`. None: the stack of this thread on a wrapped model.
         processor: the model's processor or tokenizer, which tells the question from the template,
             for methods that read it.
 
     Returns:
-        A list per prompt of what is kept of each image, in order; prompts without an image have
-        none. An image is what the vision tower gets as one: crops that a processor hands over as
-        images of their own have an entry each, unless the method prunes whole pictures (`ptp`).
+        A list per prompt of one entry per image, in order; prompts without an image have none. An
+        image is a unit of the vision tower: crops that a processor returns as separate images have
+        an entry each, unless the method prunes whole pictures (`ptp`).
 
     Raises:
         BadInput: no image, videos, inputs that cannot be used, or no pruning method.
@@ -159,7 +159,7 @@ def _reduced(
     question: tuple[torch.Tensor, torch.Tensor] | None,
     images: list[list[Placed]] | None,
 ) -> list[list[KeptTokens]]:
-    """What stays before the language model."""
+    """The tokens kept before the language model."""
     asked = ask(session.host, method, dict(inputs), question)
     assert asked is not None  # there are pixels
     found: list[list[KeptTokens]] = [[] for _ in asked.placeholders]
@@ -185,7 +185,7 @@ def _dropped(
     placeholders: torch.Tensor,
     images: list[list[Placed]] | None,
 ) -> list[list[KeptTokens]]:
-    """What stays between layers: the prompts run once."""
+    """The tokens kept between layers: the prompts run once."""
     model: Any = session.host.model
     call = Call(prompt_length=placeholders.shape[1], rows=len(placeholders))
     arguments = {**inputs, "use_cache": False, **last_logits(model, 1)}
@@ -230,8 +230,8 @@ def _kept(
     weights: torch.Tensor | None,
     views: list[torch.Tensor],
 ) -> KeptTokens:
-    """What stays of an image with `count` placeholders, from the (k,) that stay of these."""
-    # What stands in no view is a newline.
+    """The tokens kept of an image with `count` placeholders, from the (k,) kept placeholders."""
+    # A placeholder in no view is a newline.
     every = torch.arange(count)
     real = torch.cat([view.flatten() for view in views]).sort().values if views else every
     number = torch.full((count,), -1)

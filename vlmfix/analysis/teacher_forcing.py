@@ -1,7 +1,7 @@
 """A model's own greedy answers, read again in one forward.
 
-What an answer's tokens owe to an edit, or attend to, can be measured on all of them at once if
-the whole answer is given: one forward instead of one per token.
+With the whole answer given, the effect of an edit on its tokens, or their attention, is measured
+on all of them at once: in one forward instead of one per token.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ __all__ = ["ForcedAnswers", "answer_greedily"]
 
 #: Inputs of a prompt with one entry per token, which the answer's tokens need as well.
 
-#: A model that reads its own answer must mostly predict it. Rounding, and a repetition penalty of
-#: generate(), make the two differ here and there; a model that attends in both directions while it
-#: reads a prompt differs nearly everywhere.
+#: The least share of its own answer that a model must predict. Rounding and a repetition penalty of
+#: generate() change single tokens; a model that attends in both directions over its prompt differs
+#: nearly everywhere.
 _MINIMUM_AGREEMENT = 0.9
 
 
@@ -47,7 +47,7 @@ class ForcedAnswers:
     agreement: float
 
     def read(self, model: Any) -> list[torch.Tensor]:
-        """Log-probabilities (T,) float32 of every answer's tokens by the model as it now is."""
+        """Log-probabilities (T,) float32 of the answers' tokens by the model as it is now."""
         scores = _scores(model, self.inputs, self.prompt_length, self.answers)
         return _chosen(scores, self.answers)
 
@@ -82,7 +82,7 @@ def answer_greedily(model: Any, prompt: Mapping[str, Any], max_new_tokens: int) 
         UnsupportedModel: the model does not predict its own answers when it reads them whole.
     """
     info = describe_model(model)
-    # A placeholder in an answer would ask for the features of one more image.
+    # A placeholder in an answer would require the features of one more image.
     never = [*info.image_token_ids, *info.video_token_ids]
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -109,17 +109,17 @@ def answer_greedily(model: Any, prompt: Mapping[str, Any], max_new_tokens: int) 
     agreement = _agreement(scores, answers, settings["suppress_tokens"])
     if agreement < _MINIMUM_AGREEMENT:
         raise UnsupportedModel(
-            f"read in one forward, {type(model).__name__} predicts only {agreement:.0%} of the "
-            "tokens that it wrote one by one, so what is measured on whole answers would not hold "
-            "for its decoding. A model that attends in both directions over its prompt does this, "
-            "and so does a strong penalty in its generation_config: remove the penalty, or "
+            f"reading its answers in one forward, {type(model).__name__} predicts only "
+            f"{agreement:.0%} of the tokens that it wrote one by one, so measurements on whole "
+            "answers would not hold for its decoding. The cause is attention in both directions "
+            "over the prompt, or a strong penalty in its generation_config: remove the penalty, or "
             "calibrate without answers (`vlmfix calibrate MODEL --only sinks,heads`)."
         )
     return ForcedAnswers(inputs, length, answers, _chosen(scores, answers), agreement)
 
 
 def _agreement(scores: list[torch.Tensor], answers: list[list[int]], never: list[int]) -> float:
-    """Share of the tokens that have the largest score (T, V) of all that may be written."""
+    """Share of the tokens that have the largest score (T, V) among allowed tokens."""
     allowed = [
         row.index_fill(1, torch.tensor(never, device=row.device), -torch.inf) for row in scores
     ]

@@ -1,9 +1,9 @@
-"""Maps over an image, and images without what was pruned, as pictures.
+"""Pictures of maps over an image, and of images with pruned patches darkened.
 
 Figures and colours need matplotlib (the extra `eval`). Under a map the image is drawn in few greys
-around the middle one, so that every colour means attention and hardly depends on what lies below.
-The colours are viridis: its lightness rises evenly, which also serves eyes that do not tell red
-from green, and print in grey.
+around the middle one, so that every colour means attention and hardly depends on the image. The
+colours are viridis, whose lightness rises evenly: it is readable with red-green colour blindness
+and in grey print.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ __all__ = ["darken_dropped", "draw_maps", "draw_tokens", "overlay"]
 _COLOURS = "viridis"
 _OPACITY = 0.75
 _MIDDLE = 128
-_ROW = 5  # at most so many panels side by side
-_SIDE = 2.6  # of a panel, in inches
-_LIGHT = 0.15  # share of its light that a dropped cell keeps
+_ROW = 5  # the most panels side by side
+_SIDE = 2.6  # side of a panel in inches
+_LIGHT = 0.15  # share of its brightness that a dropped cell keeps
 
 
 def overlay(
@@ -37,11 +37,11 @@ def overlay(
     """Lay a map over an image: one flat cell per visual token, nothing interpolated.
 
     Args:
-        image: what the vision tower was given. Where a processor crops (LLaVA-1.5 takes the middle
-            square), crop alike first, or the map lies beside what it belongs to.
+        image: the image as the vision tower was given it. If the processor crops (LLaVA-1.5 takes
+            the middle square), crop it in the same way, or the map is misplaced.
         grid: (rows, columns), not negative.
         high: the value of the lightest colour; the darkest is 0. None: the map's maximum.
-        opacity: of the map, in [0, 1].
+        opacity: opacity of the map, in [0, 1].
 
     Returns:
         An RGB image of the size of `image`.
@@ -77,9 +77,9 @@ def draw_maps(
     Args:
         image: see `overlay`.
         grids: title -> (rows, columns).
-        path: where the picture goes; the ending says the format.
-        shared_scale: one scale from 0 to the maximum of all maps; else each map has its own.
-        label: what the scale shows.
+        path: the file to write; its ending names the format.
+        shared_scale: whether all maps share a scale from 0 to their maximum.
+        label: label of the scale.
 
     Raises:
         BadInput: no map, or one that `overlay` refuses.
@@ -97,7 +97,7 @@ def draw_maps(
         tops = dict.fromkeys(tops, max(tops.values()))
     pure = colormaps[_COLOURS](np.linspace(0, 1, 256))[:, :3]
     as_drawn = ListedColormap(_OPACITY * pure + (1 - _OPACITY) * _MIDDLE / 255)
-    figure, axes = _panels(image, len(values), beside=0.8)
+    figure, axes = _panels(image, len(values), margin=0.8)
     for panel, (title, grid) in zip(axes[1:], values.items(), strict=False):
         panel.imshow(overlay(image, grid, high=tops[title]))
         panel.set_title(title, fontsize=9)
@@ -116,10 +116,10 @@ def darken_dropped(image: Image, mask: ArrayLike) -> Image:
 
     Args:
         image: see `overlay`.
-        mask: (rows, columns) bool, True where a token stays; `KeptTokens.masks` has them.
+        mask: (rows, columns) bool, True where a token is kept; `KeptTokens.masks` has them.
 
     Returns:
-        An RGB image of the size of `image`, bit for bit the same where a token stays.
+        An RGB image of the size of `image`, bit for bit the same where a token is kept.
 
     Raises:
         BadInput: a mask that is not two-dimensional or not bool.
@@ -134,12 +134,12 @@ def darken_dropped(image: Image, mask: ArrayLike) -> Image:
 
 
 def draw_tokens(image: Image, masks: Mapping[str, ArrayLike], path: str | Path) -> None:
-    """Draw an image, and it again with the dropped patches darkened, to an image file.
+    """Draw an image, and its copies with dropped patches darkened, to an image file.
 
     Args:
         image: see `overlay`.
-        masks: title -> (rows, columns) bool, True where a token stays.
-        path: where the picture goes; the ending says the format.
+        masks: title -> (rows, columns) bool, True where a token is kept.
+        path: the file to write; its ending names the format.
 
     Raises:
         BadInput: no mask, or one that `darken_dropped` refuses.
@@ -157,15 +157,15 @@ def draw_tokens(image: Image, masks: Mapping[str, ArrayLike], path: str | Path) 
     figure.savefig(path)
 
 
-def _panels(image: Image, count: int, beside: float = 0.0) -> tuple[Any, Any]:
-    """A figure with the image and room for `count` panels behind it, and inches at the right."""
+def _panels(image: Image, count: int, margin: float = 0.0) -> tuple[Any, Any]:
+    """A figure with the image, `count` panels after it, and a margin at the right in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lines = math.ceil((count + 1) / _ROW)
     columns = math.ceil((count + 1) / lines)
     height = _SIDE * min(2.0, image.height / image.width)
-    size = (_SIDE * columns + beside, (height + 0.35) * lines)
+    size = (_SIDE * columns + margin, (height + 0.35) * lines)
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
@@ -206,5 +206,5 @@ def _checked_mask(mask: ArrayLike) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 
 def _top(high: float) -> float:
-    """The value of the lightest colour; a map of zeros is dark all over."""
+    """The value of the lightest colour; a map of zeros is dark everywhere."""
     return float(high) if high > 0 else 1.0
