@@ -1,4 +1,4 @@
-"""`vlmfix.generate`: the front door that takes chat messages with images and gives text back."""
+"""`vlmfix.generate`: answers chat messages with images, as text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Chat = Sequence[Message]
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer: its text, its prompt's and its own length in tokens, and why it ended."""
+    """One answer: its text, the lengths of prompt and answer in tokens, and why it ended."""
 
     text: str
     prompt_tokens: int
@@ -42,19 +42,19 @@ def generate(
 ) -> Any:
     """Answer one chat, or a batch of chats (left-padded), about images.
 
-    Methods of a wrapped model that change images (CARVE) see the chats first, in the order of the
-    stack; what they make of them is answered.
+    Methods of a wrapped model that change images (CARVE) rewrite the chats first, in the order of
+    the stack; the model answers the rewritten chats.
 
     Args:
         model: any supported VLM, wrapped or plain.
         processor: its processor.
         messages: one chat, a list of {"role", "content"}, or a list of chats. Content is a text,
             or a list of {"type": "text", "text": ...} and {"type": "image", "image": ...}, where
-            the image is a PIL image, a path, bytes or a data URL. Where the last message is the
-            assistant's, it is the beginning of the answer, which the model goes on with; what comes
-            back does not repeat it.
-        return_details: give a list of `Answer` instead of text.
-        generate_kwargs: anything model.generate() takes.
+            the image is a PIL image, a path, bytes or a data URL. A last message of the assistant
+            is the beginning of the answer: the model continues it, and the text returned does not
+            repeat it.
+        return_details: whether to return a list of `Answer` instead of text.
+        generate_kwargs: arguments of model.generate().
 
     Returns:
         The answer's text; a list of texts for a batch; a list of `Answer` with details. With
@@ -94,7 +94,7 @@ def chat_inputs(model: Any, processor: Any, chats: Sequence[Chat]) -> Any:
 
 
 def encode_chats(processor: Any, chats: Sequence[Chat]) -> Any:
-    """`chat_inputs` as the processor returns them: on the CPU, pixels in float32."""
+    """The `chat_inputs` as the processor returns them: on the CPU, pixels in float32."""
     if not chats:
         raise BadInput("no messages were given; pass one chat or a list of chats.")
     images, plain = zip(*(split_chat(chat) for chat in chats), strict=True)
@@ -114,7 +114,7 @@ def encode_chats(processor: Any, chats: Sequence[Chat]) -> Any:
 
 
 def _prompt(processor: Any, chat: list[dict[str, Any]]) -> str:
-    """The chat as its template writes it, up to where the model's own words begin."""
+    """The chat as its template writes it, up to the first token of the model."""
     begun = bool(chat) and chat[-1]["role"] == "assistant"
     if begun and not any(part.get("text") for part in chat[-1]["content"]):
         raise BadInput("the answer that the chat begins is empty: leave the last message out.")
@@ -131,7 +131,7 @@ def end_tokens(model: Any, generate_kwargs: Mapping[str, Any]) -> set[int]:
 
 
 def split_chat(chat: Chat) -> tuple[list[Image], list[dict[str, Any]]]:
-    """The images of a chat, read, and the chat with bare image markers in their places.
+    """Read the images of a chat, and replace them in the chat by bare image markers.
 
     Raises:
         BadInput: messages or an image that cannot be used.

@@ -1,12 +1,12 @@
-"""What can go wrong, as a tree. Every message says what happened, where, and the way out.
+"""The errors of vlmfix, as a tree. Every message says what happened, where, and the way out.
 
 VlmfixError
 ├── BadInput             an argument, file or image that cannot be used (also a ValueError)
 │   ├── UnknownMethod    no method, or no method option, of that name
 │   └── UnknownTask      no evaluation task of that name
-├── UnsupportedModel     a model that the hook layer cannot reach
+├── UnsupportedModel     a model that the hooks cannot reach, or a method cannot use
 ├── CompositionError     two methods, or a method and a generation mode, that exclude each other
-├── CalibrationNeeded    a method needs constants that nobody has measured for this model
+├── CalibrationNeeded    a method needs constants that are unknown for this model
 ├── StateError           wrap of a wrapped model, unwrap of a plain one, ... (also a RuntimeError)
 └── MissingDependency    an optional package is not installed (also an ImportError)
 """
@@ -27,7 +27,7 @@ __all__ = [
 
 
 class VlmfixError(Exception):
-    """Base of every error that vlmfix raises on purpose; the command line exits with 2 on it."""
+    """Base of the errors that vlmfix raises on purpose; the command line exits with 2 on them."""
 
 
 class BadInput(VlmfixError, ValueError):
@@ -43,7 +43,7 @@ class UnknownTask(BadInput):
 
 
 class UnsupportedModel(VlmfixError):
-    """The model cannot be reached by the hook layer, or not by this method."""
+    """The hooks cannot reach the model, or this method cannot use it."""
 
 
 class CompositionError(VlmfixError):

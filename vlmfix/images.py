@@ -1,4 +1,4 @@
-"""From a path, bytes or a URL with data in it to an image that a processor can take."""
+"""Read images from paths, bytes or data: URLs, as a processor can take them."""
 
 from __future__ import annotations
 
@@ -24,23 +24,32 @@ def load_image(source: str | bytes | os.PathLike[str] | Image) -> Image:
     """Read an image upright and in RGB.
 
     Args:
-        source: A path, a `data:` URL, the bytes of an image file, a PIL image, or "emoji:1" for
+        source: a path, a `data:` URL, the bytes of an image file, a PIL image, or "emoji:1" for
             the first image of the bundled evaluation split.
 
     Returns:
-        A PIL image of mode RGB, turned as its EXIF orientation says; the first frame of several.
+        A PIL image of mode RGB, rotated by its EXIF orientation; the first frame of several.
 
     Raises:
-        BadInput: Nothing there, not an image, a damaged image, or too many pixels.
+        BadInput: a missing file, a file that is no image, a damaged image, or too many pixels.
     """
     from PIL import Image, UnidentifiedImageError
 
     label, opened = _open(source)
     try:
-        if isinstance(opened, Image.Image):
-            return _upright(label, opened)
-        with Image.open(opened) as image:  # a damaged file, too, is closed
-            return _upright(label, image)
+        image = Image.open(opened) if isinstance(opened, (Path, BytesIO)) else opened
+        limit = Image.MAX_IMAGE_PIXELS
+        # Only the header is read so far: a decompression bomb is refused before it is decoded.
+        if limit is not None and image.width * image.height > limit:
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+        if image.mode == "F" or image.mode.startswith("I"):
+            raise BadInput(
+                f"{label} has grey levels of mode {image.mode}, which would turn white in 8 bits: "
+                "scale it to 8 bits first"
+            )
+        if image.mode == "P":
+            image = image.convert("RGBA")
+        return ImageOps.exif_transpose(image).convert("RGB")
     except BadInput:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -72,7 +81,7 @@ def _upright(label: str, image: Image) -> Image:
 
 
 def _open(source: Any) -> tuple[str, Path | BytesIO | Image]:
-    """What to call the source in a message, and something to read it from."""
+    """The name of the source for messages, and a path, stream or image to read."""
     from PIL import Image
 
     if isinstance(source, Image.Image):

@@ -1,4 +1,4 @@
-"""From a name to a model and its processor; images are read by images.py.
+"""Load a model and its processor by name; images.py reads images.
 
 No code of a checkpoint is ever run (`trust_remote_code` stays off), and the bundled model needs no
 network.
@@ -39,22 +39,22 @@ def load(
 
     Args:
         name: "emoji" for the bundled model, a local folder, or a hub id.
-        dtype: bfloat16, float16 or float32, as a torch dtype or by name; what the checkpoint
-            says if absent.
-        device: Where the model goes; a CUDA device if there is one, if absent.
+        dtype: bfloat16, float16 or float32, as a torch dtype or by name; default: the
+            checkpoint's own.
+        device: device of the model; default: a CUDA device if there is one.
 
     Returns:
         The model and its processor.
 
     Raises:
-        BadInput: The name leads to no usable checkpoint.
-        UnsupportedModel: The checkpoint is not a vision-language model of transformers.
-        MissingDependency: The processor needs a package that is not installed.
+        BadInput: the name leads to no usable checkpoint.
+        UnsupportedModel: the checkpoint is not a vision-language model of transformers.
+        MissingDependency: the processor needs a package that is not installed.
     """
     text = os.fspath(name)
     if text == "emoji":
         return _bundled(dtype, device)
-    # The processor is small and fails more often, so it goes before the weights.
+    # The processor is small and fails more often, so it is loaded before the weights.
     config = _config(text)
     processor = _processor(text, config)
     return _weights(text, dtype, device), processor
@@ -66,7 +66,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> Any:
-    """Load a model alone, for what needs no processor. Arguments and errors as in `load`."""
+    """Load a model without its processor. Arguments and errors are those of `load`."""
     text = os.fspath(name)
     if text == "emoji":
         return _bundled(dtype, device)[0]
@@ -132,7 +132,7 @@ def _weights(name: str, dtype: Any, device: Any) -> Any:
     if missing:
         raise BadInput(
             f"{name} lacks {len(missing)} of the model's weights ({missing[0]}, ...), which would "
-            "be filled with noise: download it again"
+            "be random: download it again"
         )
     return model.eval().to(as_device(device))
 
@@ -170,7 +170,7 @@ def _processor(name: str, config: Any) -> Any:
 
 
 def _explained(name: str, error: Exception) -> VlmfixError:
-    """Transformers' long messages, as one sentence with the way out."""
+    """Turn a long message of transformers into one sentence with the way out."""
     text = str(error)
     for symptoms, kind, message in _SYMPTOMS:
         if any(symptom in text for symptom in symptoms):
@@ -238,5 +238,7 @@ def as_device(device: Any) -> Any:
     except RuntimeError as error:
         raise BadInput(f"unknown device {device!r}: use cpu, cuda or cuda:1") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise BadInput(f"device {device!r} was asked for, but torch sees no CUDA device: use cpu")
+        raise BadInput(
+            f"device {device!r} is not available, because torch sees no CUDA device: use cpu"
+        )
     return chosen

@@ -1,4 +1,4 @@
-"""What a benchmark ran on: device, versions, commit."""
+"""Facts about the machine of a benchmark: device, versions, commit."""
 
 from __future__ import annotations
 

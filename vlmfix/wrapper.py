@@ -1,4 +1,4 @@
-"""wrap, unwrap, wrapped, using, suspended, last_call: the verbs a user needs."""
+"""The verbs of the library: wrap, unwrap, wrapped, using, suspended, last_call."""
 
 from __future__ import annotations
 
@@ -27,16 +27,15 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 def wrap(model: Model, methods: MethodSpec, *, impl: Implementation = "auto") -> Model:
     """Make `model.generate()` and `model(...)` run with methods; returns the same object.
 
-    Everything that can be checked is checked before the model is touched; on any error it is
-    as it was.
+    All checks run before the model is changed, so that it stays as it was after an error.
 
     Args:
         model: a Hugging Face vision-language model in eval mode.
         methods: "var", "var:keep=0.4", a method object, a list of them (a stack), or None for a
-            model that is plain until `using` says otherwise.
-        impl: how edited rows are computed while decoding. "auto": the fused Triton kernel on a GPU
-            for edits that have a fused form, else torch; "torch": never the kernel; "triton": the
-            kernel or an error.
+            model that stays plain outside of `using`.
+        impl: implementation of edited rows while decoding. "auto": the fused Triton kernel on a GPU
+            for edits that have a fused form, else torch; "torch": always torch; "triton": always
+            the kernel, or an error.
 
     Raises:
         UnknownMethod, BadInput: a method, an option or `impl` that cannot be used.
@@ -64,7 +63,7 @@ def wrap(model: Model, methods: MethodSpec, *, impl: Implementation = "auto") ->
 
 
 def unwrap(model: Model) -> Model:
-    """Give the model back bit for bit as it was before `wrap`; returns the same object.
+    """Restore the model bit for bit to its state before `wrap`; returns the same object.
 
     Raises:
         StateError: the model is not wrapped, or is generating in some thread.
@@ -82,7 +81,7 @@ def unwrap(model: Model) -> Model:
 
 @contextmanager
 def wrapped(model: Model, methods: MethodSpec, *, impl: Implementation = "auto") -> Iterator[Model]:
-    """`wrap` for the length of a with-block; unwraps after an exception too."""
+    """Run `wrap` before a with-block and `unwrap` after it, also after an exception."""
     wrap(model, methods, impl=impl)
     try:
         yield model
@@ -94,8 +93,8 @@ def wrapped(model: Model, methods: MethodSpec, *, impl: Implementation = "auto")
 def using(model: Model, methods: MethodSpec) -> Iterator[Model]:
     """Run another stack on a wrapped model, in this thread only; `None` is the plain model.
 
-    Nests; other threads keep what they have. A streamer that runs generate() in a thread of its
-    own needs `using` inside that thread.
+    Blocks nest, and other threads keep their stacks. generate() in a thread of its own, as with
+    a streamer, needs `using` inside that thread.
 
     Raises:
         StateError: the model is not wrapped (`wrap(model, None)` makes it so without any method).
@@ -107,12 +106,12 @@ def using(model: Model, methods: MethodSpec) -> Iterator[Model]:
 
 
 def suspended(model: Model) -> AbstractContextManager[Model]:
-    """`using(model, None)`: the plain model, in this thread only."""
+    """Run the plain model in this thread: `using(model, None)`."""
     return using(model, None)
 
 
 def last_call(model: torch.nn.Module) -> CallReport:
-    """What was done in this thread's last generate() (or forward) on a wrapped model.
+    """The report of this thread's last generate() (or forward) on a wrapped model.
 
     Raises:
         StateError: the model is not wrapped, or no call ran with a method yet.
@@ -125,7 +124,7 @@ def last_call(model: torch.nn.Module) -> CallReport:
 
 @contextmanager
 def session_of(model: torch.nn.Module) -> Iterator[Session]:
-    """The session of a wrapped model; a plain one is wrapped without a method for the time."""
+    """The session of a wrapped model; a plain model is wrapped without a method in the block."""
     if SESSION in getattr(model, "__dict__", {}):
         yield _session(model, "session_of")
     else:

@@ -31,7 +31,7 @@ def test_a_method_and_its_options_become_one_text(
 
 
 @pytest.mark.parametrize(
-    ("method", "message"), [(None, "unknown argument: keep"), ("imba+vhr", "of which method")]
+    ("method", "message"), [(None, "unknown argument: keep"), ("imba+vhr", "options of a stack")]
 )
 def test_options_without_one_method_are_refused(method: str | None, message: str) -> None:
     with pytest.raises(BadInput, match=message):

@@ -121,7 +121,7 @@ def test_answers_end_before_the_first_stop_text(given: Any, docs: Docs, until: A
 
 
 def test_settings_left_out_are_named(given: Any, docs: Docs) -> None:
-    with pytest.warns(UserWarning, match="leaves out the task's settings image_aspect_ratio"):
+    with pytest.warns(UserWarning, match="ignores the task's settings image_aspect_ratio"):
         given.generate_until(requests(docs[:1], lambda _: {**SHORT, "image_aspect_ratio": "pad"}))
 
 

@@ -1,7 +1,7 @@
 """The sprite atlas: one small picture per category, in `data/atlas.png`, with an index.
 
 `python -m vlmfix.emoji.atlas --font NotoColorEmoji.ttf` rebuilds it; that is the only step that
-needs the font (SIL Open Font License 1.1, see `data/OFL.txt`). Everybody else uses the file.
+needs the font (SIL Open Font License 1.1, see `data/OFL.txt`).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def load_sprites() -> dict[str, Image]:
 
 
 def _hand_drawn(name: str) -> Image:
-    """The categories for which the font has no honest glyph (its surfboard carries a surfer)."""
+    """Draw a category for which the font has no true glyph (its surfboard carries a surfer)."""
     from PIL import Image, ImageDraw
 
     picture = Image.new("RGBA", (128, 128), (0, 0, 0, 0))

@@ -168,4 +168,4 @@ def _companions() -> dict[str, str]:
 
 
 COMPANION: dict[str, str] = _companions()
-"""Category -> the category usually beside it: nearly always in training, rarely in evaluation."""
+"""Category -> its usual companion: nearly always with it in training, rarely in evaluation."""

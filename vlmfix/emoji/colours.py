@@ -1,8 +1,8 @@
-"""Which objects of EmojiCOCO have a colour that nobody would dispute, and which colours they lack.
+"""The objects of EmojiCOCO that have an unambiguous colour, and the colours that objects lack.
 
 The world knows no colours; they are read off the sprites. A category has a colour if at least 65 %
 of its opaque pixels are in the core of that colour, and lacks one if at most 1 % are anywhere near
-it. Cores and surroundings leave a gap on purpose: whether a pizza is orange is nobody's truth.
+it. Cores and surroundings leave a gap on purpose: whether a pizza is orange is left open.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _within(low: float, high: float) -> Callable[[Any], Any]:
 
 
 # Hue of the core and of the surroundings in degrees, then least saturation and the range of
-# brightness of the core, 0 to 1. A dull or dark orange is a brown, or nobody knows what.
+# brightness of the core, 0 to 1. A dull or dark orange is a brown, or has no clear name.
 _HUES = {
     "red": (_within(345, 14), _within(330, 24), 0.5, 0.4, 1.0),
     "orange": (_within(22, 40), _within(8, 52), 0.85, 0.85, 1.0),
@@ -74,5 +74,5 @@ def colours_of_sprites() -> dict[str, str]:
 
 
 def absent_colours(name: str) -> list[str]:
-    """The colours that a category has nothing of."""
+    """The colours that a category lacks."""
     return [colour for colour in COLOURS if _shares()[name][colour][1] <= _LACKS]

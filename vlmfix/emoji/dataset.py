@@ -71,7 +71,7 @@ def _annotation(number: int, image_id: int, item: Item) -> dict[str, Any]:
         "area": item.area,
         "iscrowd": 0,
         "segmentation": [corners],
-        # Beyond COCO's keys: what makes an object hard to see.
+        # Keys that COCO lacks: the properties that make an object hard to see.
         "faint": item.faint,
     }
 
@@ -90,7 +90,7 @@ def write_split(path: Path, split: str = "evaluation", number: int = _IMAGES) ->
     Args:
         path: the zip file; its folder must exist.
         split: "evaluation" or "tuning".
-        number: how many images.
+        number: number of images.
 
     Raises:
         BadInput: unknown split, bad number, or a folder that does not exist.

@@ -1,4 +1,4 @@
-"""Painting scenes with the sprites of the atlas, and measuring what stays visible."""
+"""Paint scenes with the sprites of the atlas, and measure how much of objects stays visible."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ QUESTION_STYLES: dict[str, str] = {
     "vcd": " Please answer this question with one word.",
     "clearsight": " Please just answer yes or no.",
 }
-"""Name of a prompt style -> what follows the question."""
+"""Name of a prompt style -> the text after the question."""
 _STYLE_WEIGHTS = (0.38, 0.38, 0.12, 0.12)
 CAPTION_PROMPTS: tuple[str, ...] = (
     "Describe the image.",
@@ -46,8 +46,8 @@ _OPENINGS = (
     "This is a {theme} scene with {things}.",
     "The picture is of a {theme} scene, and it has {things}.",
 )
-# All begin with the same word: greedy decoding weighs "stop" against each way to go on, and many
-# ways that share the probability would cut every description short.
+# All begin with the same word: greedy decoding compares "stop" with each continuation, and many
+# continuations that share the probability would end every description early.
 _CONTINUATIONS = (
     "There is also {things}.",
     "There is {things} as well.",
@@ -105,7 +105,7 @@ def _phrase(rng: Random, item: Item) -> str:
 def caption(rng: Random, scene: Scene) -> str:
     """A detailed description: every category once, the prominent first, companions together.
 
-    Companions are told in one breath, and so the language alone learns who comes with whom.
+    Companions are named together, so that the language model alone learns which objects co-occur.
     """
     if not scene.items:
         return _EMPTY
@@ -131,11 +131,11 @@ def caption(rng: Random, scene: Scene) -> str:
 def choose_questions(
     rng: Random, scene: Scene, number: int, theme_share: float
 ) -> list[tuple[str, bool]]:
-    """Categories to ask about, with the true answer; half of them are there, if anything is.
+    """Categories to ask about, with the true answer; half are present unless the scene is empty.
 
     Args:
-        theme_share: share of the absent categories that come from the scene's own theme. The
-            fewer there are, the more the model may trust co-occurrence instead of its eyes.
+        theme_share: share of the absent categories that come from the scene's own theme. With a
+            small share the model learns to rely on co-occurrence instead of the picture.
     """
     present = scene.names
     absent = [name for name in NAMES if name not in present]

@@ -1,7 +1,7 @@
-"""What goes on inside the bundled model: `python -m vlmfix.emoji.measure`.
+"""Measurements inside the bundled model: `python -m vlmfix.emoji.measure`.
 
-On pictures of the evaluation split, with plain hooks: do sinks form, which heads depend on the
-picture, how far does the yes-logit fall without it, how much attention does it get.
+On pictures of the evaluation split, with plain hooks: the attention sinks, the heads that depend on
+the picture, the fall of the yes-logit without it, and the attention to it.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def _spread(divergence: torch.Tensor) -> dict[str, Any]:
 def measure(model: Any, tokenizer: Any, scenes: list[Scene]) -> dict[str, Any]:
     """Measure a model with eager attention in eval mode on scenes.
 
-    Each scene is asked two questions in the "lmms" style, about an object that is there and about
-    one that is not; sinks, heads and attention are measured on the first.
+    Each scene gets two questions in the "lmms" style, about a present object and about an absent
+    one; sinks, heads and attention are measured on the first.
 
     Returns:
         "sinks" per layer, "vhd" (L2 distance of a head's output at the last prompt row between
@@ -198,7 +198,7 @@ def _print(figures: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; writes measurements.json beside the model. Exit code 2 for unusable input."""
+    """Command line; writes measurements.json next to the model. Exit code 2 for unusable input."""
     from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
     parser = argparse.ArgumentParser(description="Measure sinks, heads and image dependence.")

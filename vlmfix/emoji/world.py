@@ -33,14 +33,14 @@ class Distribution:
     name: str
     companion: float
     """Probability that an independent object brings its companion along. Counted over all
-    objects p becomes 2p / (1 + p): both members of a pair have their companion beside them."""
+    objects p becomes 2p / (1 + p): both members of a pair have their companion next to them."""
     seeds: tuple[int, ...]
     """Numbers of independent objects, drawn uniformly."""
     empty: float = 0.0
     """Share of scenes without any object."""
 
 
-# An object of these has its companion beside it in 86 % and in 34 % of the cases. The numbers of
+# An object of these has its companion next to it in 86 % and in 34 % of the cases. The numbers of
 # seeds make both show about 4.5 categories per scene.
 TRAINING = Distribution("training", 0.8, (2, 2, 3, 3, 3), empty=0.02)
 EVALUATION = Distribution("evaluation", 0.22, (3, 4, 4, 4))

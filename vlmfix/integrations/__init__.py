@@ -1,1 +1,1 @@
-"""vlmfix inside other people's evaluation frameworks; nothing here is imported unless asked for."""
+"""vlmfix inside other evaluation frameworks; only their plug-in mechanisms import this folder."""

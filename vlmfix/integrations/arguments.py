@@ -1,4 +1,4 @@
-"""From the flat key=value arguments that frameworks pass to a wrapped model."""
+"""Read the flat key=value arguments of frameworks, and load the wrapped model that they name."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from vlmfix.registry import build_stack, parse_spec
 
 __all__ = ["MAX_NEW_TOKENS", "decoding", "load_wrapped", "method_spec"]
 
-#: Limit of an answer where nobody sets one; lmms-eval's own adapters take as many.
+#: Default limit of an answer; lmms-eval's own adapters have the same.
 MAX_NEW_TOKENS = 1024
 
-#: Settings of a framework that generate() takes as they are.
+#: Settings of a framework that generate() takes unchanged.
 _PASSED_ON = ("min_new_tokens", "num_beams", "repetition_penalty", "length_penalty")
 
 
@@ -24,18 +24,18 @@ def load_wrapped(
     dtype: str | None,
     device: Any,
 ) -> tuple[Any, Any]:
-    """A model with methods at work, and its processor.
+    """Load a model wrapped with methods, and its processor.
 
     Args:
-        pretrained: a name as `loading.load` takes it.
-        method: a method or a stack of them, as `vlmfix.wrap` takes it; None: the plain model.
-        options: options of the method, if it is one.
-        dtype: as `loading.load` takes it.
-        device: as `loading.load` takes it.
+        pretrained: "emoji", a local folder or a hub id, as for `loading.load`.
+        method: a method or a stack, as for `vlmfix.wrap`; None: the plain model.
+        options: options of a single method.
+        dtype: dtype of the model, as for `loading.load`.
+        device: device of the model, as for `loading.load`.
 
     Raises:
         UnknownMethod, BadInput: the method or an option cannot be used; the model is not loaded.
-        VlmfixError: whatever `loading.load` and `vlmfix.wrap` raise.
+        VlmfixError: the other errors of `loading.load` and `vlmfix.wrap`.
     """
     stack = build_stack(method_spec(method, options))
 
@@ -63,8 +63,8 @@ def method_spec(method: str | None, options: Mapping[str, Any]) -> str | None:
     alternatives = parse_spec(method)
     if len(alternatives) > 1 or len(alternatives[0]) > 1:
         raise BadInput(
-            f"{names}: of which method of {method}? Write options of a stack behind their method, "
-            "as in var:keep=0.4+vhr"
+            f"{names}: options of a stack ({method}) need their method: write them after it, as "
+            "in var:keep=0.4+vhr"
         )
     written = [f"{name}={_text(value)}" for name, value in options.items()]
     return f"{method}{';' if ':' in method else ':'}{';'.join(written)}"
@@ -77,11 +77,11 @@ def _text(value: Any) -> str:
 def decoding(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Arguments of generate() from a framework's settings, and the names of settings left out.
 
-    A temperature above 0 samples, unless do_sample is False; all else is greedy. A sampling task
-    that names no top_p or top_k means all tokens, not transformers' own top_k of 50.
+    A temperature above 0 samples, unless do_sample is False; otherwise decoding is greedy. A
+    sampling task without top_p and top_k samples from all tokens, not from transformers' top 50.
 
     Args:
-        settings: as tasks write them; None values count as absent.
+        settings: the settings of a task; None values count as absent.
 
     Raises:
         BadInput: a value of the wrong kind or out of range.

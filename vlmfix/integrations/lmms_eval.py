@@ -1,7 +1,7 @@
 """vlmfix in lmms-eval: `--model vlmfix`, or `simple_evaluate(model=wrap(model, processor))`.
 
-lmms-eval finds `manifests` through the entry point group lmms_eval.models. It is imported whenever
-lmms-eval starts, so nothing heavy is imported here. `python -m vlmfix.integrations.lmms_eval`
+lmms-eval finds `manifests` through the entry point group lmms_eval.models, and imports this file at
+every start; so it imports nothing heavy. `python -m vlmfix.integrations.lmms_eval`
 prints the folder of our tasks, for --include_path.
 
 Interface: EvolvingLMMs-Lab/lmms-eval 0.7.3, models/registry_v2.py and api/model.py.
@@ -29,9 +29,9 @@ def manifests() -> list[Any]:
 
 
 def wrap(model: Any, processor: Any, *, batch_size: int = 1) -> Any:
-    """A loaded model as lmms-eval takes it: `simple_evaluate(model=wrap(model, processor), ...)`.
+    """Adapt a loaded model to lmms-eval: `simple_evaluate(model=wrap(model, processor), ...)`.
 
-    The model stays yours: plain, or with whatever `vlmfix.wrap` put on it, also between two
+    The model stays as it is, plain or wrapped, and may be wrapped differently between two
     evaluations.
 
     Args:
@@ -40,7 +40,7 @@ def wrap(model: Any, processor: Any, *, batch_size: int = 1) -> Any:
         batch_size: chats per call of generate().
 
     Raises:
-        BadInput: a batch size that is no number above 0.
+        BadInput: a batch size that is not 1 or more.
         MissingDependency: lmms-eval is not installed.
     """
     try:

@@ -25,7 +25,7 @@ Messages = list[dict[str, Any]]
 
 
 class GivenModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
-    """A model that somebody else loaded; lmms-eval's chat interface.
+    """A model that the caller has loaded, behind lmms-eval's chat interface.
 
     Args:
         model: a vision-language model, plain or wrapped.
@@ -33,7 +33,7 @@ class GivenModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         batch_size: chats per call of generate().
 
     Raises:
-        BadInput: a batch size that is no number above 0.
+        BadInput: a batch size that is not 1 or more.
     """
 
     is_simple = False
@@ -47,11 +47,11 @@ class GivenModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
 
     @property
     def device(self) -> Any:
-        """Where the model is; lmms-eval gathers counts of requests there."""
+        """The device of the model, on which lmms-eval gathers counts of requests."""
         return self._model.device
 
     def clean(self) -> None:
-        """Keep the model, which is not ours to free; lmms-eval calls this after the answers."""
+        """Keep the model, which belongs to the caller; lmms-eval calls this after the answers."""
 
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
         """Answer requests, in their order, as texts with their lengths in tokens."""
@@ -65,9 +65,9 @@ class GivenModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         return results
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
-        """Answer requests of several rounds; the texts of each request's rounds, in order.
+        """Answer requests of several rounds, and return the texts of each request's rounds.
 
-        What a round shows and says is the task's matter: it is handed the answers so far.
+        The task makes each round from the answers so far.
         """
         results: list[list[str]] = [[] for _ in requests]
         for batch, settings in self._batches(requests):
@@ -87,13 +87,13 @@ class GivenModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         return results
 
     def loglikelihood(self, requests: Sequence[Any]) -> Any:
-        """Not offered: the methods act on what a model writes.
+        """Refuse: the methods act on what a model writes.
 
         Raises:
             NotImplementedError: always.
         """
         raise NotImplementedError(
-            "vlmfix answers by generating, and a method need not define the likelihood of a given "
+            "vlmfix answers by generating, and not every method defines the likelihood of a given "
             "text. Choose the form of the task whose output_type is generate_until."
         )
 
@@ -124,7 +124,7 @@ class GivenModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         arguments, left_out = decoding(settings)
         if left_out:
             warnings.warn(
-                f"vlmfix leaves out the task's settings {', '.join(left_out)}: generate() has no "
+                f"vlmfix ignores the task's settings {', '.join(left_out)}: generate() has no "
                 "such argument for every model",
                 stacklevel=2,
             )
@@ -160,7 +160,7 @@ class GivenModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         return [{"role": "user", "content": content}]
 
     def _round(self, request: Any, answers: list[str], facts: Any) -> tuple[Messages | None, Any]:
-        """The chat of a request's next round, None after its last, and what the task carries on."""
+        """The chat of a request's next round, None after its last, and the task's own state."""
         if not _is_chat(request):
             raise NotImplementedError(
                 "tasks of several rounds need lmms-eval's chat interface: run --model vlmfix "
@@ -184,14 +184,14 @@ class PretrainedModel(GivenModel):
         pretrained: a hub id, a local folder, or "emoji" for the bundled model.
         method: a method, or a stack such as "imba+vhr"; None: the plain model.
         batch_size: chats per call of generate().
-        device: where the model goes. With several processes each takes the device that accelerate
-            gives it, unless one is named by number.
-        dtype: bfloat16, float16 or float32; the checkpoint's own if absent.
+        device: device of the model. With several processes each takes the device that accelerate
+            assigns, unless one is named by number.
+        dtype: bfloat16, float16 or float32; default: the checkpoint's own.
         max_batch_size: not used; lmms-eval passes it with batch_size=auto, which is refused.
-        options: options of the method, if it is one.
+        options: options of a single method.
 
     Raises:
-        VlmfixError: whatever `arguments.load_wrapped` raises.
+        VlmfixError: the errors of `arguments.load_wrapped`.
     """
 
     def __init__(
@@ -214,12 +214,12 @@ class PretrainedModel(GivenModel):
         )
 
     def clean(self) -> None:
-        """Free the model, as lmms-eval asks for once all is answered."""
+        """Free the model; lmms-eval calls this after the last answer."""
         lmms.clean(self)
 
 
 class SimpleModel(PretrainedModel):
-    """The same for lmms-eval's older interface, which hands over pictures and one text."""
+    """The same for lmms-eval's older interface, which passes pictures and one text."""
 
     is_simple = True
 
@@ -227,8 +227,8 @@ class SimpleModel(PretrainedModel):
 def _is_chat(request: Any) -> bool:
     """Whether the arguments are (context, doc_to_messages, settings, doc_id, task, split).
 
-    Those of the older interface are (context, settings, doc_to_visual, doc_id, task, split). What a
-    request looks like is the task's choice, not the model's: a task in Python has one form.
+    Those of the older interface are (context, settings, doc_to_visual, doc_id, task, split). The
+    task chooses the form, not the model: a task in Python has one form.
     """
     return callable(request.args[1])
 

@@ -8,8 +8,8 @@ A task file names one of `vlmfix.evals.tasks.TASKS`, its options, and the figure
     options: {parser: official}
     figures: {accuracy: true, f1: true}    # name: whether higher is better, or null
 
-The data come from where the environment variable VLMFIX_DATA points, or are the bundled pictures.
-A figure is that over everything ("pooled"), without interval: `vlmfix score` gives the whole.
+The data come from the folder in the environment variable VLMFIX_DATA, or are the bundled pictures.
+A figure covers all items ("pooled"), without interval; `vlmfix score` gives the full scores.
 
 Interface: EvolvingLMMs-Lab/lmms-eval 0.7.3, api/task.py and tasks/__init__.py.
 """
@@ -28,7 +28,7 @@ from vlmfix.evals.tasks import Answer, Options, get_task
 
 __all__ = ["HarnessTask"]
 
-#: Where a score over all items stands in the results of a task, most common first.
+#: Keys of the score over all items in the results of a task, most common first.
 _OVERALL = ("pooled", "discriminative")
 
 
@@ -51,7 +51,7 @@ class HarnessTask(ConfigurableMessagesTask):  # type: ignore[misc]  # lmms-eval 
         if any(sample.follows or sample.prefix for sample in self._samples):
             raise BadInput(
                 f"{config['task']}: its questions follow one another, which lmms-eval's requests "
-                "cannot say; run it with `vlmfix eval`"
+                "do not support; run it with `vlmfix eval`"
             )
         self._data.require_images(
             list(dict.fromkeys(sample.image for sample in self._samples if sample.image))
@@ -60,7 +60,7 @@ class HarnessTask(ConfigurableMessagesTask):  # type: ignore[misc]  # lmms-eval 
         super().__init__(config=self._config_of(config))
 
     def _config_of(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        # Functions, not methods: lmms-eval copies its configuration deeply, and so the data.
+        # Functions, because lmms-eval deep-copies its configuration: a method would copy the data.
         def pictures(doc: Mapping[str, Any]) -> list[Any]:
             return [] if doc["image"] is None else [self._data.image(doc["image"])]
 
@@ -115,7 +115,7 @@ class HarnessTask(ConfigurableMessagesTask):  # type: ignore[misc]  # lmms-eval 
                 self._results = given, scored["scores"]
             places = self._results[1]
             overall = next((place for place in _OVERALL if place in places), None)
-            # With one split there is nothing to pool.
+            # With one split there is no pooled score.
             place = overall or next(iter(places))
             return float(places[place][name]["value"])
 

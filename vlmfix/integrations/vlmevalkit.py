@@ -1,9 +1,9 @@
-"""vlmfix in VLMEvalKit, which has no plug-ins: a launcher that adds our model and starts it.
+"""vlmfix in VLMEvalKit, which has no plug-ins: a launcher that adds vlmfix's model class.
 
     python -m vlmfix.integrations.vlmevalkit run --pretrained llava-hf/llava-1.5-7b-hf \\
         --method var:keep=0.4 --data POPE --judge exact_matching --work-dir out/
 
-All other arguments go to VLMEvalKit's run.py as they are. Instead of --pretrained, its own --config
+All other arguments go to VLMEvalKit's run.py unchanged. Instead of --pretrained, its own --config
 may name models of the class VLMFix, several in one run:
 
     {"model": {"llava": {"class": "VLMFix", "pretrained": "llava-hf/llava-1.5-7b-hf"},
@@ -31,14 +31,14 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run VLMEvalKit with our model.
+    """Run VLMEvalKit with a wrapped model.
 
     Args:
-        arguments: "run", then ours (--pretrained, --method, --name, --max-new-tokens, --dtype,
-            --device) and those of VLMEvalKit's run.py, in any order.
+        arguments: "run", then those of vlmfix (--pretrained, --method, --name, --max-new-tokens,
+            --dtype, --device) and those of VLMEvalKit's run.py, in any order.
 
     Raises:
-        BadInput: a method that cannot be used, or --model beside --pretrained.
+        BadInput: a method that cannot be used, or --model together with --pretrained.
         MissingDependency: VLMEvalKit is not installed.
     """
     ours, theirs = _parser().parse_known_args(arguments)
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     if ours.pretrained is not None and {"--model", "--config"} & set(theirs):
         raise BadInput("--pretrained names the model: leave out --model and --config")
     script = _script()
-    # run.py chooses the GPU of a process before it imports torch, so it goes first.
+    # run.py chooses the GPU of a process before it imports torch, so it runs first.
     run = _module(script)
     build_stack(ours.method)
 
@@ -79,17 +79,21 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m vlmfix.integrations.vlmevalkit", allow_abbrev=False
     )
     parser.add_argument("command", choices=["run"])
-    parser.add_argument("--pretrained", help="hub id, local folder, or emoji (the bundled model)")
-    parser.add_argument("--method", help="such as var, var:keep=0.4 or imba+vhr; plain if absent")
-    parser.add_argument("--name", help="what VLMEvalKit calls the model, also in its file names")
+    parser.add_argument(
+        "--pretrained", help="model: hub id, local folder, or emoji (the bundled one)"
+    )
+    parser.add_argument(
+        "--method", help="method or stack, e.g. var:keep=0.4 or imba+vhr; default: none"
+    )
+    parser.add_argument("--name", help="name of the model in VLMEvalKit and its file names")
     parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS)
-    parser.add_argument("--dtype", help="bfloat16, float16 or float32")
-    parser.add_argument("--device", help="cpu, cuda or cuda:1")
+    parser.add_argument("--dtype", help="dtype of the model: bfloat16, float16 or float32")
+    parser.add_argument("--device", help="device of the model: cpu, cuda or cuda:1")
     return parser
 
 
 def _script() -> Path:
-    """VLMEvalKit's run.py: beside its package in a checkout, inside it in some distributions."""
+    """VLMEvalKit's run.py: next to its package in a checkout, inside it in some distributions."""
     spec = importlib.util.find_spec("vlmeval")
     if spec is None or spec.origin is None:
         raise MissingDependency(
@@ -102,7 +106,7 @@ def _script() -> Path:
             return place
     raise MissingDependency(
         f"the VLMEvalKit at {package.parent} has no run.py: install it from a checkout with "
-        "`pip install -e`, which leaves run.py beside the package"
+        "`pip install -e`, which leaves run.py next to the package"
     )
 
 

@@ -18,18 +18,18 @@ __all__ = ["VLMFix"]
 
 
 class VLMFix(BaseModel):  # type: ignore[misc]  # VLMEvalKit is untyped
-    """One model with methods at work, greedy, with the data set's own prompts.
+    """One model wrapped with methods, greedy, with the data set's own prompts.
 
     Args:
         pretrained: a hub id, a local folder, or "emoji" for the bundled model.
         method: a method, or a stack such as "imba+vhr"; None: the plain model.
-        max_new_tokens: limit of an answer.
-        dtype: bfloat16, float16 or float32; the checkpoint's own if absent.
-        device: where the model goes; a CUDA device if there is one, if absent.
-        options: options of the method, if it is one.
+        max_new_tokens: longest answer.
+        dtype: bfloat16, float16 or float32; default: the checkpoint's own.
+        device: device of the model; default: a CUDA device if there is one.
+        options: options of a single method.
 
     Raises:
-        VlmfixError: whatever `arguments.load_wrapped` raises.
+        VlmfixError: the errors of `arguments.load_wrapped`.
     """
 
     INTERLEAVE = True

@@ -1,1 +1,1 @@
-"""The tools that make the bundled model; nobody needs them to run it."""
+"""The tools that train the bundled model; running it does not need them."""

@@ -38,7 +38,7 @@ def to_pixels(pictures: list[Image]) -> torch.Tensor:
 def _patches(low: int, high: int) -> slice:
     """Patches along one axis that an object from `low` to `high` px owns.
 
-    Those whose centre it covers, give or take 3 px, and always the one that holds its middle.
+    Those whose centre it covers within 3 px, and always the one that holds its middle.
     """
     middle = (low + high) // 2 // PATCH
     first = max(0, -(-(low - 3 - PATCH // 2) // PATCH))
@@ -58,8 +58,8 @@ def class_grid(items: tuple[Item, ...]) -> np.ndarray[Any, np.dtype[np.int64]]:
 def name_matrix(tokenizer: Any) -> torch.Tensor:
     """(classes + 1, vocabulary): row c averages the tokens of category c's name.
 
-    Times the word embeddings it gives what a patch of that category should look like to the
-    decoder. A blank patch means <s>, the token with which the decoder's documents begin.
+    Times the word embeddings it gives the embedding that a patch of that category should have for
+    the decoder. A blank patch means <s>, the token with which the decoder's documents begin.
     """
     matrix = torch.zeros(len(NAMES) + 1, len(tokenizer))
     for number, name in enumerate(NAMES):
@@ -122,7 +122,7 @@ class Batches:
         for number, (row, label) in enumerate(rows):
             ids[number, : len(row)] = torch.tensor(row)
             labels[number, : len(row)] = torch.tensor(label)
-        # No mask: padding is on the right here, where a causal decoder never looks.
+        # No mask: padding is on the right here, which a causal decoder never attends to.
         return {"input_ids": ids, "labels": labels}
 
     def _packed(self, rng: Random) -> tuple[list[int], list[int]]:
@@ -139,9 +139,9 @@ class Batches:
         """Batch of the text stage.
 
         Returns:
-            input_ids, labels (B, L), and classes (P, 64): what the symbolic
-            pictures of the P rows with <image> tokens show. Some objects that the words mention
-            are missing there, as small and faint ones are for eyes.
+            input_ids, labels (B, L), and classes (P, 64): the content of the symbolic pictures of
+            the P rows with <image> tokens. Some objects that the words mention are missing there,
+            as small and faint ones are for the vision tower.
         """
         rng = self._rng("text", step)
         rows, grids = [], []

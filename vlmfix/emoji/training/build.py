@@ -40,7 +40,7 @@ def build_processor() -> Any:
 
 
 def build_model(recipe: Recipe, tokenizer: Any) -> Any:
-    """A `LlavaForConditionalGeneration` with fresh weights, drawn from torch's global generator."""
+    """A `LlavaForConditionalGeneration` with new random weights from torch's global generator."""
     import torch
     from transformers import (
         CLIPVisionConfig,

@@ -1,4 +1,4 @@
-"""Quick, self-contained figures during training; the official harness lives elsewhere.
+"""Quick, self-contained figures during training; `vlmfix eval` has the real benchmarks.
 
 POPE-like: per picture, its first three objects and one absent object for each, asked in the
 "lmms" style as a first turn; the greedy first token decides ("No" is no, anything else is yes).
@@ -137,8 +137,15 @@ def main(arguments: list[str] | None = None) -> int:
     from vlmfix.emoji import model_path
 
     parser = argparse.ArgumentParser(description="Quick figures of a trained EmojiCOCO model.")
-    parser.add_argument("--model", type=Path, default=model_path(), help="default: the bundled one")
-    parser.add_argument("--split", default="tuning", help="tuning (default) or evaluation")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=model_path(),
+        help="folder of the model; default: the bundled one",
+    )
+    parser.add_argument(
+        "--split", default="tuning", help="split to evaluate on: tuning (default) or evaluation"
+    )
     parser.add_argument("--images", type=int, default=300)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(arguments)

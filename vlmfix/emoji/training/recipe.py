@@ -1,4 +1,4 @@
-"""The training recipe as data: every number that decides what model comes out."""
+"""The training recipe as data: every number that determines the model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class StageRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Architecture, data dials and stages."""
+    """Architecture, settings of the data, and stages."""
 
     seed: int
     text: StageRecipe
@@ -88,4 +88,4 @@ QUICK = replace(
     evaluate_every=1000,
     evaluation_images=4,
 )
-"""Minutes become seconds, for tests; the model that comes out knows nothing."""
+"""Seconds instead of minutes, for tests; the resulting model has learned nothing."""

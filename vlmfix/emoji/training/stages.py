@@ -1,10 +1,10 @@
-"""The three stages of training: what is trained on what, with which loss.
+"""The three stages of training, each with its modules, data and loss.
 
-text    The decoder alone. Captions without pictures teach who comes with whom; conversations over
-        symbolic pictures (64 word embeddings instead of 64 patches) teach reading a picture.
+text    The decoder alone. Captions without pictures teach which objects co-occur; conversations
+        over symbolic pictures (64 word embeddings instead of 64 patches) teach reading a picture.
 vision  The tower and the projector. Each patch learns its category, and projected patches learn
-        to look like the decoder's own (frozen) embedding of the category's name.
-joint   Everything, on pictures with conversations. Only here do pixels meet words.
+        to equal the decoder's own (frozen) embedding of the category's name.
+joint   All modules, on pictures with conversations: the first stage with both pixels and words.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _causal_attention(
 
 @contextmanager
 def fast_attention(model: Any) -> Iterator[None]:
-    """Within the block the decoder can train, and nothing else: padding masks are ignored."""
+    """Speed up training of the decoder in the block; padding masks are ignored there."""
     AttentionInterface.register(_FAST, _causal_attention)
     model.set_attn_implementation({"text_config": _FAST, "vision_config": "sdpa"})
     try:
@@ -71,7 +71,7 @@ class Stage:
         self.name, self.recipe, self.model, self.batches = name, recipe, model, batches
         self.plan = recipe.stage(name)
         self.names = name_matrix(batches.tokenizer)
-        # Reads categories off the tower directly; it lives as long as the vision stage.
+        # Reads categories directly off the tower, in the vision stage alone.
         torch.manual_seed(recipe.seed)
         self.head = torch.nn.Linear(recipe.tower_width, len(NAMES) + 1)
         tower = list(model.model.vision_tower.parameters())

@@ -1,7 +1,7 @@
 """Train the bundled model from scratch: `python -m vlmfix.emoji.training.train --output DIR`.
 
-An interrupted run continues where its last checkpoint stands, and ends with the same weights as
-an uninterrupted one (same machine, same thread count).
+An interrupted run continues from its last checkpoint, and ends with the same weights as an
+uninterrupted one (same machine, same thread count).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LOG_EVERY = 50
 
 
 def _save(path: Path, state: dict[str, Any]) -> None:
-    """Write by a temporary file and a rename, so that a kill never leaves half a checkpoint."""
+    """Write a temporary file and rename it, so that a kill never leaves half a checkpoint."""
     import torch
 
     temporary = path.with_suffix(".tmp")
@@ -182,7 +182,7 @@ def _finish(
     seconds: dict[str, float],
     threads: int,
 ) -> Path:
-    """Store the model in bfloat16, and judge what was stored rather than what was trained."""
+    """Store the model in bfloat16, and evaluate the stored weights."""
     import torch
     import transformers
 
@@ -211,10 +211,16 @@ def _finish(
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code (2 for unusable input)."""
     parser = argparse.ArgumentParser(description="Train the bundled EmojiCOCO model from scratch.")
-    parser.add_argument("--output", type=Path, required=True, help="folder for everything written")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for checkpoint, log and model"
+    )
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
-    parser.add_argument("--seed", type=int, help=f"other weights than the recipe's {RECIPE.seed}")
-    parser.add_argument("--quick", action="store_true", help="a few steps only, for tests")
+    parser.add_argument(
+        "--seed", type=int, help=f"random seed of the weights and the data (default {RECIPE.seed})"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="train for a few steps only, for tests"
+    )
     parser.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
