@@ -34,6 +34,12 @@ def lifted(alpha: float, gaze: torch.Tensor) -> torch.Tensor:
     return torch.expm1(alpha * gaze)
 
 
+def seen(weights: torch.Tensor, visual: torch.Tensor, content: list[bool]) -> SeenRows:
+    """Rows from position 0, of a question of which some words carry content."""
+    words = torch.tensor([content])
+    return SeenRows(0, weights, 0, 0, visual, torch.ones_like(words), words)
+
+
 @pytest.mark.parametrize(
     ("alpha", "ratio", "expected"),
     [
@@ -41,12 +47,6 @@ def lifted(alpha: float, gaze: torch.Tensor) -> torch.Tensor:
         (5.0, 50.137720, [0.015644, 0.580445, 0.007822, 0.392178, 0.003911]),
     ],
 )
-def seen(weights: torch.Tensor, visual: torch.Tensor, content: list[bool]) -> SeenRows:
-    """Rows from position 0, of a question of which some words carry content."""
-    words = torch.tensor([content])
-    return SeenRows(0, weights, 0, 0, visual, torch.ones_like(words), words)
-
-
 def test_worked_rows(alpha: float, ratio: float, expected: list[float]) -> None:
     lift = lifted(alpha, torch.tensor([[0, 1, 0, 0, 0]]).double())
     weights = WEIGHTS[None, :, None]
