@@ -180,7 +180,7 @@ ENGINE = (
         "the noise of a branch was made of the numbers that the tokens were drawn from",
         "(seed + 0x5DEECE66D) % 2**63",
         "seed",
-        ("methods/test_vcd.py", "methods/test_noise.py"),
+        ("methods/test_noise.py", "methods/test_vcd.py"),
     ),
     # -- pruning
     Bug(

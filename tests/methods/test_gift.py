@@ -310,7 +310,7 @@ def test_layers_by_preset_calibration_and_depth() -> None:
     assert known(3, GazeShiftFusion(edited_layers=(1,))) == [2, (1,), 4.0]
     write(replace(measured, gift_layers=()), path)
     nothing = GazeShiftFusion().prepared(info, tiny.model)
-    assert "found none" in str(nothing.idle()) and nothing.prelude(info) is None
+    assert "found none" in str(nothing.idle()) and nothing.probe_pass(info) is None
     with pytest.raises(BadInput, match="must be layers with attention"):
         vlmfix.wrap(tiny.model, "gift:saliency_layer=3")
     with pytest.raises(BadInput, match="must be layers with attention"):

@@ -136,6 +136,16 @@ def test_seeds() -> None:
     assert with_seed(None).isfinite().all()
 
 
+@pytest.mark.parametrize("seed", [3, None])
+def test_noise_is_not_made_of_the_numbers_that_tokens_are_drawn_from(seed: int | None) -> None:
+    values = torch.zeros(1, 3, 8, 8)
+    torch.manual_seed(3)
+    noise = drawn(values, noised(made({"pixel_values": values}), 500, seed)["pixel_values"])
+    torch.manual_seed(3)  # as before a generate() that samples
+    tokens = torch.randn(noise.shape)
+    assert (noise * tokens).mean().abs() < 0.5 < (noise * noise).mean()
+
+
 def test_half_precision_rounds_once() -> None:
     values = torch.randn(1, 3, 8, 8).bfloat16()
     half = noised(made({"pixel_values": values}), 500, 0)["pixel_values"]
