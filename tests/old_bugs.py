@@ -106,14 +106,16 @@ ENGINE = (
         "slow = slot.base is sdpa_attention_forward and inputs.query.device.type",
         "slow = inputs.query.device.type",
         ("engine/test_contrast_engine.py",),
+        named="outputs",
     ),
     Bug(
         "counts_of_a_report",
         "7b3bebe",
         "the report of a compiled call changed with the next call",
-        "self.count(layer, counter.clone())",
-        "self.count(layer, counter)",
+        "call.count(layer, counter.clone())",
+        "call.count(layer, counter)",
         ("engine/test_attention.py", "test_matrix.py"),
+        named="counts",
     ),
     Bug(
         "drafts_in_a_probe",
@@ -131,15 +133,17 @@ ENGINE = (
         'stop = not any(hasattr(module, "_hf_hook") for module in model.modules())',
         'stop = not hasattr(model, "hf_device_map")',
         ("engine/test_relevance.py", "methods/test_ptp.py"),
+        named="accelerate",
     ),
     Bug(
         "unknown_cache",
         "ddb2ee2",
         "a cache that was filled before the model was wrapped was taken in generate()",
         'if past:\n                raise StateError(\n                    f"this KV cache holds',
-        "if past and call is None:\n"
+        "if past and state.call is None:\n"
         '                raise StateError(\n                    f"this KV cache holds',
         ("test_wrapper.py", "engine/test_attention.py"),
+        named="cache",
     ),
     # -- branches
     Bug(
@@ -149,14 +153,16 @@ ENGINE = (
         "positions = self.following.to(ids.device) + steps",
         "positions = (past + torch.arange(queries, device=ids.device))[None]",
         ("engine/test_streams.py",),
+        named="outside",
     ),
     Bug(
         "branches_of_another",
         "735c92f",
         "a cache with the branches of other options was taken",
-        "if ledger.streams is not None and ledger.contrast != method:",
+        "if branches is not None and notes.method is not None and notes.method != method:",
         "if False:",
         ("engine/test_contrast_engine.py",),
+        named="cache",
     ),
     Bug(
         "reset_cache",
@@ -165,14 +171,16 @@ ENGINE = (
         "layer.is_initialized = False",
         "pass",
         ("engine/test_contrast_engine.py",),
+        named="cache",
     ),
     Bug(
         "features_of_beams",
         "82ead81",
         "features that were encoded before were repeated for beams in the caller's own object",
-        "copies = {modality: copy.copy(given) for modality, given in features.items()}",
-        "copies = dict(features)",
+        "{kind: copy.copy(x) for kind, x in features.items()}",
+        "dict(features)",
         ("engine/test_contrast_engine.py",),
+        named="encoded",
     ),
     Bug(
         "noise_of_tokens",
@@ -190,6 +198,7 @@ ENGINE = (
         "following = places.amax(dim=(0, 2)) + 1 - new_mask.sum(1)",
         "following = places.amax(dim=(0, 2)) + 1 - new_mask.shape[1]",
         ("engine/test_shortening.py",),
+        named="positions",
     ),
     Bug(
         "videos",
@@ -198,6 +207,7 @@ ENGINE = (
         ' and "pixel_values_videos" not in vision',
         "",
         ("engine/test_shortening.py",),
+        named="videos",
     ),
     Bug(
         "beams_of_unequal_prompts",
@@ -206,14 +216,16 @@ ENGINE = (
         "torch.cat(reduced)[:, None]",
         "torch.cat(reduced)[None]",
         ("engine/test_shortening.py", "test_matrix.py"),
+        named="different",
     ),
     Bug(
         "length_of_the_model",
         "39df92a",
         "a longest length that the model's own configuration gives still counted pruned tokens",
-        'configs = (kwargs.get("generation_config"), model.generation_config)',
-        'configs = (kwargs.get("generation_config"),)',
+        'configs = (self.given.get("generation_config"), self.host.model.generation_config)',
+        'configs = (self.given.get("generation_config"),)',
         ("engine/test_shortening.py",),
+        named="lengths",
     ),
     Bug(
         "sizes_of_beams",
@@ -222,14 +234,16 @@ ENGINE = (
         "tuple(sizes[::copies])",
         "tuple(sizes)",
         ("engine/test_dropping.py", "analysis/test_selection.py"),
+        named="agree",
     ),
     Bug(
         "dropped_cache",
         "2202419",
         "a cache from which a method had dropped tokens was taken without the method",
-        "if stack.drops is None and frame.ledger.dropped is not None:",
+        "if LayerPruningStage.name not in stages:",
         "if False:",
         ("engine/test_dropping.py",),
+        named="cache",
     ),
 )
 
@@ -251,6 +265,7 @@ METHODS = (
         "prompt.visual.sum(1).tolist() if prompt.placeholders is None else prompt.placeholders",
         "prompt.visual.sum(1).tolist()",
         ("engine/test_shortening.py", "methods/test_noise.py"),
+        named="noise",
     ),
     Bug(
         "empty_groups",
@@ -267,6 +282,7 @@ METHODS = (
         "sample = numbers[:: len(numbers) // 64 or 1][:128]",
         "sample = numbers[:64]",
         ("analysis/test_calibrate.py",),
+        named="fingerprint",
     ),
     Bug(
         "dtype_of_the_bundled_model",
@@ -283,6 +299,7 @@ METHODS = (
         "None if tensor is None else tensor.contiguous()\n        for tensor in (edit.gain",
         "_flat(tensor)\n        for tensor in (edit.gain",
         ("kernels/test_kernels_rows.py",),
+        named="strides",
     ),
 )
 
@@ -312,6 +329,7 @@ EVALUATION = (
         'if row["config"] != digest(config)',
         "if not row",
         ("evals/test_evals_resume.py",),
+        named="resume",
     ),
     Bug(
         "uploaded_files",
