@@ -282,7 +282,7 @@ METHODS = (
         "sample = numbers[:: len(numbers) // 64 or 1][:128]",
         "sample = numbers[:64]",
         ("analysis/test_calibrate.py",),
-        named="fingerprint",
+        named="calibration",
     ),
     Bug(
         "dtype_of_the_bundled_model",
@@ -320,7 +320,7 @@ EVALUATION = (
         "scores failed where no item could be answered",
         "if not draws:",
         "if draws is None:",
-        ("evals",),
+        ("evals/test_evals_rope.py", "evals/test_evals_mme.py", "evals/test_evals_amber.py"),
     ),
     Bug(
         "resume_of_another_run",
@@ -329,7 +329,7 @@ EVALUATION = (
         'if row["config"] != digest(config)',
         "if not row",
         ("evals/test_evals_resume.py",),
-        named="resume",
+        named="another",
     ),
     Bug(
         "uploaded_files",
