@@ -37,19 +37,10 @@ def load_image(source: str | bytes | os.PathLike[str] | Image) -> Image:
 
     label, opened = _open(source)
     try:
-        image = Image.open(opened) if isinstance(opened, (Path, BytesIO)) else opened
-        limit = Image.MAX_IMAGE_PIXELS
-        # Only the header is read so far: a decompression bomb is refused before it is decoded.
-        if limit is not None and image.width * image.height > limit:
-            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-        if image.mode == "F" or image.mode.startswith("I"):
-            raise BadInput(
-                f"{label} has grey levels of mode {image.mode}, which would turn white in 8 bits: "
-                "scale it to 8 bits first"
-            )
-        if image.mode == "P":
-            image = image.convert("RGBA")
-        return ImageOps.exif_transpose(image).convert("RGB")
+        if isinstance(opened, Image.Image):
+            return _upright(label, opened)
+        with Image.open(opened) as image:  # a damaged file, too, is closed
+            return _upright(label, image)
     except BadInput:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -63,7 +54,7 @@ def load_image(source: str | bytes | os.PathLike[str] | Image) -> Image:
 
 
 def _upright(label: str, image: Image) -> Image:
-    """The first frame as RGB, turned as its EXIF orientation says."""
+    """The first frame as RGB, rotated by its EXIF orientation."""
     from PIL import Image, ImageOps
 
     limit = Image.MAX_IMAGE_PIXELS
@@ -81,7 +72,7 @@ def _upright(label: str, image: Image) -> Image:
 
 
 def _open(source: Any) -> tuple[str, Path | BytesIO | Image]:
-    """The name of the source for messages, and a path, stream or image to read."""
+    """What to call the source in a message, and something to read it from."""
     from PIL import Image
 
     if isinstance(source, Image.Image):
