@@ -14,6 +14,8 @@ from vlmfix.engine.hooks import Host
 from vlmfix.engine.plans import AttentionNotes, LayerMethods, Plans
 from vlmfix.engine.probe import Rerun, probe, run_last_token
 from vlmfix.engine.stage import DecodeStep, Forward, Stage
+from vlmfix.engine.state import Implementation
+from vlmfix.errors import CompositionError
 from vlmfix.families import ModelInfo
 from vlmfix.families.kinds import IMAGE, VIDEO
 from vlmfix.families.tower import describe_tower
@@ -49,6 +51,13 @@ class AttentionStage(Stage):
                     by_layer[layer] = (*by_layer.get(layer, ()), method)
         probes = tuple(method for method in own if method.probe_pass(info) is not None)
         return cls(own, by_layer, probes, len(methods) == 1) if own else None
+
+    @classmethod
+    def check(cls, methods: Sequence[Method], info: ModelInfo, impl: Implementation) -> None:
+        stage = cls.of(methods, info)
+        if impl == "triton" and stage is not None:
+            for layer, own in sorted(stage.by_layer.items()):
+                _check_fused(layer, own)
 
     @property
     def reads_question(self) -> bool:
@@ -109,3 +118,19 @@ class AttentionStage(Stage):
                 replace(prepared, counter=counter)
                 for prepared in plans.steps(layer, edits, length, host.model.dtype)
             )
+
+
+def _check_fused(layer: int, methods: Sequence[AttentionMethod]) -> None:
+    """Refuse what the kernel has no form for: impl='triton' never falls back."""
+    editing = [method for method in methods if method.edits_rows()]
+    without = [method.name for method in editing if not method.has_fused_form]
+    if without:
+        raise CompositionError(
+            f"impl='triton': {', '.join(without)} has no fused form. Use impl='auto', which "
+            "takes the torch implementation for it."
+        )
+    if len(editing) > 1:
+        raise CompositionError(
+            f"impl='triton': {' and '.join(m.name for m in editing)} both edit the rows of "
+            f"layer {layer}, and the kernel runs one edit per layer. Use impl='auto'."
+        )

@@ -34,6 +34,7 @@ from vlmfix.engine.prefill import (
     prefill_branch,
 )
 from vlmfix.engine.stage import DecodeStep, Forward, Generation, Stage
+from vlmfix.engine.state import Implementation
 from vlmfix.errors import BadInput, CompositionError, StateError
 from vlmfix.families import ModelInfo, vision_arguments
 from vlmfix.families.kinds import PAD
@@ -94,7 +95,7 @@ class ContrastStage(Stage):
         return cls(live[0]) if live else None
 
     @classmethod
-    def check(cls, methods: Sequence[Method], info: ModelInfo) -> None:
+    def check(cls, methods: Sequence[Method], info: ModelInfo, impl: Implementation) -> None:
         own = [method.name for method in methods if isinstance(method, ContrastMethod)]
         if len(own) > 1:
             raise CompositionError(

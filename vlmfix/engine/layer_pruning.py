@@ -22,6 +22,7 @@ from vlmfix.engine.hooks import Host
 from vlmfix.engine.ledger import Memory
 from vlmfix.engine.observe import LastRow
 from vlmfix.engine.stage import Forward, Stage
+from vlmfix.engine.state import Implementation
 from vlmfix.errors import BadInput, CompositionError, StateError
 from vlmfix.families import ModelInfo
 from vlmfix.families.kinds import PAD
@@ -82,7 +83,7 @@ class LayerPruningStage(Stage):
         return cls(live[0], live[0].first_layer(info)) if live else None
 
     @classmethod
-    def check(cls, methods: Sequence[Method], info: ModelInfo) -> None:
+    def check(cls, methods: Sequence[Method], info: ModelInfo, impl: Implementation) -> None:
         own = [method for method in methods if isinstance(method, LayerTokenMethod)]
         attention = any(
             isinstance(method, AttentionMethod) and set(method.layers(info)) & set(info.attention)

@@ -23,6 +23,7 @@ from vlmfix.engine.encoded import CallImages, Reduction
 from vlmfix.engine.hooks import Host
 from vlmfix.engine.kept import ask, with_features
 from vlmfix.engine.stage import Forward, Generation, Stage
+from vlmfix.engine.state import Implementation
 from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
 from vlmfix.families import ModelInfo, vision_arguments
 from vlmfix.families.surgeon import TOKEN_TYPES, compact, real_tokens
@@ -56,7 +57,7 @@ class PruningStage(Stage):
         return cls(live[0]) if live else None
 
     @classmethod
-    def check(cls, methods: Sequence[Method], info: ModelInfo) -> None:
+    def check(cls, methods: Sequence[Method], info: ModelInfo, impl: Implementation) -> None:
         own = [method.name for method in methods if isinstance(method, PruningMethod)]
         if len(own) > 1:
             raise CompositionError(

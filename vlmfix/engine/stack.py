@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 from vlmfix.base.method import Method
 from vlmfix.engine.stage import Stage
 
 __all__ = ["PLAIN", "Stack"]
-
-Kind = TypeVar("Kind", bound=Stage)
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,10 +21,6 @@ class Stack:
     def names(self) -> list[str]:
         """The names of the stages."""
         return [stage.name for stage in self.stages]
-
-    def find(self, kind: type[Kind]) -> Kind | None:
-        """The stage of this kind, if it runs."""
-        return next((stage for stage in self.stages if isinstance(stage, kind)), None)
 
     def specs(self) -> tuple[str, ...]:
         """The methods as specs."""

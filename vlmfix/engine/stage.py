@@ -18,6 +18,7 @@ from vlmfix.base.method import Method
 from vlmfix.engine.call import Call
 from vlmfix.engine.frame import Frame
 from vlmfix.engine.hooks import Host
+from vlmfix.engine.state import Implementation
 from vlmfix.families import ModelInfo
 
 __all__ = ["DecodeStep", "Forward", "Generation", "Stage"]
@@ -111,11 +112,11 @@ class Stage:
         raise NotImplementedError
 
     @classmethod
-    def check(cls, methods: Sequence[Method], info: ModelInfo) -> None:
+    def check(cls, methods: Sequence[Method], info: ModelInfo, impl: Implementation) -> None:
         """Refuse a stack that this stage cannot run.
 
         Raises:
-            CompositionError: methods that exclude each other.
+            CompositionError: methods that exclude each other, or one that `impl` cannot run.
         """
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlmfix.base.attention import AttentionMethod
 from vlmfix.base.method import Method
 from vlmfix.engine.attention_stage import AttentionStage
 from vlmfix.engine.contrast import ContrastStage
@@ -45,27 +44,6 @@ def make_stack(methods: Sequence[Method], info: ModelInfo, impl: Implementation 
             "with the options you want."
         )
     for kind in STAGES:
-        kind.check(methods, info)
+        kind.check(methods, info, impl)
     made = (kind.of(methods, info) for kind in STAGES)
-    stack = Stack(tuple(methods), tuple(stage for stage in made if stage is not None))
-    attention = stack.find(AttentionStage)
-    if impl == "triton" and attention is not None:
-        for layer, own in sorted(attention.by_layer.items()):
-            _check_fused(layer, own)
-    return stack
-
-
-def _check_fused(layer: int, methods: Sequence[AttentionMethod]) -> None:
-    """Refuse what the kernel has no form for: impl='triton' never falls back."""
-    editing = [method for method in methods if method.edits_rows()]
-    without = [method.name for method in editing if not method.has_fused_form]
-    if without:
-        raise CompositionError(
-            f"impl='triton': {', '.join(without)} has no fused form. Use impl='auto', which "
-            "takes the torch implementation for it."
-        )
-    if len(editing) > 1:
-        raise CompositionError(
-            f"impl='triton': {' and '.join(m.name for m in editing)} both edit the rows of "
-            f"layer {layer}, and the kernel runs one edit per layer. Use impl='auto'."
-        )
+    return Stack(tuple(methods), tuple(stage for stage in made if stage is not None))
