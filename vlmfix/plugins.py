@@ -76,7 +76,7 @@ def find_plug_ins(
         else:
             try:
                 kind = point.load()
-            except Exception as error:  # whatever stands in somebody's module
+            except Exception as error:  # a module of another package may raise anything
                 reason = f"importing {point.value} fails with {type(error).__name__}: {error}"
             else:
                 reason = fault(kind)

@@ -88,7 +88,7 @@ class ContrastMethod(Method):
     def branches(self, prompt: Prompt) -> Sequence[Branch]:
         """What the branches see; asked once per prompt, if `streams` is not 0.
 
-        A row must come out the same whatever other rows are in the batch.
+        A row must not depend on the other rows of the batch.
         """
         raise NotImplementedError
 

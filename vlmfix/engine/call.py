@@ -59,7 +59,7 @@ class CallReport:
 class Call(Lifetime):
     """The running record of one call. Counts stay on the device until the report is asked for.
 
-    What stages have to know of a call and nobody reports, they keep with it (see `Lifetime`).
+    What stages have to know of a call beyond its report, they keep with it (see `Lifetime`).
 
     Attributes:
         methods: the stack, as specs.

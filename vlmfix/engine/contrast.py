@@ -1,4 +1,4 @@
-"""The stage of contrastive methods: branches run beside the prompts, and logits are combined.
+"""The stage of contrastive methods: branches run next to the prompts, and logits are combined.
 
 The prompts run as generate() runs them. When they are through, each branch prefills in an internal
 pass, and its keys and values are joined, padded on the left, behind the base rows of the very cache

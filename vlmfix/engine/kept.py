@@ -360,7 +360,7 @@ def with_features(
     if isinstance(output.pooler_output, torch.Tensor):
         alike = len({len(part) for part in reduced}) == 1
         # generate() copies features for beams by counting rows against placeholders; rows of one
-        # token each fit the prompts of a batch whatever they keep.
+        # token each fit the prompts of a batch that keep different numbers.
         changed.pooler_output = torch.stack(reduced) if alike else torch.cat(reduced)[:, None]
     else:
         changed.pooler_output = reduced

@@ -45,7 +45,7 @@ class Dropped(Memory):
         first: the first of these layers.
         index: (B, P) int64: the places in the prompt of the P columns that stay, ascending behind
             those that only fill up.
-        filler: (B, P) bool: columns that only fill up a row with fewer tokens; nobody sees them.
+        filler: (B, P) bool: columns that only fill up a row with fewer tokens; no row sees them.
         length: L, columns of the prompt.
     """
 
@@ -163,7 +163,7 @@ def _cut_inputs(
     total = frame.past + frame.queries
     places = dropped.places(total)
     rows = None
-    if frame.past == 0:  # the prompt, and whatever follows it without a cache
+    if frame.past == 0:  # the prompt, and what follows it without a cache
         rows = places
         hidden = args[0] if args else kwargs["hidden_states"]
         if layer == dropped.first:

@@ -1,7 +1,7 @@
 """The lifetimes of what the engine knows: a thread, a call, a KV cache, a forward.
 
 A stage keeps what it has to remember with the lifetime that fits, as one object of a class of its
-own. Nobody else has to know that class, so a new stage adds nothing to calls, caches or forwards.
+own. No other part has to know that class, so a new stage adds nothing to calls, caches or forwards.
 """
 
 from __future__ import annotations

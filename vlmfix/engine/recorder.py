@@ -254,7 +254,7 @@ class VisionRecorder:
         scaling: float | None,
     ) -> None:
         calls: RecordedCalls | None = getattr(self._local, "calls", None)
-        if calls is not None:  # None: a video, or a tower that somebody runs by itself
+        if calls is not None:  # None: a video, or a tower that the user runs by itself
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             column, first = received_attention(query, key, scaling, mask)
             calls[layer].append((column, first, key.detach().mean(1, dtype=torch.float32)))

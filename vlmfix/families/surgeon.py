@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 #: Names under which a model's configuration gives the ids that open and close a visual span. An
-#: id counts only beside a placeholder: the opening one before it, the closing one after it.
+#: id counts only next to a placeholder: the opening one before it, the closing one after it.
 #: InternVL, SmolVLM, Idefics3, Mistral 3 and Aya Vision name their wrappers in the tokenizer
 #: alone, so no configuration tells them and they stay in the prompt.
 _OPENING = ("vision_start_token_id", "image_start_token_id", "video_start_token_id", "boi_token_id")
@@ -48,7 +48,7 @@ def prompt_without_images(
 ) -> dict[str, Any]:
     """Arguments of a plain forward on the same prompts with every visual token deleted.
 
-    Deleted are the image and video placeholders of `info`, and beside them the ids that open and
+    Deleted are the image and video placeholders of `info`, and next to them the ids that open and
     close a visual span where the model's configuration names them (Qwen-VL, GLM-4V, Gemma 3,
     Llama 4, ...). Everything else stays: BOS, system prompt, newlines, the time stamps of a video.
     A row without visual tokens keeps its tokens. Rows are padded on the left to the new longest

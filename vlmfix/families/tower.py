@@ -214,11 +214,11 @@ def describe_tower(model: Any, info: ModelInfo) -> Tower:
 
     Raises:
         UnsupportedModel: a family, or a tower in it, whose visual tokens cannot be traced to
-            patches, or that nobody has checked.
+            patches, or that was never checked.
     """
     family = _FAMILIES.get(info.model_type)
     if family is None:
-        reason = _REFUSED.get(info.model_type, "nobody has checked which patches make its tokens")
+        reason = _REFUSED.get(info.model_type, "which patches make its tokens was never checked")
         raise _refusal(info, reason)
     module = model.get_encoder(modality="image")
     kind = str(module.config.model_type)
@@ -266,7 +266,7 @@ def _refusal(info: ModelInfo, reason: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"the vision tower of model type {info.model_type!r} cannot be read: {reason}. Use a "
         "method that does not ask for encoder attention, or add the family to _FAMILIES in "
-        "vlmfix/engine/tap.py."
+        "vlmfix/families/tower.py."
     )
 
 

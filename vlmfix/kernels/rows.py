@@ -27,7 +27,7 @@ from vlmfix.kernels.reference import GROUPS, FusedEdit, RowsOutput
 
 __all__ = ["MAX_ROWS", "MAX_WIDTH", "Launch", "attend_rows", "launches", "unsupported"]
 
-#: Query rows of one key head: G heads times Q positions. Blocks of rows read the cache anew.
+#: Query rows of one key head: G heads times Q positions. Every block of rows reads the cache once more.
 MAX_ROWS = 64
 #: Head width: a block of keys and one of values, three deep, must fit in shared memory.
 MAX_WIDTH = 256
