@@ -78,7 +78,7 @@ ENGINE = (
         "padding was not read from additive masks, as of a decoder with eager attention",
         "kinds[~visible[:, 0, -1, window]] = PAD",
         "kinds[~visible[:, 0, -1, window] & (mask.dtype == torch.bool)] = PAD",
-        ("test_matrix.py", "engine/test_streams.py"),
+        ("test_matrix.py", "engine/test_branches.py"),
         named="eager",
     ),
     Bug(
@@ -152,7 +152,7 @@ ENGINE = (
         "bare decode steps counted the padding as positions, in base and branches",
         "positions = self.following.to(ids.device) + steps",
         "positions = (past + torch.arange(queries, device=ids.device))[None]",
-        ("engine/test_streams.py",),
+        ("engine/test_branches.py",),
         named="outside",
     ),
     Bug(
@@ -197,7 +197,7 @@ ENGINE = (
         "M-RoPE offsets of pruned prompts counted the padding",
         "following = places.amax(dim=(0, 2)) + 1 - new_mask.sum(1)",
         "following = places.amax(dim=(0, 2)) + 1 - new_mask.shape[1]",
-        ("engine/test_shortening.py",),
+        ("engine/test_prompt_pruning.py",),
         named="positions",
     ),
     Bug(
@@ -206,7 +206,7 @@ ENGINE = (
         "prompts with videos alone went through pruning untouched instead of being refused",
         ' and "pixel_values_videos" not in vision',
         "",
-        ("engine/test_shortening.py",),
+        ("engine/test_prompt_pruning.py",),
         named="videos",
     ),
     Bug(
@@ -215,7 +215,7 @@ ENGINE = (
         "prompts that keep unequal numbers of tokens could not run beams",
         "torch.cat(reduced)[:, None]",
         "torch.cat(reduced)[None]",
-        ("engine/test_shortening.py", "test_matrix.py"),
+        ("engine/test_prompt_pruning.py", "test_matrix.py"),
         named="different",
     ),
     Bug(
@@ -224,7 +224,7 @@ ENGINE = (
         "a longest length that the model's own configuration gives still counted pruned tokens",
         'configs = (self.given.get("generation_config"), self.host.model.generation_config)',
         'configs = (self.given.get("generation_config"),)',
-        ("engine/test_shortening.py",),
+        ("engine/test_prompt_pruning.py",),
         named="lengths",
     ),
     Bug(
@@ -233,7 +233,7 @@ ENGINE = (
         "the report named the kept tokens of a prompt once per beam",
         "tuple(sizes[::copies])",
         "tuple(sizes)",
-        ("engine/test_dropping.py", "analysis/test_selection.py"),
+        ("engine/test_layer_pruning.py", "analysis/test_selection.py"),
         named="agree",
     ),
     Bug(
@@ -242,7 +242,7 @@ ENGINE = (
         "a cache from which a method had dropped tokens was taken without the method",
         "if LayerPruningStage.name not in stages:",
         "if False:",
-        ("engine/test_dropping.py",),
+        ("engine/test_layer_pruning.py",),
         named="cache",
     ),
 )
@@ -264,7 +264,7 @@ METHODS = (
         "tiles were told apart by the tokens that pruning had left",
         "prompt.visual.sum(1).tolist() if prompt.placeholders is None else prompt.placeholders",
         "prompt.visual.sum(1).tolist()",
-        ("engine/test_shortening.py", "methods/test_noise.py"),
+        ("engine/test_prompt_pruning.py", "methods/test_noise.py"),
         named="noise",
     ),
     Bug(

@@ -184,7 +184,7 @@ BESIDE = [
 @pytest.mark.parametrize("row", BESIDE, ids=[row.name for row in BESIDE])
 @pytest.mark.parametrize("pruning", ["hiprune", "ptp", "visionzip"])
 def test_methods_beside_pruning_see_the_shorter_prompt(pruning: str, row: Row) -> None:
-    """tests/engine/test_shortening.py has more families and modes."""
+    """tests/engine/test_prompt_pruning.py has more families and modes."""
     tiny = family("llava")
     inputs = prompt(tiny)
     (method,) = [other.strong for other in PRUNING if other.name == pruning]

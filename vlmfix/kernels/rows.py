@@ -27,7 +27,7 @@ from vlmfix.kernels.reference import GROUPS, FusedEdit, RowsOutput
 
 __all__ = ["MAX_ROWS", "MAX_WIDTH", "Launch", "attend_rows", "launches", "unsupported"]
 
-#: Query rows of one key head: G heads times Q positions. Every block of rows reads the cache once more.
+#: Query rows of one key head: G heads times Q positions. Each block of rows reads the cache again.
 MAX_ROWS = 64
 #: Head width: a block of keys and one of values, three deep, must fit in shared memory.
 MAX_WIDTH = 256

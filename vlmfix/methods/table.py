@@ -65,7 +65,7 @@ METHODS: tuple[MethodInfo, ...] = (
         target="vlmfix.methods.fastv:FastV",
         title="FastV",
         stage="tokens",
-        summary="Drop, behind the first decoder layers, what the last prompt token attends to least.",
+        summary="Drop, after a few decoder layers, what the last prompt token attends to least.",
         paper="Chen et al., ECCV 2024, arXiv 2403.06764",
         needs=("a dynamic KV cache, and the prompt in one forward",),
     ),

@@ -573,7 +573,7 @@ def test_every_tiny_family_is_supported_or_refused() -> None:
 def test_unknown_families_towers_and_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = build("llava")
     monkeypatch.delitem(vlmfix.families.tower._FAMILIES, "llava")
-    with pytest.raises(UnsupportedModel, match="nobody has checked"):
+    with pytest.raises(UnsupportedModel, match="was never checked"):
         tower_of(tiny)
     monkeypatch.undo()
     tiny.model.config.vision_feature_select_strategy = "full"
