@@ -226,7 +226,7 @@ def test_second_turn_on_the_same_cache_equals_one_without(tiny: Any) -> None:
     inputs = tiny.inputs(1)
     for row in ROWS:
         if isinstance(row.strong, PruningMethod):
-            continue  # refused: tests/engine/test_prompt_pruning.py, tests/engine/test_layer_pruning.py
+            continue  # refused, see engine/test_prompt_pruning.py and test_layer_pruning.py
         with vlmfix.wrapped(tiny.model, row.strong):
             cache = DynamicCache(config=tiny.model.config.get_text_config())
             first = tiny.model.generate(**inputs, past_key_values=cache, **generate_kwargs())

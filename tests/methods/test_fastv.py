@@ -1,4 +1,4 @@
-"""FastV: which tokens a row attends to most, and its options; see tests/engine/test_layer_pruning.py."""
+"""FastV: the tokens a row attends to most, and options; tests/engine/test_layer_pruning.py."""
 
 from __future__ import annotations
 
