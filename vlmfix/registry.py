@@ -14,7 +14,7 @@ import importlib
 import inspect
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from operator import attrgetter
@@ -59,10 +59,15 @@ def list_methods() -> list[MethodInfo]:
 
     Warns of methods of other packages that cannot be used.
     """
-    plug_ins = _plug_ins()
-    plug_ins.warn()
-    rows = [*_table().METHODS, *(_row(name, one) for name, one in plug_ins.found.items())]
-    return sorted(rows, key=lambda row: row.name)
+    _plug_ins().warn()
+    return sorted(_rows(), key=lambda row: row.name)
+
+
+def _rows() -> Iterator[MethodInfo]:
+    """vlmfix's own methods first: to find one of them imports no other package."""
+    yield from _table().METHODS
+    for name, plug_in in _plug_ins().found.items():
+        yield _row(name, plug_in)
 
 
 @cache
@@ -108,18 +113,12 @@ def find(name: str) -> MethodInfo:
             cannot be used.
     """
     key = name.strip().lower()
-    table = _table()
-    for row in table.METHODS:
-        if key == row.name or key in row.aliases:
-            found: MethodInfo = row
-            return found
-    for own, plug_in in _plug_ins().found.items():
-        row = _row(own, plug_in)
+    for row in _rows():
         if key == row.name or key in row.aliases:
             return row
     if reason := _plug_ins().broken.get(key):
         raise UnknownMethod(reason)
-    if reason := table.NOT_OFFERED.get(key.replace("-", "_")):
+    if reason := _table().NOT_OFFERED.get(key.replace("-", "_")):
         raise UnknownMethod(f"{name!r} is not offered: {reason}.")
     names = [row.name for row in list_methods()]
     near = difflib.get_close_matches(key, names, n=1)

@@ -10,10 +10,11 @@ import pytest
 from evals_worlds import write_world
 
 from vlmfix.errors import BadInput
-from vlmfix.evals.chair.files import choose_captions, image_id_of, load_captions, read_image_ids
+from vlmfix.evals.chair.files import choose_captions, image_id_of, read_image_ids
 from vlmfix.evals.chair.objects import mentions
 from vlmfix.evals.chair.task import LENGTH_CAPS, Chair, score_answers
 from vlmfix.evals.inputs.coco import CocoData
+from vlmfix.evals.inputs.rows import read_rows
 from vlmfix.evals.tasks import Answer, Options
 
 TRUTH = {1: frozenset({"dog"}), 2: frozenset({"cup"}), 391895: frozenset({"person"})}
@@ -31,7 +32,7 @@ TRUTH = {1: frozenset({"dog"}), 2: frozenset({"cup"}), 391895: frozenset({"perso
 def test_captions_under_any_names(tmp_path: Path, row: dict[str, Any]) -> None:
     path = tmp_path / "captions.jsonl"
     path.write_text(json.dumps(row))
-    rows = load_captions(path)
+    rows = read_rows(path, "CHAIR captions")
     assert choose_captions(rows) == [(391895, "A man.")]
     scored = score_answers(TRUTH, rows)
     assert (scored["counts"]["caption"]["recalled"], scored["n_images"]) == (1, 1)

@@ -22,7 +22,7 @@ from vlmfix.errors import BadInput
 from vlmfix.evals.amber import task as amber
 from vlmfix.evals.amber.data import AmberData
 from vlmfix.evals.chair import task as chair
-from vlmfix.evals.chair.files import load_captions, read_image_ids
+from vlmfix.evals.chair.files import read_image_ids
 from vlmfix.evals.hallusionbench import task as hallusionbench
 from vlmfix.evals.inputs.parsers import PARSERS
 from vlmfix.evals.inputs.rows import LONGEST_ANSWER, read_rows
@@ -73,7 +73,7 @@ def pope_scorer(folder: Path) -> Scorer:
 def chair_scorer(folder: Path) -> Scorer:
     truth = {image: frozenset({"dog"}) for image in range(1, 7)}
     return Scorer(
-        load_captions,
+        partial(read_rows, what="CHAIR captions"),
         partial(chair.score_answers, truth),
         [{"image_id": i, "answer": f"A dog{' and a cup' * (i % 2)}."} for i in truth],
         "image_id",

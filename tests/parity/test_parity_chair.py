@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from vlmfix.errors import MissingDependency
-from vlmfix.evals.chair.files import load_captions
 from vlmfix.evals.chair.objects import category_of, ground_truth, mentions, require_engine
 from vlmfix.evals.chair.task import score_answers, score_captions
 from vlmfix.evals.inputs.coco import CocoData
+from vlmfix.evals.inputs.rows import read_rows
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -108,7 +108,7 @@ def nltk() -> str:
 def test_nltk_gives_the_official_figures_of_the_synthetic_captions(golden: Path, nltk: str) -> None:
     folder = golden / "chair" / "synth"
     official = json.loads((folder / "expected_metrics.json").read_text())
-    rows = load_captions(folder / "captions.jsonl")
+    rows = read_rows(folder / "captions.jsonl", "captions")
     scored = score_answers(CocoData(folder), rows, engine="nltk", repeats="all")
     scores = {name: score["value"] for name, score in scored["scores"]["caption"].items()}
     assert scores["chair_s"] == pytest.approx(official["CHAIRs"], abs=1e-12)
@@ -126,7 +126,7 @@ def test_nltk_gives_the_official_figures_of_real_captions(golden: Path, nltk: st
         int(image): frozenset(names)
         for image, names in json.loads((folder / "gt_objects.json").read_text()).items()
     }
-    rows = load_captions(folder / "minigpt4_greedy.jsonl")
+    rows = read_rows(folder / "minigpt4_greedy.jsonl", "captions")
     counts = score_answers(truth, rows, engine="nltk")["counts"]["caption"]
     assert (counts["n"], counts["hallucinated"]) == (500, 158)
     assert (counts["hallucinated_mentions"], counts["mentions"]) == (252, 2567)

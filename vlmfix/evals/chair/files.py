@@ -13,19 +13,9 @@ from vlmfix.errors import BadInput
 from vlmfix.evals.inputs.pairing import located
 from vlmfix.evals.inputs.rows import Row, few, read_rows, read_text, refuse_repeats, short
 
-__all__ = ["choose_captions", "image_id_of", "last_captions", "load_captions", "read_image_ids"]
+__all__ = ["choose_captions", "image_id_of", "last_captions", "read_image_ids"]
 
-WHAT = "CHAIR captions"
 _ID = re.compile(r"(\d{1,12})$")
-
-
-def load_captions(path: str | Path) -> list[Row]:
-    """Caption rows, to be scored by `chair.score_answers`.
-
-    Raises:
-        BadInput: as `rows.read_rows`.
-    """
-    return read_rows(path, WHAT)
 
 
 def last_captions(rows: Sequence[Row]) -> list[Row]:
@@ -63,7 +53,7 @@ def choose_captions(
     """
     if repeats not in ("last", "all"):
         raise BadInput(f"CHAIR: repeats={repeats!r}: choose 'last' or 'all'")
-    rows = located(answers, WHAT)
+    rows = located(answers, "CHAIR captions")
     found = []
     for row in last_captions(rows) if repeats == "last" else rows:
         if row.values.get("error"):
