@@ -12,13 +12,14 @@ As a package of its own, the method is known by its name everywhere ("vlmfix met
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
 import vlmfix
 from vlmfix.base.attention import AttentionMethod, Keys, Plan
+from vlmfix.base.method import option
 from vlmfix.families import ModelInfo
 
 
@@ -26,7 +27,7 @@ from vlmfix.families import ModelInfo
 class ImageLift(AttentionMethod):
     """Add `lift` to the scores of visual tokens, in the row that predicts, before the softmax."""
 
-    lift: float = field(default=1.0, metadata={"help": "0 changes nothing"})
+    lift: float = option(1.0, "what is added to scores of visual tokens; 0: nothing", 0.0, 100.0)
 
     name: ClassVar[str] = "imagelift"
     rows: ClassVar[Literal["predicting", "text"]] = "predicting"
