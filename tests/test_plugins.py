@@ -46,6 +46,7 @@ def shown(page: str) -> str:
     return (ROOT / "docs" / page).read_text().split("```python\n")[1].split("```")[0]
 
 
+@pytest.mark.slow
 def test_a_package_from_outside_adds_a_method_and_a_task(tmp_path: Path) -> None:
     """The two examples of the docs, as somebody else's package, installed by pip."""
     source = tmp_path / "source"

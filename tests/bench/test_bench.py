@@ -245,7 +245,14 @@ def test_sinks_are_forced_only_where_the_model_has_none(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("dtype", ["float32", BFLOAT16])
-@pytest.mark.parametrize("mutant", ["forgotten", "base for branch", "positions of the base"])
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        "forgotten",
+        pytest.param("base for branch", marks=pytest.mark.slow),
+        "positions of the base",
+    ],
+)
 def test_a_wrong_contrastive_step_is_refused(
     mutant: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

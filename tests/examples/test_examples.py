@@ -70,6 +70,7 @@ def test_a_script_is_short_and_names_a_real_checkpoint(script: Path) -> None:
     assert f"[{script.name}]({script.name})" in (FOLDER / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_quickstart_in_a_process_of_its_own(bundled: tuple[Any, Any]) -> None:
     done = subprocess.run(
         [sys.executable, FOLDER / "quickstart.py"], capture_output=True, text=True, timeout=120
