@@ -102,7 +102,7 @@ def test_bad_vectors(tmp_path: Path) -> None:
         ({"vectors": {3: eye[0]}}, "the decoder layers 0 to 2"),
         ({"vectors": {1: eye[0, :32]}}, r"shape \(32,\).*D = 64"),
         ({"vectors": {1: eye[:2]}}, r"operation=add.*\(D,\)"),
-        ({"vectors": {1: eye[0]}, "operation": "project"}, r"wants \(k, D\)"),
+        ({"vectors": {1: eye[0]}, "operation": "project"}, r"needs \(k, D\)"),
         ({"vectors": {1: 2 * eye[:2]}, "operation": "project"}, "not orthonormal"),
         ({"vectors": {1: eye[0] * math.nan}}, "not finite"),
     ]

@@ -80,7 +80,7 @@ def look(
             written. None: all.
 
     Returns:
-        A look per chat.
+        A `Look` per chat.
 
     Raises:
         BadInput: messages or an image that cannot be used; a prompt that ends with its image.
@@ -163,7 +163,7 @@ def look_from_start(
         complete: as for `look`, of the endings.
 
     Returns:
-        A look per ending.
+        A `Look` per ending.
     """
     session: Session = model.__dict__[SESSION]
     info = session.host.info

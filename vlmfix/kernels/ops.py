@@ -38,16 +38,16 @@ def attend_rows(
         query: (B, H, Q, D).
         key: (B, Hkv, K, D), not repeated; a view into a larger cache is fine.
         value: (B, Hkv, K, Dv), likewise.
-        edit: what to do.
+        edit: the edit of the rows.
         scaling: factor on the dot products, usually D ** -0.5.
         mask: (1 or B, 1 or H, 1 or Q, K) bool, True = visible.
         rows: (B, Q) bool, rows that may be edited; None for all of them.
         softcap: if given, scores become softcap * tanh(scores / softcap).
         impl: "torch" runs anywhere and has gradients. "triton" is one fused pass over the cache;
-            it never falls back, what it cannot do is an error.
+            it never falls back: what it does not support is an error.
 
     Raises:
-        BadInput: Shapes or dtypes that do not fit together, or that `impl` does not support.
+        BadInput: shapes or dtypes that do not match, or that `impl` does not support.
         MissingDependency: impl="triton" where Triton is not installed.
     """
     _check(query, key, value, edit, mask, rows, impl)
@@ -73,7 +73,7 @@ def _run(
 
 
 def runs_on_triton(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether impl="triton" is installed and can do these tensors."""
+    """Whether impl="triton" is installed and supports these tensors."""
     try:
         rows = _triton()
     except MissingDependency:
@@ -102,7 +102,7 @@ def _check(
     rows: torch.Tensor | None,
     impl: str,
 ) -> None:
-    """Shapes and dtypes, on the host alone: this runs in every layer of every step."""
+    """Check shapes and dtypes, on the host alone: this runs in every layer of every step."""
     if impl not in get_args(Implementation):
         raise BadInput(f"impl={impl!r}: use 'torch' or 'triton'")
     batch, heads, queries, width = query.shape
@@ -189,7 +189,7 @@ def _operator(
 def _fake(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Outputs without numbers; strides equal the real ones, or compiled code misreads them."""
+    """Outputs without values; strides equal the real ones, or compiled code misreads them."""
     batch, heads, queries, _ = query.shape
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     out = query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)

@@ -24,11 +24,11 @@ __all__ = [
     "row_scores",
 ]
 
-#: A key belongs to one of so many groups; group 0 is never edited.
+#: Number of groups that a key may belong to; group 0 is never edited.
 GROUPS = 4
 
-#: Keys or values of at most so many numbers are cast up first: below it, what a half-precision
-#: product costs to start on a CPU is more than what the cast costs.
+#: Keys or values of at most so many numbers are cast to float32 first: below this size, starting a
+#: half-precision product on a CPU costs more than the cast.
 _SMALL = 2**16
 
 
@@ -89,7 +89,7 @@ def attend(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class FusedEdit:
-    """What one call of `attend_rows` does to its rows, in the order of the fields.
+    """The edit of rows in one call of `attend_rows`, in the order of the fields.
 
     Every key has a group, and a key of group 0 is never edited: all zeros mean plain attention
     with scaled heads. Build it once per prompt and layer, on the device of the layer; a call only
@@ -102,7 +102,7 @@ class FusedEdit:
             mask. Row 0 is not read. PAI is (1 + alpha, 1 - alpha) for visual keys.
         log_weight: (B, at least K) float32 and finite, added to the score after the gain; to all
             keys if there are no groups.
-        epilogue: what is done with the mass of each group, after the softmax:
+        epilogue: the rule for the mass of each group, after the softmax:
             "plain": nothing.
             "var": Visual Attention Redistribution (arXiv 2503.03321). Groups are 1 text sink,
             2 visual sink, 3 other visual keys. A row whose visual mass is at least
@@ -118,7 +118,7 @@ class FusedEdit:
         head_scale: (B, H) float32 factor on the output of a head.
 
     Raises:
-        BadInput: Fields that make no sense together.
+        BadInput: fields that exclude each other.
     """
 
     groups: torch.Tensor | None = None
@@ -165,16 +165,16 @@ class FusedEdit:
 
 
 class RowsOutput(NamedTuple):
-    """What `attend_rows` gives back.
+    """The outputs of `attend_rows`.
 
     Attributes:
         out: (B, H, Q, Dv) in the dtype of the query; a transposed view of (B, Q, H, Dv) in memory,
-            which is what an output projection reads.
+            the layout that an output projection reads.
         masses: (B, H, Q, 4), share of every group in a row, after gain, log weight and mask and
             before the epilogue. Float32 (float64 for float64 inputs). Without groups, all of it is
             in group 0.
         edited: (B, H, Q) bool, rows on which the epilogue acted. Gain, log weight and head scale
-            are not counted: they need no decision, so the caller knows where they act.
+            do not count: they need no decision, so the caller knows where they act.
     """
 
     out: torch.Tensor
@@ -193,21 +193,21 @@ def attend_rows(
     rows: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> RowsOutput:
-    """Attention of few rows with an edit: what every implementation must compute.
+    """Attention of few rows with an edit: the specification of every implementation.
 
-    Float64 inputs are computed in float64 throughout; nothing else is as exact. Values of masked
-    keys are multiplied by zero, so they must be finite here (the fused kernel does not read them).
+    Float64 inputs are computed in float64 throughout. Values of masked keys are multiplied by zero,
+    so they must be finite here (the fused kernel does not read them).
 
     Args:
         query: (B, H, Q, D).
         key: (B, Hkv, K, D), not repeated; H is a multiple of Hkv.
         value: (B, Hkv, K, Dv).
-        edit: what to do.
+        edit: the edit of the rows.
         scaling: factor on the dot products, usually D ** -0.5.
         mask: (1 or B, 1 or H, 1 or Q, K) bool, True = visible. A row that sees nothing gives zeros.
             None: every row sees every key.
-        rows: (B, Q) bool, rows that may be edited, None for all of them; in the others nothing is
-            edited, heads are not scaled either.
+        rows: (B, Q) bool, rows that may be edited; None: all. In other rows heads are not scaled
+            either.
         softcap: if given, scores become softcap * tanh(scores / softcap), before the gain.
     """
     batch, heads, count, _ = query.shape
@@ -219,7 +219,7 @@ def attend_rows(
         changed = torch.where(rows[:, None, :, None], changed, scores)
     weights = torch.softmax(mask_scores(changed, mask), dim=-1)
     if mask is not None:
-        weights = weights.masked_fill(~mask, 0.0)  # else a row that sees nothing is uniform
+        weights = weights.masked_fill(~mask, 0.0)  # otherwise a row that sees nothing is uniform
     if groups is None:
         masses = torch.nn.functional.pad(weights.sum(-1, keepdim=True), (0, GROUPS - 1))
         edited = torch.zeros(masses.shape[:-1], dtype=torch.bool, device=masses.device)

@@ -2,10 +2,10 @@
 
 `_partials` is split-K flash decoding. A program owns a run of keys of one key head, and the query
 rows (G heads that share it, times Q positions) that attend to it. The mass and the output of every
-key group are needed apart, but not four accumulators: the query rows are repeated once per group
-along M of the same dot product ("slots"), and a weight stays only in the slot of its key's group.
-M is padded to 16 anyway, so up to 4 rows this is free. `_combine` merges the runs of a row, decides
-on its masses what happens to each group, and writes the output.
+key group are needed separately, but without four accumulators: the query rows are repeated once per
+group along M of the same dot product ("slots"), and a weight stays only in the slot of its key's
+group. M is padded to 16 anyway, so up to 4 rows this is free. `_combine` merges the runs of a row,
+decides on its masses how each group changes, and writes the output.
 
 Importing this file imports Triton. With TRITON_INTERPRET=1 set before that, the kernels run on
 CPU tensors, slowly: for tests.
@@ -135,8 +135,8 @@ def _partials(
     for start in tl.range(first, last, BLOCK_KEYS):
         index = start + tl.arange(0, BLOCK_KEYS)
         index64 = index.to(tl.int64)
-        # A key that no row sees is not loaded: that saves its bytes, and what lies in the unwritten
-        # end of a static cache (0 * NaN is NaN) cannot get into a sum.
+        # A key that no row sees is not loaded: that saves its bytes, and keeps the unwritten end of
+        # a static cache out of the sums (0 * NaN is NaN).
         seen = index < last
         if FLAT_MASK:
             seen = seen & (tl.load(mask + batch * mask_batch + index64, mask=seen, other=0) != 0)
@@ -347,7 +347,7 @@ def attend_rows(
     differently than in float64.
 
     Raises:
-        BadInput: What the kernels do not support, and the way out.
+        BadInput: inputs that the kernels do not support.
     """
     if reason := unsupported(query, key, value):
         raise BadInput(f"impl='triton' {reason}; impl='torch' can do it")
@@ -398,11 +398,11 @@ def launches(
     softcap: float | None = None,
     splits: int | None = None,
 ) -> tuple[RowsOutput, tuple[Launch, Launch]]:
-    """Outputs without their numbers, and the two launches that fill them in.
+    """Uninitialised outputs, and the two launches that fill them.
 
     Args:
         query, key, value, edit, scaling, mask, rows, softcap: as for `attend_rows`.
-        splits: at most so many runs of keys; None: enough to fill the device twice.
+        splits: the most runs of keys; None: enough to fill the device twice.
     """
     batch, heads, queries, width = query.shape
     key_heads, keys, value_width = key.shape[1], key.shape[2], value.shape[3]
@@ -410,7 +410,7 @@ def launches(
     slots = 1 if edit.groups is None else GROUPS
     full_mask = mask is not None and not (queries == 1 and mask.shape[1] == 1)
     block_keys, warps, stages = _blocks(query.dtype, max(width, value_width), full_mask)
-    # At least 16 rows, which a tensor core takes, and at most 32, which registers hold.
+    # At least 16 rows, the least of a tensor core, and at most 32, the most that registers hold.
     small, large = 16 // slots, 32 // slots
     block_rows = small if shared * queries <= small else large
     blocks = triton.cdiv(shared * queries, block_rows)
@@ -491,15 +491,15 @@ def _edits_scores(edit: FusedEdit) -> bool:
 
 
 def _flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """With stride 1 along the keys, as the kernels read it."""
+    """The tensor with stride 1 along the keys, as the kernels read it."""
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _blocks(dtype: torch.dtype, width: int, full_mask: bool) -> tuple[int, int, int]:
     """Keys per block, warps and pipeline stages of `_partials`, by rule.
 
-    What ptxas says of sm_90 decides: half precision must not spill, nothing may need more than
-    227 KB of shared memory (tests/kernels compiles all variants). Nothing was timed on a GPU.
+    The limits are those of ptxas for sm_90: no spills in half precision, and at most 227 KB of
+    shared memory (tests/kernels compiles all variants). They were not timed on a GPU.
     """
     if dtype == torch.float32:  # exact products, without tensor cores: operands fill registers
         return 16, 8, 2

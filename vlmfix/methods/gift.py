@@ -142,7 +142,7 @@ class GazeShiftFusion(AttentionMethod):
         0.0, 20.0,
     )  # fmt: skip
     beta: float = option(
-        1.0, "factor on the image's gain before the question gets it, too", 0.0, 100.0
+        1.0, "factor on the gain of the image, which the question gets as well", 0.0, 100.0
     )
     saliency_layer: int | None = option(
         None,

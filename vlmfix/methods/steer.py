@@ -78,9 +78,12 @@ class Steer(HiddenMethod):
         1.0, "factor on the vector, or on the projection; 0 changes nothing", -1000.0, 1000.0
     )
     operation: Literal["add", "project"] = option("add", "add the vector, or project it out")
-    site: Site = option("layer", "what is edited: output of the whole layer, or of its MLP")
+    site: Site = option(
+        "layer", "output that is edited: layer (the whole decoder layer) or mlp (its MLP alone)"
+    )
     edited: Rows = option(
-        "predicting", "tokens whose hidden states are edited; all: every token of the prompt, too"
+        "predicting",
+        "rows whose hidden states are edited: generated, predicting, text or all (whole prompt)",
     )
     keep_norm: bool = option(False, "whether an edited hidden state keeps its length")
     relative: bool = option(
@@ -99,7 +102,7 @@ class Steer(HiddenMethod):
         given = self.vectors
         if given is None:
             raise CalibrationNeeded(
-                "steer adds a vector that you give: vectors=FILE, a safetensors file with a tensor "
+                "steer needs a vector: vectors=FILE, a safetensors file with a tensor "
                 "layer.N for each decoder layer N to edit, or a mapping {N: tensor} in Python."
             )
         found = given if isinstance(given, SteeringVectors) else SteeringVectors.read(str(given))
@@ -115,14 +118,16 @@ class Steer(HiddenMethod):
         if vector.ndim != 1 + (self.operation == "project") or vector.shape[-1] != info.hidden_size:
             raise BadInput(
                 f"{where} has shape {tuple(vector.shape)}; operation={self.operation} on this "
-                f"model wants {wanted} with D = {info.hidden_size}."
+                f"model needs {wanted} with D = {info.hidden_size}."
             )
         if not bool(vector.isfinite().all()):
             raise BadInput(f"{where} holds numbers that are not finite.")
         if self.operation == "project":
             products = vector.double() @ vector.double().mT
             if not torch.allclose(products, torch.eye(len(vector)).double(), atol=1e-3):
-                raise BadInput(f"{where}: the rows are not orthonormal, as a projection wants.")
+                raise BadInput(
+                    f"{where}: the rows are not orthonormal; a projection needs them so."
+                )
 
     def neutral(self) -> bool:
         return self.strength == 0

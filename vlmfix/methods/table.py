@@ -28,7 +28,7 @@ METHODS: tuple[MethodInfo, ...] = (
         stage="logits",
         summary="Contrast with the few visual tokens that draw attention in every question.",
         paper="Woo et al., arXiv 2405.17820",
-        needs=("a second stream: twice the prefill, twice the rows of every step",),
+        needs=("a branch: twice the prefill, twice the rows of every step",),
         aliases=("avisc",),
     ),
     MethodInfo(
@@ -74,7 +74,7 @@ METHODS: tuple[MethodInfo, ...] = (
         target="vlmfix.methods.gift:GazeShiftFusion",
         title="GIFT, gaze shift-guided cross-modal fusion enhancement",
         stage="attention",
-        summary="Multiply attention to what drew the gaze while the question was read.",
+        summary="Multiply attention to what the model turned to while it read the question.",
         paper="Qi et al., ICML 2026, arXiv 2510.22067",
         needs=("the prompt in one forward, read before it is edited",),
     ),
@@ -117,7 +117,7 @@ METHODS: tuple[MethodInfo, ...] = (
         stage="logits",
         summary="Contrast with no image at all, more strongly the longer the answer gets.",
         paper="Favero et al., CVPR 2024, arXiv 2403.14003",
-        needs=("a second stream: a text-only prefill, twice the rows of every step",),
+        needs=("a branch: a text-only prefill, twice the rows of every step",),
     ),
     MethodInfo(
         name="pai",
@@ -134,7 +134,7 @@ METHODS: tuple[MethodInfo, ...] = (
         stage="logits",
         summary="Contrast with no image at all, with one weight; stacks with `pai`.",
         paper="Liu et al., ECCV 2024, arXiv 2407.21771",
-        needs=("a second stream: a text-only prefill, twice the rows of every step",),
+        needs=("a branch: a text-only prefill, twice the rows of every step",),
     ),
     MethodInfo(
         name="ptp",
@@ -148,7 +148,7 @@ METHODS: tuple[MethodInfo, ...] = (
         paper="Liang et al., arXiv 2509.15704",
         needs=(
             "a vision encoder whose patches become visual tokens one to one or in squares",
-            "a look at the prompt in the first decoder layers (alpha=0: none)",
+            "a probe pass through the first decoder layers (alpha=0: none)",
         ),
     ),
     MethodInfo(
@@ -156,7 +156,7 @@ METHODS: tuple[MethodInfo, ...] = (
         target="vlmfix.methods.random_tokens:RandomTokens",
         title="Random visual tokens (baseline)",
         stage="tokens",
-        summary="Keep visual tokens drawn at random: the baseline of every pruning method.",
+        summary="Keep a random sample of the visual tokens: the baseline of every pruning method.",
         paper="Omri, Shroff, Tambe, arXiv 2504.17892",
     ),
     MethodInfo(
@@ -169,14 +169,14 @@ METHODS: tuple[MethodInfo, ...] = (
             "image's significant tokens."
         ),
         paper="Liang et al., PRCV 2024, arXiv 2409.06485",
-        needs=("pixels", "two more streams: three times the prefill and the rows of every step"),
+        needs=("pixels", "two branches: three times the prefill and the rows of every step"),
     ),
     MethodInfo(
         name="spin",
         target="vlmfix.methods.spin:ImageGuidedHeadSuppression",
         title="SPIN, image-guided head suppression",
         stage="attention",
-        summary="Scale down the heads that look least at the image, chosen again for every token.",
+        summary="Scale down the heads that attend least to the image, chosen at every token.",
         paper="EMNLP 2025, arXiv 2505.16411",
     ),
     MethodInfo(
@@ -223,7 +223,7 @@ METHODS: tuple[MethodInfo, ...] = (
         stage="logits",
         summary="Contrast with the same image under diffusion noise.",
         paper="Leng et al., CVPR 2024, arXiv 2311.16922",
-        needs=("pixels", "a second stream: twice the prefill, twice the rows of every step"),
+        needs=("pixels", "a branch: twice the prefill, twice the rows of every step"),
     ),
     MethodInfo(
         name="vhr",
@@ -232,7 +232,7 @@ METHODS: tuple[MethodInfo, ...] = (
         stage="attention",
         summary="Scale up the heads whose outputs change most without the image.",
         paper="He et al., ACL 2025, arXiv 2412.13949",
-        needs=("one more forward per prompt, without the image",),
+        needs=("a probe pass per prompt, without the image",),
     ),
     MethodInfo(
         name="visionzip",
@@ -257,9 +257,9 @@ NOT_OFFERED: dict[str, str] = {
         "docs/methods/a_vl.md has the details"
     ),
     "icd": (
-        "ICD (arXiv 2403.18715) contrasts with a prompt that has one more sentence, and a stream "
-        "longer than its base has no room in the KV cache that streams share here. 'm3id' and "
-        "'vcd' have its formula, with another second stream"
+        "ICD (arXiv 2403.18715) contrasts with a prompt that has one more sentence, and a branch "
+        "longer than its prompt has no room in the KV cache that branches share here. 'm3id' and "
+        "'vcd' have its formula, with another branch"
     ),
     "visflow": (
         "the formulas of VisFlow (arXiv 2506.12609) are not known here: its code was not found and "
