@@ -40,11 +40,11 @@ class ImageLift(AttentionMethod):
         """What is added to each key (B, K), and the samples that have an image."""
         if self.lift == 0:
             return None
-        return Plan((self.lift * keys.visual.float(),), keys.visual.any(1).tolist())
+        return Plan({"lift": self.lift * keys.visual.float()}, keys.visual.any(1).tolist())
 
-    def edit_scores(self, scores: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
+    def edit_scores(self, scores: torch.Tensor, *, lift: torch.Tensor) -> torch.Tensor:
         """Scores (B, H, R, K), edited."""
-        return scores + plan[0][:, None, None].to(scores.dtype)
+        return scores + lift[:, None, None].to(scores.dtype)
 
 
 if __name__ == "__main__":

@@ -27,13 +27,13 @@ def both_forms(
     key, value = draw(batch, key_heads, keys), draw(batch, key_heads, keys)
     mask = torch.ones(batch, 1, 1, keys, dtype=torch.bool)
     mask[0, ..., 0] = False
-    tensors = (*plan.tensors, *plan.constants)
+    tensors = {**plan.tensors, **plan.constants}
     scores = row_scores(query, key, 0.25)
     plain = attend(mask_scores(scores, mask).softmax(-1), value)
     if method.overrides("edit_scores"):
-        scores = method.edit_scores(scores, *tensors)
+        scores = method.edit_scores(scores, **tensors)
     weights = mask_scores(scores, mask).softmax(-1)
     if method.overrides("edit_weights"):
-        weights, _ = method.edit_weights(weights, *tensors)
+        weights, _ = method.edit_weights(weights, **tensors)
     fused = attend_rows(query, key, value, plan.fused, scaling=0.25, mask=mask).out
     return attend(weights, value), fused, plain

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from matrix import family, logits, prompt
+from prompts import observed
 from tiny import FAMILIES
 
 import vlmfix
@@ -111,13 +112,12 @@ def test_measured_heads_are_the_inputs_of_the_output_projection(name: str) -> No
     plain = logits(tiny.model, inputs)
     for handle in handles:
         handle.remove()
-    watcher = LastHeads(tuple(info.attention))
-    with vlmfix.wrapped(tiny.model, watcher):
-        assert torch.equal(logits(tiny.model, inputs), plain)
-    assert watcher.seen.keys() == seen.keys()
+    heads = LastHeads(tuple(info.attention))
+    assert torch.equal(observed(tiny.model, inputs, heads), plain)
+    assert heads.seen.keys() == seen.keys()
     for layer, outputs in seen.items():
-        assert torch.equal(watcher.seen[layer], outputs)
-        assert watcher.seen[layer].untyped_storage().nbytes() == outputs.numel() * 4
+        assert torch.equal(heads.seen[layer], outputs)
+        assert heads.seen[layer].untyped_storage().nbytes() == outputs.numel() * 4
 
     divergence = measure_divergence(tiny.model, inputs)
     assert divergence.shape == (info.num_layers, len(plain), info.num_heads)

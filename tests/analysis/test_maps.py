@@ -352,10 +352,10 @@ class DoubledImage(AttentionMethod):
         return [0]
 
     def plan(self, keys: Keys) -> Plan:
-        return Plan((1 + keys.visual.float(),), [True] * len(keys.kinds))
+        return Plan({"gain": 1 + keys.visual.float()}, [True] * len(keys.kinds))
 
-    def edit_weights(self, weights: Tensor, *plan: Tensor) -> tuple[Tensor, Tensor]:
-        edited = weights * plan[0][:, None, None, :]
+    def edit_weights(self, weights: Tensor, *, gain: Tensor) -> tuple[Tensor, Tensor]:
+        edited = weights * gain[:, None, None, :]
         everywhere = torch.ones(weights.shape[:3], dtype=torch.bool)
         return edited / edited.sum(-1, keepdim=True), everywhere
 

@@ -77,7 +77,7 @@ class Everywhere(AttentionMethod):
         return range(info.num_layers)
 
     def plan(self, keys: Keys) -> Plan | None:
-        return Plan((), [True] * keys.kinds.shape[0])
+        return Plan({}, [True] * keys.kinds.shape[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,7 @@ class NoOp(Everywhere):
     rows: ClassVar[Literal["predicting", "text"]] = "text"
 
     def edit_weights(
-        self, weights: torch.Tensor, *plan: torch.Tensor
+        self, weights: torch.Tensor, **plan: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return weights, torch.ones_like(weights[..., 0], dtype=torch.bool)
 
@@ -112,7 +112,7 @@ class Scale(Everywhere):
 
     factor: float = 2.0
 
-    def head_scale(self, outputs: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
+    def head_scale(self, outputs: torch.Tensor, **plan: torch.Tensor) -> torch.Tensor:
         scale = torch.ones_like(outputs[..., 0])
         scale[:, 0] = self.factor
         return scale
@@ -128,7 +128,7 @@ class ScaleWithImage(Scale):
     """Scales the heads of rows with an image; plans other rows as nothing to edit."""
 
     def plan(self, keys: Keys) -> Plan | None:
-        return Plan((), keys.visual.any(1).tolist())
+        return Plan({}, keys.visual.any(1).tolist())
 
 
 FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "paligemma")
@@ -322,10 +322,10 @@ class Boost(Everywhere):
     def plan(self, keys: Keys) -> Plan | None:
         row = keys.seen[1][:, 0, -1]
         wide = torch.nn.functional.pad(row, (0, keys.kinds.shape[1] - row.shape[1]))
-        return Plan((wide,), [True] * len(wide))
+        return Plan({"wide": wide}, [True] * len(wide))
 
-    def edit_scores(self, scores: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
-        return scores + 20 * plan[0][:, None, None, :]
+    def edit_scores(self, scores: torch.Tensor, *, wide: torch.Tensor) -> torch.Tensor:
+        return scores + 20 * wide[:, None, None, :]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -578,10 +578,10 @@ class Looks(Everywhere):
 
     def plan(self, keys: Keys) -> Plan | None:
         assert keys.image_values is not None
-        return Plan((keys.image_values,), keys.visual.any(1).tolist())
+        return Plan({"values": keys.image_values}, keys.visual.any(1).tolist())
 
-    def edit_scores(self, scores: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
-        return scores + 10 * plan[0][:, None, None, :]
+    def edit_scores(self, scores: torch.Tensor, *, values: torch.Tensor) -> torch.Tensor:
+        return scores + 10 * values[:, None, None, :]
 
 
 def test_methods_that_read_other_layers_of_the_tower_take_turns() -> None:

@@ -942,10 +942,10 @@ class Lift(AttentionMethod):
     def plan(self, keys: Keys) -> Plan:
         lift = torch.zeros(keys.kinds.shape)
         lift[keys.visual] = torch.tensor(self.lifts).flatten()
-        return Plan((lift,), [True] * len(lift))
+        return Plan({"lift": lift}, [True] * len(lift))
 
-    def edit_scores(self, scores: Tensor, *plan: Tensor) -> Tensor:
-        return lift_scores(scores, plan[0])
+    def edit_scores(self, scores: Tensor, *, lift: Tensor) -> Tensor:
+        return lift_scores(scores, lift)
 
 
 @pytest.mark.parametrize("bare", [False, True])

@@ -79,7 +79,7 @@ def test_plan_counts_generated_tokens_and_text_after_the_first_image() -> None:
         make_keys(KINDS, num_heads=8)
     )
     assert plan is not None and plan.samples == [True, False]
-    text, (listed,) = plan.tensors[0], plan.constants
+    text, listed = plan.tensors["text"], plan.constants["listed"]
     assert text.tolist() == [[0, 0, 0, 0, 1, 0, 1, 1], [0] * 8]
     assert listed.nonzero().flatten().tolist() == [1, 7] and len(listed) == 8
     assert plan.fused is not None and plan.fused.groups is not None
@@ -99,7 +99,7 @@ def test_without_an_image_the_plan_edits_nothing() -> None:
     plan = method.plan(make_keys(KINDS[1:], num_heads=8))
     assert plan is not None and plan.samples == [False]
     weights = torch.rand(1, 8, 2, 8)
-    edited, changed = method.edit_weights(weights, *plan.tensors, *plan.constants)
+    edited, changed = method.edit_weights(weights, **plan.tensors, **plan.constants)
     assert torch.equal(edited, weights) and not changed.any()
 
 

@@ -203,12 +203,12 @@ def test_plan() -> None:
     keys = make_keys(KINDS, seen={1: rises})
     plan = replace(STRONG, alpha=2.0).plan(keys)
     assert plan is not None and plan.samples == [True, False]
-    visual, lift, question = plan.tensors
+    visual, lift, question = plan.tensors.values()
     assert torch.allclose(lift[0], torch.tensor([0, 0, math.e**2 - 1, 0, 0, 0, 0]))
     assert not lift[1].any() and not visual[1].any() and not question[1].any()
     assert question[0].tolist() == [0, 0, 0, 0, 1, 1, 0]
     weights = torch.rand(2, 4, 1, 7)
-    edited, changed = STRONG.edit_weights(weights, *plan.tensors)
+    edited, changed = STRONG.edit_weights(weights, **plan.tensors)
     assert changed[0].any() and not changed[1].any() and torch.equal(edited[1], weights[1])
     flat = replace(STRONG, alpha=2.0).plan(make_keys(KINDS, seen={1: torch.zeros(2, 2, 6)}))
     assert flat is not None and flat.samples == [False, False]
@@ -223,7 +223,7 @@ def test_a_map_that_was_never_read_is_an_error_and_no_image_is_none() -> None:
     plan = STRONG.plan(make_keys(KINDS[1:]))
     assert plan is not None and plan.samples == [False]
     weights = torch.rand(1, 4, 1, 7)
-    edited, changed = STRONG.edit_weights(weights, *plan.tensors)
+    edited, changed = STRONG.edit_weights(weights, **plan.tensors)
     assert torch.equal(edited, weights) and not changed.any()
 
 

@@ -41,7 +41,7 @@ def test_worked_row() -> None:
     method = PayAttentionToInformedTokens(alpha=0.7, beta=0.3)
     plan = method.plan(keys_of(torch.tensor([[0.0, 1, 2, 0, 0]]), kinds))
     assert plan is not None
-    edited = lift_scores(scores, plan.tensors[0].double())
+    edited = lift_scores(scores, plan.tensors["lift"].double())
     assert torch.allclose(edited.flatten(), torch.tensor([1.0, 0.85, -0.7, 0.8, 0.2]).double())
     for row, expected in (
         (scores, [0.332234, 0.201510, 0.044963, 0.272010, 0.149282]),
@@ -120,8 +120,8 @@ def test_plan() -> None:
     method = PayAttentionToInformedTokens(alpha=0.7, beta=0.3)
     plan = method.plan(keys_of(VALUES))
     assert plan is not None and plan.samples == [True, False]
-    assert torch.allclose(plan.tensors[0][0], torch.tensor([0, 0, 0, 0.7, 0.3, 0, 0]))
-    assert not plan.tensors[0][1].any()
+    assert torch.allclose(plan.tensors["lift"][0], torch.tensor([0, 0, 0, 0.7, 0.3, 0, 0]))
+    assert not plan.tensors["lift"][1].any()
     assert plan.notes == {"local": [1, 0], "summary": [1, 0]}
     assert replace(method, alpha=0.0, beta=0.0).plan(keys_of(VALUES)) is None
     only_summary = replace(method, alpha=0.0).plan(keys_of(VALUES))
@@ -129,7 +129,7 @@ def test_plan() -> None:
     plain = method.plan(keys_of(torch.zeros(2, 7)))
     assert plain is not None and plain.samples == [False, False]
     scores = torch.randn(2, 4, 2, 7)
-    assert torch.equal(method.edit_scores(scores, *plain.tensors), scores)
+    assert torch.equal(method.edit_scores(scores, **plain.tensors), scores)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -151,8 +151,8 @@ def test_all_tokens_local_is_pai() -> None:
     plan = PayAttentionToInformedTokens(alpha=0.6, beta=0.6).plan(keys_of(values, KINDS[:1]))
     pai = PayAttentionToImage(alpha=0.6).plan(keys_of(values, KINDS[:1]))
     assert plan is not None and pai is not None
-    edited = lift_scores(scores, plan.tensors[0])
-    expected = PayAttentionToImage(alpha=0.6).edit_scores(scores, *pai.tensors)
+    edited = lift_scores(scores, plan.tensors["lift"])
+    expected = PayAttentionToImage(alpha=0.6).edit_scores(scores, **pai.tensors)
     assert torch.equal(edited, expected) and not torch.equal(edited, scores)
 
 

@@ -68,10 +68,10 @@ def test_plan_marks_visual_keys_only() -> None:
     kinds = torch.tensor([[PAD, TEXT, IMAGE, IMAGE, TEXT], [PAD, PAD, TEXT, TEXT, TEXT]])
     plan = PayAttentionToImage(alpha=0.5).plan(make_keys(kinds.to(torch.uint8), None))
     assert plan is not None and plan.samples == [True, False]
-    assert plan.tensors[0].tolist() == [[0, 0, 0.5, 0.5, 0], [0] * 5]
+    assert plan.tensors["lift"].tolist() == [[0, 0, 0.5, 0.5, 0], [0] * 5]
     text_only = make_keys(kinds[1:].to(torch.uint8), None)
     nothing = PayAttentionToImage(alpha=0.5).plan(text_only)
-    assert nothing is not None and nothing.samples == [False] and not nothing.tensors[0].any()
+    assert nothing is not None and nothing.samples == [False] and not nothing.tensors["lift"].any()
     assert PayAttentionToImage(alpha=0.0).plan(make_keys(kinds.to(torch.uint8), None)) is None
 
 

@@ -34,8 +34,8 @@ def test_worked_heads() -> None:
     scores = torch.tensor([[1, 2], [-3, 2], [4, -2], [0.25, 0.25]], dtype=torch.float64)
     scores = torch.nn.functional.pad(scores, (1, 1), value=50.0)[None, :, None]
     visual = torch.tensor([[0, 1, 1, 0]], dtype=torch.float32)
-    assert torch.equal(HALF.score_scale(scores, visual), factors)
-    weights, changed = MASS.edit_weights(scores, visual)
+    assert torch.equal(HALF.score_scale(scores, visual=visual), factors)
+    weights, changed = MASS.edit_weights(scores, visual=visual)
     assert torch.equal(weights, scores * factors[..., None])
     assert changed.flatten().tolist() == [False, True, False, True]
 
@@ -68,10 +68,10 @@ def test_raw_strength_is_a_product_with_the_sum_of_the_visual_keys() -> None:
     total = (key * visual[:, None, :, None]).sum(2).repeat_interleave(4, 1)  # (B, H, D)
     strength = torch.einsum("bhrd,bhd->bhr", query, total) / 4
     scores = row_scores(query, key, 0.25)
-    factors = HALF.score_scale(scores, visual.float())
+    factors = HALF.score_scale(scores, visual=visual.float())
     assert torch.equal(factors, suppress(strength, 0.5, 0.08))
     # Probabilities rank the heads in another way, which is why there is an option.
-    _, changed = MASS.edit_weights(scores.softmax(-1), visual.float())
+    _, changed = MASS.edit_weights(scores.softmax(-1), visual=visual.float())
     assert not torch.equal(changed, factors != 1)
 
 
@@ -79,12 +79,11 @@ def test_each_row_and_sample_decides_for_itself() -> None:
     generator = torch.Generator().manual_seed(1)
     scores = torch.randn(3, 6, 4, 9, generator=generator)
     visual = torch.rand(3, 9, generator=generator) > 0.4
-    together = HALF.score_scale(scores, visual.float())
+    together = HALF.score_scale(scores, visual=visual.float())
     for sample in range(3):
         for row in range(4):
-            alone = HALF.score_scale(
-                scores[sample : sample + 1, :, row : row + 1], visual[sample : sample + 1].float()
-            )
+            own = scores[sample : sample + 1, :, row : row + 1]
+            alone = HALF.score_scale(own, visual=visual[sample : sample + 1].float())
             assert torch.equal(alone[0, :, 0], together[sample, :, row])
     assert not torch.equal(together[:, :, 0], together[:, :, 1])
 
@@ -95,10 +94,15 @@ def test_plan_marks_visual_keys_and_leaves_other_samples_alone() -> None:
     ).to(torch.uint8)
     plan = HALF.plan(make_keys(kinds))
     assert plan is not None and plan.samples == [True, True, False]
-    assert plan.tensors[0][:, :6].tolist() == [[0, 0, 1, 0, 1, 0], [0, 1, 0, 0, 0, 0], [0] * 6]
-    scores = torch.randn(3, 4, 2, plan.tensors[0].shape[1])
-    assert (HALF.score_scale(scores, *plan.tensors)[2] == 1).all()
-    weights, changed = MASS.edit_weights(scores, *plan.tensors)
+    visual = plan.tensors["visual"][:, :6]
+    assert visual.tolist() == [
+        [0, 0, 1, 0, 1, 0],
+        [0, 1, 0, 0, 0, 0],
+        [0] * 6,
+    ]
+    scores = torch.randn(3, 4, 2, plan.tensors["visual"].shape[1])
+    assert (HALF.score_scale(scores, **plan.tensors)[2] == 1).all()
+    weights, changed = MASS.edit_weights(scores, **plan.tensors)
     assert torch.equal(weights[2], scores[2]) and not changed[2].any() and changed[:2].any()
     for same in ({"rho": 1.0}, {"epsilon": 1.0}):
         assert replace(HALF, **same).plan(make_keys(kinds)) is None
@@ -109,7 +113,7 @@ def test_a_row_that_sees_no_image_is_left_alone() -> None:
     weights = torch.rand(1, 4, 2, 6, generator=torch.Generator().manual_seed(2))
     visual = torch.tensor([[1.0, 1, 0, 0, 0, 0]])
     weights[:, :, 0, :2] = 0
-    edited, changed = MASS.edit_weights(weights, visual)
+    edited, changed = MASS.edit_weights(weights, visual=visual)
     assert not changed[:, :, 0].any() and torch.equal(edited[:, :, 0], weights[:, :, 0])
     assert changed[:, :, 1].sum() == 2
 
@@ -165,8 +169,8 @@ def test_heads_are_chosen_anew_in_every_step() -> None:
     chosen: list[torch.Tensor] = []
 
     class Spy(ImageGuidedHeadSuppression):
-        def score_scale(self, scores: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
-            factors = super().score_scale(scores, *plan)
+        def score_scale(self, scores: torch.Tensor, **plan: torch.Tensor) -> torch.Tensor:
+            factors = super().score_scale(scores, **plan)
             chosen.append(factors[..., -1])
             return factors
 

@@ -54,9 +54,9 @@ def test_plan_tells_image_system_and_the_rest() -> None:
     plan = VisualAmplificationFusion(image_gain=2, system_gain=0.5).plan(make_keys(KINDS))
     assert plan is not None and plan.samples == [True, False]
     # The text between the images is no system prompt; padding and generated tokens are neither.
-    assert plan.tensors[0][0].tolist() == [1, 0.5, 0.5, 2, 2, 1, 2, 1, 1]
+    assert plan.tensors["factors"][0].tolist() == [1, 0.5, 0.5, 2, 2, 1, 2, 1, 1]
     # Without an image nothing is a system prompt either.
-    assert plan.tensors[0][1].tolist() == [1] * 9
+    assert plan.tensors["factors"][1].tolist() == [1] * 9
     assert plan.fused is not None and plan.fused.groups is not None
     assert plan.fused.groups.tolist() == [[0, 2, 2, 1, 1, 0, 1, 0, 0], [0] * 9]
 
@@ -69,7 +69,7 @@ def test_plan_without_effect() -> None:
     text_only = VisualAmplificationFusion().plan(make_keys(KINDS[1:]))
     assert text_only is not None and text_only.samples == [False]
     scores = torch.randn(1, 4, 2, 9)
-    assert torch.equal(multiply_scores(scores, text_only.tensors[0]), scores)
+    assert torch.equal(multiply_scores(scores, text_only.tensors["factors"]), scores)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -112,7 +112,7 @@ def test_plan_leaves_out_padding_generated_tokens_and_samples_without_visual_sin
     flags = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 0, 0, 0]]).bool()
     plan = method.plan(make_keys(kinds, flags))
     assert plan is not None and plan.samples == [True, False]
-    _, moves = plan.tensors
+    moves = plan.tensors["moves"]
     expected = torch.tensor([[-0.4, 0], [-0.4, 0], [0, 1], [0, 0], [0, 0]])
     assert torch.allclose(moves[0, :5], expected)
     assert moves[1].abs().sum() == 0
@@ -120,7 +120,7 @@ def test_plan_leaves_out_padding_generated_tokens_and_samples_without_visual_sin
     nothing = method.plan(make_keys(kinds, flags & (kinds != IMAGE)))
     assert nothing is not None and nothing.samples == [False, False]
     assert nothing.fused is not None and nothing.fused.groups is not None
-    assert not nothing.tensors[1].any() and not nothing.fused.groups.any()
+    assert not nothing.tensors["moves"].any() and not nothing.fused.groups.any()
 
 
 def test_video_counts_as_visual_unless_told_otherwise() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from made_keys import make_keys
 from matrix import family, logits, prompt
+from prompts import observed
 from tiny import FAMILIES, generate_kwargs
 from transformers import DynamicCache
 
@@ -155,13 +156,22 @@ def test_the_image_stream_is_reinforced_layer_by_layer() -> None:
     """With L_r = {1, 2}, alpha moves the divergence of layer 2 and not that of layer 1."""
     tiny = family("llava")
     inputs = prompt(tiny)
-    seen = {}
+    seen: dict[float, list[torch.Tensor]] = {}
+
+    class Spy(VisionAwareHeadReinforcement):
+        """Notes the head outputs of layers 0, 1 and 2 before they are scaled."""
+
+        def head_scale(
+            self, outputs: torch.Tensor, *blind: torch.Tensor, **plan: Any
+        ) -> torch.Tensor:
+            own = seen.setdefault(self.alpha, [])
+            own.append(outputs)
+            scale = super().head_scale(outputs, *blind, **plan)
+            return torch.ones_like(scale) if len(own) == 1 else scale
+
     for alpha in (2.0, 3.0):
-        probe = LastHeads(ALL)  # first in the stack: it sees outputs that are not yet scaled
-        method = VisionAwareHeadReinforcement(alpha=alpha, reinforced_layers=(1, 2))
-        with vlmfix.wrapped(tiny.model, [probe, method]):
+        with vlmfix.wrapped(tiny.model, Spy(alpha=alpha, reinforced_layers=ALL)):
             logits(tiny.model, inputs)
-        seen[alpha] = probe.seen
     for layer, same in ((0, True), (1, True), (2, False)):
         assert torch.equal(seen[2.0][layer], seen[3.0][layer]) == same
 
@@ -225,16 +235,17 @@ def test_head_scale_without_divergence_and_without_an_image() -> None:
         (torch.tensor([True, True]), outputs, [True, True]),
         (torch.tensor([False, True]), noisy, [True, False]),
     ):
-        scale = text.head_scale(outputs, visual, without[:, :, 0])
+        scale = text.head_scale(outputs, visual=visual, without_image=without[:, :, 0])
         assert scale.shape == (2, 8, 1)
         assert (scale == 1).flatten(1).all(1).tolist() == same
-        assert torch.equal(knockout.head_scale(outputs, without, visual), scale)
+        assert torch.equal(knockout.head_scale(outputs, without, visual=visual), scale)
 
 
 @pytest.mark.parametrize(("prune", "factors"), [(True, [3, 3, 1, 1]), (False, [3, 1, 1, 3])])
 def test_options_reach_the_choice(prune: bool, factors: list[int]) -> None:
     method = VisionAwareHeadReinforcement(alpha=3.0, prune_outliers=prune)
-    scale = method.head_scale(WITH[None, :, None].float(), torch.tensor([True]), WITHOUT[None])
+    outputs, visual = WITH[None, :, None].float(), torch.tensor([True])
+    scale = method.head_scale(outputs, visual=visual, without_image=WITHOUT[None])
     assert scale.flatten().tolist() == factors
 
 
@@ -242,7 +253,7 @@ def test_options_reach_the_choice(prune: bool, factors: list[int]) -> None:
 class Mirror(VisionAwareHeadReinforcement):
     """VHR whose text stream sees what the image stream sees."""
 
-    def prelude(self, info: ModelInfo) -> ProbePass | None:
+    def probe_pass(self, info: ModelInfo) -> ProbePass | None:
         return ProbePass("whole", LastHeads(tuple(self.layers(info))))
 
 
@@ -287,9 +298,11 @@ def test_knockout_compares_with_the_same_row_without_visual_keys() -> None:
     seen: list[tuple[torch.Tensor, ...]] = []
 
     class Spy(VisionAwareHeadReinforcement):
-        def head_scale(self, outputs: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
-            seen.append((outputs, plan[0]))
-            return super().head_scale(outputs, *plan)
+        def head_scale(
+            self, outputs: torch.Tensor, *blind: torch.Tensor, **plan: Any
+        ) -> torch.Tensor:
+            seen.append((outputs, blind[0]))
+            return super().head_scale(outputs, *blind, **plan)
 
     states: list[torch.Tensor] = []
     handle = module.v_proj.register_forward_hook(lambda m, a, out: states.append(out))
@@ -321,8 +334,7 @@ def test_two_images_are_taken_away_together() -> None:
     streams = []
     for arguments in (prompts, text):
         probe = LastHeads((1,))
-        with vlmfix.wrapped(tiny.model, probe):
-            logits(tiny.model, arguments)
+        observed(tiny.model, arguments, probe)
         streams.append(probe.seen[1])
     cache = DynamicCache(config=tiny.model.config.get_text_config())
     with vlmfix.wrapped(tiny.model, VisionAwareHeadReinforcement(reinforced_layers=(1,))):
@@ -335,8 +347,8 @@ def test_beams_of_a_sample_share_their_heads() -> None:
     chosen: list[torch.Tensor] = []
 
     class Spy(VisionAwareHeadReinforcement):
-        def head_scale(self, outputs: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
-            chosen.append(super().head_scale(outputs, *plan))
+        def head_scale(self, outputs: torch.Tensor, **plan: torch.Tensor) -> torch.Tensor:
+            chosen.append(super().head_scale(outputs, **plan))
             return chosen[-1]
 
     with vlmfix.wrapped(tiny.model, Spy()):
@@ -374,7 +386,8 @@ def test_plan_is_made_of_samples_with_an_image() -> None:
     stream = torch.zeros(2, 4, 8)
     plan = method.plan(make_keys(kinds, seen={2: stream}))
     assert plan is not None and plan.samples == [True, False] and not plan.tensors
-    assert plan.constants[0].tolist() == [True, False] and plan.constants[1] is stream
+    assert plan.constants["visual"].tolist() == [True, False]
+    assert plan.constants["without_image"] is stream
     blind = replace(method, vhd_source="knockout").plan(make_keys(kinds))
     assert blind is not None and blind.samples == [True, False] and len(blind.constants) == 1
     assert method.plan(make_keys(kinds[1:])) is None

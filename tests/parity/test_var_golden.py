@@ -40,7 +40,9 @@ def test_rows_equal_the_authors_code(golden: Path, number: int) -> None:
     # The prefill edits the rows after the image; the rows before it stay.
     first = start + length
     rows = data["prefill_attention"][:, :, first:]
-    edited, changed = method.edit_weights(rows, *(t[:, :prompt] for t in plan.tensors))
+    edited, changed = method.edit_weights(
+        rows, **{name: t[:, :prompt] for name, t in plan.tensors.items()}
+    )
     expected = data["prefill_expected"]
     assert torch.allclose(edited, expected[:, :, first:], atol=1e-5)
     assert torch.equal(data["prefill_attention"][:, :, :first], expected[:, :, :first])
@@ -49,6 +51,8 @@ def test_rows_equal_the_authors_code(golden: Path, number: int) -> None:
 
     for step in range(3):
         row = data[f"decode{step}_attention"]
-        edited, _ = method.edit_weights(row, *(t[:, : row.shape[-1]] for t in plan.tensors))
+        edited, _ = method.edit_weights(
+            row, **{n: t[:, : row.shape[-1]] for n, t in plan.tensors.items()}
+        )
         assert torch.allclose(edited, data[f"decode{step}_expected"], atol=1e-5)
         assert (edited - row).abs().max() > 1e-3

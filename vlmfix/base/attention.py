@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -59,21 +59,22 @@ class Plan:
     """What a method prepared for one layer of one prompt.
 
     Attributes:
-        tensors: each (B, K, ...), sliced by the engine to the keys that a call sees.
+        tensors: by name, each (B, K, ...), sliced by the engine to the keys that a call sees. The
+            functions of the method get them as keyword arguments of these names.
         samples: for each row of the batch, whether anything of it can be edited here. Where no
             row can, the model's own attention runs; a compiled step runs the edit all the same,
             and it must then change nothing.
         notes: counts per sample, shown by `last_call`, e.g. {"visual_sinks": [3, 0]}.
-        constants: tensors without a key axis, handed over as they are, after `tensors`.
+        constants: tensors without a key axis, by name, handed over as they are.
         heads: (B, H) float32 factors on the head outputs of every row, where they are known
             without looking at the outputs; `head_scale` is then not asked.
         fused: the same row edit for the fused kernel; `groups` and `log_weight` cover all keys.
     """
 
-    tensors: tuple[torch.Tensor, ...]
+    tensors: Mapping[str, torch.Tensor]
     samples: list[bool]
     notes: dict[str, list[int]] = field(default_factory=dict)
-    constants: tuple[torch.Tensor, ...] = ()
+    constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     heads: torch.Tensor | None = None
     fused: FusedEdit | None = None
 
@@ -138,24 +139,26 @@ class AttentionMethod(Method):
         """Prepare one layer of one prompt; None: these settings never edit this layer."""
         raise NotImplementedError
 
-    def edit_scores(self, scores: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
+    # The four functions below get the plan's tensors by their names in it, as keyword arguments.
+
+    def edit_scores(self, scores: torch.Tensor, *args: Any, **plan: Any) -> torch.Tensor:
         """Scaled scores (B, H, R, K) float32, before the mask -> edited scores."""
         raise NotImplementedError
 
     def edit_weights(
-        self, weights: torch.Tensor, *plan: torch.Tensor
+        self, weights: torch.Tensor, *args: Any, **plan: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Softmax rows (B, H, R, K) -> edited rows, and (B, H, R) bool: which were changed."""
         raise NotImplementedError
 
-    def score_scale(self, scores: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
+    def score_scale(self, scores: torch.Tensor, *args: Any, **plan: Any) -> torch.Tensor:
         """Scaled scores (B, H, R, K), unedited -> factors (B, H, R) on the head outputs.
 
         Scores are 0 where a row does not see a key.
         """
         raise NotImplementedError
 
-    def head_scale(self, outputs: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
+    def head_scale(self, outputs: torch.Tensor, *args: Any, **plan: Any) -> torch.Tensor:
         """Head outputs (B, H, R, D) before o_proj -> factors (B, H, R); see head_scale_from."""
         raise NotImplementedError
 

@@ -127,10 +127,10 @@ class TwoProducts(AttentionMethod):
         return tuple(info.attention)
 
     def plan(self, keys: Keys) -> Plan:
-        return Plan((), [True] * len(keys.kinds))
+        return Plan({}, [True] * len(keys.kinds))
 
     def edit_weights(
-        self, weights: torch.Tensor, *plan: torch.Tensor
+        self, weights: torch.Tensor, **plan: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return weights, torch.zeros_like(weights[..., 0], dtype=torch.bool)
 

@@ -202,7 +202,7 @@ def _decode(slot: Slot, steps: tuple[Step, ...], call: Call | None, inputs: Inpu
             values, changed = step.factors
         elif step.edit.scales_heads:
             outputs = result.transpose(1, 2)
-            scale = step.edit.method.head_scale(outputs, *step.tensors)
+            scale = step.edit.method.head_scale(outputs, **step.tensors)
             values = scale.transpose(1, 2).to(result.dtype)[..., None]
             changed = values[..., 0] != 1
         else:
@@ -335,7 +335,7 @@ def _heads(
             return result
         tensors = edit.tensors(frame.offset(slot.layer), inputs.keys)
         outputs = result[:, window.start :].transpose(1, 2)
-        scale = method.head_scale(outputs, *tensors)  # (B, H, R)
+        scale = method.head_scale(outputs, **tensors)  # (B, H, R)
         if window.chosen is not None:
             chosen = window.chosen[:, None, :].to(scale.device)
             scale = torch.where(chosen, scale, torch.ones_like(scale))
@@ -376,7 +376,7 @@ def _decide_heads(
         weights = torch.softmax(reference.mask_scores(scores, blind), dim=-1)
         outputs.append(reference.attend(weights, inputs.value))
     tensors = edit.tensors(frame.offset(slot.layer), inputs.keys)
-    return method.head_scale(*outputs, *tensors)[:, :, 0]
+    return method.head_scale(*outputs, **tensors)[:, :, 0]
 
 
 def _take_rows(tensor: torch.Tensor, row: torch.Tensor, dim: int) -> torch.Tensor:

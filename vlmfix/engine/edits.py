@@ -119,10 +119,11 @@ class Edit:
         """Whether any row of the batch has something to edit here."""
         return any(self.plan.samples)
 
-    def tensors(self, offset: int, keys: int) -> tuple[torch.Tensor, ...]:
+    def tensors(self, offset: int, keys: int) -> dict[str, torch.Tensor]:
         """The plan's tensors for the keys that this call sees, then its constants."""
-        sliced = tuple(tensor[:, offset : offset + keys] for tensor in self.plan.tensors)
-        return (*sliced, *self.plan.constants)
+        plan = self.plan
+        sliced = {name: x[:, offset : offset + keys] for name, x in plan.tensors.items()}
+        return {**sliced, **plan.constants}
 
 
 class HeadFactors(NamedTuple):
@@ -154,7 +155,7 @@ class Step:
     """
 
     edit: Edit
-    tensors: tuple[torch.Tensor, ...]
+    tensors: dict[str, torch.Tensor]
     fused: FusedEdit | None
     factors: HeadFactors | None
     counter: torch.Tensor | None
@@ -176,7 +177,7 @@ def as_bool(mask: torch.Tensor | None) -> torch.Tensor | None:
 #: A step (None in a prefill), its edit, the tensors of its plan, and the rows (B, R) that it edits
 #: (None: all of them).
 Chosen: TypeAlias = (
-    "Sequence[tuple[Step | None, Edit, tuple[torch.Tensor, ...], torch.Tensor | None]]"
+    "Sequence[tuple[Step | None, Edit, dict[str, torch.Tensor], torch.Tensor | None]]"
 )
 
 
@@ -212,20 +213,20 @@ def edited_weights(
             # A sliding layer's cache drops what its mask would hide: both must look the same.
             shown = as_bool(visible)
             seen = scores if shown is None else scores.masked_fill(~shown, 0.0)
-            scale = edit.method.score_scale(seen, *plan)
+            scale = edit.method.score_scale(seen, **plan)
             if chosen is not None:
                 scale = torch.where(chosen[:, None, :], scale, torch.ones_like(scale))
             factors = scale if factors is None else factors * scale
             count(layer, call, step, scale != 1)
     for step, edit, plan, chosen in edits:
         if edit.scores:
-            edited = edit.method.edit_scores(scores, *plan)
+            edited = edit.method.edit_scores(scores, **plan)
             scores = edited if chosen is None else _where(chosen, edited, scores)
             count(layer, call, step, row_count(edit, chosen, query))
     weights = torch.softmax(reference.mask_scores(scores, visible), dim=-1)
     for step, edit, plan, chosen in edits:
         if edit.weights:
-            edited, changed = edit.method.edit_weights(weights, *plan)
+            edited, changed = edit.method.edit_weights(weights, **plan)
             if chosen is not None:
                 edited = _where(chosen, edited, weights)
                 changed = changed & chosen[:, None, :]

@@ -67,7 +67,7 @@ class ZeroHead(AttentionMethod):
     def plan(self, keys: Keys) -> Plan | None:
         factors = torch.ones(len(keys.kinds), self.num_heads, device=keys.kinds.device)
         factors[:, self.head] = 0
-        return Plan((), [True] * len(factors), heads=factors)
+        return Plan({}, [True] * len(factors), heads=factors)
 
 
 @dataclass(frozen=True)

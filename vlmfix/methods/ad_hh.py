@@ -122,10 +122,10 @@ class AdaptiveHeadDeactivation(AttentionMethod):
         listed[heads_by_layer(self.heads)[keys.layer]] = True
         groups = visual.to(torch.uint8) + 2 * text.to(torch.uint8)
         fused = FusedEdit(groups=groups, epilogue="drop", threshold=self.tau, heads=listed)
-        return Plan((text.float(),), visual.any(1).tolist(), constants=(listed,), fused=fused)
+        tensors, constants = {"text": text.float()}, {"listed": listed}
+        return Plan(tensors, visual.any(1).tolist(), constants=constants, fused=fused)
 
     def edit_weights(
-        self, weights: torch.Tensor, *plan: torch.Tensor
+        self, weights: torch.Tensor, *, text: torch.Tensor, listed: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        text, listed = plan
         return drop_text(weights, text, listed, self.tau)

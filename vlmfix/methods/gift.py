@@ -218,10 +218,15 @@ class GazeShiftFusion(AttentionMethod):
             rises = torch.nn.functional.pad(rises, (0, visual.shape[1] - rises.shape[2]))
             lift = torch.expm1(self.alpha * gaze_map(rises, visual, self.head_share))
         live = lift.any(1) | (question.any(1) if self.beta != 1 else False)
-        return Plan((visual.float(), lift, question.float()), live.tolist())
+        tensors = {"visual": visual.float(), "lift": lift, "question": question.float()}
+        return Plan(tensors, live.tolist())
 
     def edit_weights(
-        self, weights: torch.Tensor, *plan: torch.Tensor
+        self,
+        weights: torch.Tensor,
+        *,
+        visual: torch.Tensor,
+        lift: torch.Tensor,
+        question: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        visual, lift, question = plan
         return fuse(weights, visual, lift, question, self.beta, self.head_share)

@@ -72,4 +72,4 @@ class HeadPursuit(AttentionMethod):
         batch = len(keys.kinds)
         factors = static_factors(heads_by_layer(self.heads)[keys.layer], keys.num_heads, self.alpha)
         heads = factors.to(keys.kinds.device).expand(batch, -1)
-        return Plan((), [True] * batch, heads=heads)
+        return Plan({}, [True] * batch, heads=heads)

@@ -131,7 +131,7 @@ class PayAttentionToInformedTokens(LayerRange, AttentionMethod):
         gain = [[1 + by, 1 - by] for by in (0.0, self.alpha, self.beta, 0.0)]
         fused = FusedEdit(groups=groups, gain=torch.tensor(gain, device=groups.device))
         notes = {"local": local.sum(1).tolist(), "summary": summary.sum(1).tolist()}
-        return Plan((lift.float(),), lift.any(1).tolist(), notes, fused=fused)
+        return Plan({"lift": lift.float()}, lift.any(1).tolist(), notes, fused=fused)
 
-    def edit_scores(self, scores: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
-        return lift_scores(scores, plan[0])
+    def edit_scores(self, scores: torch.Tensor, *, lift: torch.Tensor) -> torch.Tensor:
+        return lift_scores(scores, lift)

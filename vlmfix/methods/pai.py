@@ -58,7 +58,7 @@ class PayAttentionToImage(LayerRange, AttentionMethod):
         fused = FusedEdit(
             groups=visual.to(torch.uint8), gain=torch.tensor(gain, device=visual.device)
         )
-        return Plan((visual.float() * self.alpha,), visual.any(1).tolist(), fused=fused)
+        return Plan({"lift": visual.float() * self.alpha}, visual.any(1).tolist(), fused=fused)
 
-    def edit_scores(self, scores: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
-        return lift_scores(scores, plan[0])
+    def edit_scores(self, scores: torch.Tensor, *, lift: torch.Tensor) -> torch.Tensor:
+        return lift_scores(scores, lift)

@@ -64,10 +64,10 @@ class ImageGuidedHeadSuppression(LayerRange, AttentionMethod):
     def plan(self, keys: Keys) -> Plan | None:
         if self.rho == 1 or self.epsilon == 1:
             return None
-        return Plan((keys.visual.float(),), keys.visual.any(1).tolist())
+        return Plan({"visual": keys.visual.float()}, keys.visual.any(1).tolist())
 
-    def score_scale(self, scores: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
-        return self._factors(scores, plan[0])
+    def score_scale(self, scores: torch.Tensor, *, visual: torch.Tensor) -> torch.Tensor:
+        return self._factors(scores, visual)
 
     def _factors(self, rows: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
         """Factors (B, H, R) by the sum of each row (B, H, R, K) over visual keys (B, K)."""
@@ -84,8 +84,8 @@ class HeadSuppressionByMass(ImageGuidedHeadSuppression):
     score_scale = AttentionMethod.score_scale  # not this method's: raw scores play no part
 
     def edit_weights(
-        self, weights: torch.Tensor, *plan: torch.Tensor
+        self, weights: torch.Tensor, *, visual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # A row times a factor is a head output times that factor; the row then sums to it.
-        factors = self._factors(weights, plan[0])
+        factors = self._factors(weights, visual)
         return weights * factors[..., None], factors != 1

@@ -79,7 +79,7 @@ class VisualAmplificationFusion(LayerRange, AttentionMethod):
         groups = visual.to(torch.uint8) + 2 * system.to(torch.uint8)
         factors = torch.tensor([1.0, self.image_gain, self.system_gain, 1.0], device=groups.device)
         fused = FusedEdit(groups=groups, gain=factors[:, None].repeat(1, 2))
-        return Plan((factors[groups.long()],), live.tolist(), fused=fused)
+        return Plan({"factors": factors[groups.long()]}, live.tolist(), fused=fused)
 
-    def edit_scores(self, scores: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
-        return multiply_scores(scores, plan[0])
+    def edit_scores(self, scores: torch.Tensor, *, factors: torch.Tensor) -> torch.Tensor:
+        return multiply_scores(scores, factors)

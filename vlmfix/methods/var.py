@@ -191,7 +191,7 @@ class VisualAttentionRedistribution(AttentionMethod):
         # A sample without a visual sink in this layer is left alone, text sinks or not.
         groups &= visual_sinks.any(1)[:, None, None]
         notes = {"visual_sinks": counts, "text_sinks": text_sinks.sum(1).tolist()}
-        tensors = rules(groups.float(), self.keep, self.rho, self.minimum_visual_mass)
+        sums, moves = rules(groups.float(), self.keep, self.rho, self.minimum_visual_mass)
         numbers = (groups.to(torch.uint8) * groups.new_tensor([1, 2, 3], dtype=torch.uint8)).sum(-1)
         fused = FusedEdit(
             groups=numbers.to(torch.uint8),
@@ -200,9 +200,10 @@ class VisualAttentionRedistribution(AttentionMethod):
             rho=self.rho,
             minimum_visual_mass=self.minimum_visual_mass,
         )
+        tensors = {"sums": sums, "moves": moves}
         return Plan(tensors, [count > 0 for count in counts], notes, fused=fused)
 
     def edit_weights(
-        self, weights: torch.Tensor, *plan: torch.Tensor
+        self, weights: torch.Tensor, *, sums: torch.Tensor, moves: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return redistribute(weights, *plan)
+        return redistribute(weights, sums, moves)

@@ -111,20 +111,26 @@ class VisionAwareHeadReinforcement(AttentionMethod):
         if self.alpha == 1 or not visual.any():
             return None
         if self.knocks_out():
-            return Plan((), visual.tolist(), constants=(visual,))
+            return Plan({}, visual.tolist(), constants={"visual": visual})
         if keys.layer not in keys.seen:
             raise StateError(
                 "vhr chooses its heads in the first forward of a prompt, and this KV cache was "
                 "filled before vhr was on or before there was an image. Start without this cache."
             )
-        return Plan((), visual.tolist(), constants=(visual, keys.seen[keys.layer]))
+        known = {"visual": visual, "without_image": keys.seen[keys.layer]}
+        return Plan({}, visual.tolist(), constants=known)
 
-    def head_scale(self, outputs: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
-        if self.knocks_out():
-            blind, visual = plan
+    def head_scale(
+        self,
+        outputs: torch.Tensor,
+        blind: torch.Tensor | None = None,
+        *,
+        visual: torch.Tensor,
+        without_image: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if without_image is None:
+            assert blind is not None  # knocks_out()
             without_image = blind[:, :, 0].float()
-        else:
-            visual, without_image = plan
         factors = reinforce(
             outputs[:, :, 0].float(), without_image, self.alpha, self.prune_outliers
         )
