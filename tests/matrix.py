@@ -49,6 +49,8 @@ class Row:
     families: tuple[str, ...] = FAMILIES
     #: False for methods that must see the whole prompt at once and refuse a prefill in chunks.
     chunks: bool = True
+    #: The strong setting for prompts without an image, which it must leave alone; None: `strong`.
+    text_only: Method | None = None
     #: False for methods that leave layers of a cache unequally long, and refuse a static one.
     static: bool = True
 
@@ -166,6 +168,7 @@ ROWS = (
         "steer",
         Steer(vectors=VECTORS, strength=4.0),
         Steer(vectors=VECTORS, strength=0.0),
+        text_only=Steer(vectors=VECTORS, strength=4.0, only_with_image=True),
     ),
     Row(
         "uniform",
