@@ -59,8 +59,8 @@ def evaluate(
     equal seeds, tasks, splits and batch size, which decide the random numbers of an item.
 
     Under `accelerate launch` (or torchrun) every process answers a share of the batches; the
-    answers are those of one process. Every answer is on disk at once: a run that was ended by
-    whatever cause goes on with `resume`, and gives what it would have given in one go.
+    answers are those of one process. Every answer is on disk at once: a run that was ended
+    goes on with `resume`, and gives what it would have given in one go.
 
     Args:
         tasks: names, of `vlmfix.evals.list_tasks()`.

@@ -1,6 +1,6 @@
 """`vlmfix score`: files of answers, by a run of ours or by any other project, without a model.
 
-A task that is given its questions can score answers whoever made them, so what a file goes through
+A task that is given its questions can score answers of any origin, so what a file goes through
 is what a run goes through: the same metrics, intervals, tests and controls, in the same results.
 """
 

@@ -26,7 +26,7 @@ class Part:
 
     Args:
         tasks: what it evaluates; their names joined by + are its folder.
-        options: of `evaluate`, beside those that the caller chooses.
+        options: of `evaluate`, next to those that the caller chooses.
     """
 
     tasks: tuple[str, ...]

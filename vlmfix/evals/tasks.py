@@ -89,7 +89,7 @@ class Sample:
         follows: sample_id of the turn before this one.
         prefix: beginning of the assistant's answer, given; whole words.
         grow: this is no new turn: the answer to `follows` goes on. Its prefix, a space, its answer
-            and this prefix, with whatever it begins with to join them, are given here.
+            and this prefix, with what it begins with to join them, are given here.
         until: where the answer is handed on to later samples, it ends before this text.
     """
 

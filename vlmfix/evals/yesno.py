@@ -1,4 +1,4 @@
-"""Tasks of yes/no questions: how an answer reads and counts, scores, the strict rule beside.
+"""Tasks of yes/no questions: how an answer reads and counts, scores, the strict rule next to them.
 
 `YesNoTask` alone scores as POPE does. A benchmark with figures of its own overrides
 `YesNoTask.scores`, and builds its counts on `count_answer`, `count_groups` and `complete`.
@@ -150,7 +150,7 @@ class YesNoTask(Task):
         arms: Mapping[str, Sequence[Answer]],
         draws: Sequence[int] | None = None,
     ) -> dict[str, Any]:
-        """Scores by the task's parser, with those of the strict one beside them."""
+        """Scores by the task's parser, with those of the strict one next to them."""
         texts = {arm: [answer.text for answer in answers] for arm, answers in arms.items()}
         return self.scores(samples, texts, draws)
 

@@ -6,7 +6,7 @@ have the answer "no", so their precision is 1 by construction.
 
 Where we differ from the official script: it takes the answers "Yes" and "No" and nothing else, so
 "no" and "No." are wrong. Here a parser reads the answers, and `official_figures` gives what the
-script prints for the same answers, with its rounding, beside.
+script prints for the same answers, with its rounding, next to ours.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class AmberDiscriminative(YesNoTask):
         arms: Mapping[str, Sequence[str]],
         draws: Sequence[int] | None,
     ) -> dict[str, Any]:
-        """The official script's figures stand beside, too."""
+        """The official script's figures stand next to them, too."""
         return score_questions(
             arms,
             [sample.target for sample in samples],

@@ -199,7 +199,7 @@ class AmberGenerative(Task):
         arms: Mapping[str, Sequence[Answer]],
         draws: Sequence[int] | None = None,
     ) -> dict[str, Any]:
-        """Scores, and the figures of the official script beside them."""
+        """Scores, and the figures of the official script next to them."""
         read = {
             arm: [self.read(*pair) for pair in zip(samples, answers, strict=True)]
             for arm, answers in arms.items()

@@ -104,7 +104,7 @@ class HallusionData(ImageFolder):
     """A folder with HallusionBench.json and the pictures.
 
     Args:
-        root: the folder, or the .json file itself, whatever its name.
+        root: the folder, or the .json file itself under any name.
 
     Raises:
         BadInput: no such file, or a broken row.

@@ -1,6 +1,6 @@
 """The steps of NLTK that CHAIR's and AMBER's code share: tokens with tags, WordNet lemmas.
 
-NLTK's models and WordNet come in no package; whoever wants the exact figures of the official code
+NLTK's models and WordNet come in no package; for the exact figures of the official code the user
 downloads them once. Nothing here falls back on anything else.
 """
 

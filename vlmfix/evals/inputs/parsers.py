@@ -46,7 +46,7 @@ def _lmms_eval(answer: str, label: str) -> Verdict:
 
 
 def _vlmevalkit(answer: str, label: str) -> Verdict:
-    # A mark beside a space vanishes, any other becomes a gap; ":" and "*" stay, so "No: none" is
+    # A mark next to a space vanishes, any other becomes a gap; ":" and "*" stay, so "No: none" is
     # unknown. A full stop vanishes unless a digit follows.
     lowered = text = answer.lower()
     for mark in ';/[]"{}()=+\\_-><@`,?!':

@@ -199,7 +199,7 @@ def _table(path: Path, text: str) -> list[Row]:
 
 
 def short(value: object) -> str:
-    """The value as a message can bear it, whatever its size."""
+    """The value, short enough for a message."""
     return _SHORT.repr(dict(value) if isinstance(value, Mapping) else value)
 
 

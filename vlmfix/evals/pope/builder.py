@@ -2,7 +2,7 @@
 
 For each selected image, its first objects are asked about ("yes"), and after each of them one
 object that is not in it ("no"), chosen by strategy: any (random), the most frequent of the selected
-images (popular), or the one seen most often beside the object just asked about (adversarial).
+images (popular), or the one seen most often with the object just asked about (adversarial).
 
 Paper: Li et al. 2023, "Evaluating Object Hallucination in Large Vision-Language Models"
 (arXiv 2305.10355). Reference: RUCAIBox/POPE utils.py. Where we differ from it: the generator is
@@ -119,7 +119,7 @@ def build_questions(
         per_image: true objects asked about per image; as many absent ones follow.
         official_typo: "in the imange" after "an", as in the published files.
         asked: file name -> true objects to ask about instead of the first `per_image`. What is
-            frequent, and seen beside what, is counted over all objects of all images all the same.
+            frequent, and seen with what, is counted over all objects of all images all the same.
 
     Raises:
         BadInput: unknown strategy, or an image with too few objects.

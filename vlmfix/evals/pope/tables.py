@@ -151,7 +151,7 @@ class QuestionTable(Pictures):
 
 
 class OwnQuestions(QuestionTable):
-    """POPE questions that stand beside their answers, as in our own records.
+    """POPE questions that stand next to their answers, as in our own records.
 
     Args:
         rows: one answer to each question.

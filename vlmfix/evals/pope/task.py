@@ -7,7 +7,7 @@ instead of an exception; unparsed answers are wrong and counted.
 The split "small" is ours, for methods that claim to see details, on data with boxes. It asks about
 every object of the selected images whose largest box covers at most 2 % of the image (`SMALL`), and
 after each about an absent object, drawn as the adversarial split draws it: the one seen most often
-beside the small one. Saying "yes" more often then costs what it wins; with random objects, to which
+with the small one. Saying "yes" more often then costs what it wins; with random objects, to which
 hardly any model says "yes", it would look like seeing more.
 """
 

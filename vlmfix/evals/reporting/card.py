@@ -30,7 +30,7 @@ __all__ = [
     "read_runs",
 ]
 
-#: What a task's results hold beside the settings that decide them.
+#: What a task's results hold next to the settings that decide them.
 _NO_SETTING = [
     "against_greedy",
     "arms",
@@ -264,7 +264,7 @@ def _fill(row: Row, number: int, block: Block, scored: Mapping[str, Any]) -> Non
 
 
 def _p(scored: Mapping[str, Any], place: str, column: Column) -> float | None:
-    """McNemar's p, where it is about the difference that stands beside it.
+    """McNemar's p, where it is about the difference that stands next to it.
 
     Over a pool whose splits share questions it is not: the test counts such a question once, the
     figures count it in every split.

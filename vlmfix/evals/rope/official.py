@@ -5,7 +5,7 @@ taking what follows ": ". The slips: an answer of the default setting that canno
 five objects to the denominator twice, and is then compared letter by letter; under student and
 teacher forcing, the first answer that cannot be read ends the image, and its remaining objects are
 added before all five are added again; macro F1 is the harmonic mean of macro precision and macro
-recall, where precision is averaged over the classes that were answered, whatever they are, and
+recall, where precision is averaged over the classes that were answered, known or not, and
 recall over those that are true.
 """
 

@@ -159,7 +159,7 @@ def _add_averages(
     seed: int,
     draws: Sequence[int] | None,
 ) -> None:
-    """Averages over classes, with intervals, beside the ratios.
+    """Averages over classes, with intervals, next to the ratios.
 
     They are means of ratios, so each resample needs the counts of every class. Micro averages and
     the weighted recall would be the accuracy, as every object has one class and one answer.

@@ -6,7 +6,8 @@ far as the model has written it, and it goes on with the next object; `rope_teac
 with the true classes; `rope_single` asks about one object. Where we differ from the reference: the
 given line begins the assistant's answer instead of ending the prompt; every object counts once, and
 one that cannot be read in the answer is wrong; the prompts are our own words, unless the data
-brings others (`rope_data.RopeData`). What the reference computes stands beside (`rope_official`).
+brings others (`rope_data.RopeData`). What the reference computes stands next to
+it (`rope/official.py`).
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ class Rope(Task):
         arms: Mapping[str, Sequence[Answer]],
         draws: Sequence[int] | None = None,
     ) -> dict[str, Any]:
-        """Accuracy, averages over classes, and the figures of the authors' code beside them."""
+        """Accuracy, averages over classes, and the figures of the authors' code next to them."""
         return score_slots(
             {arm: [answer.text for answer in answers] for arm, answers in arms.items()},
             [self._slot_of[sample.sample_id] for sample in samples],

@@ -1,6 +1,6 @@
 """The arms of a comparison and their names: the plain model, then one per method.
 
-Where greedy decoding runs beside sampling, every arm has a greedy twin.
+Where greedy decoding runs next to sampling, every arm has a greedy twin.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def decoded_arms(
         methods: arm name -> method, from `named_arms`.
         temperature: of sampling; None: greedy.
         seeds: how many answers are sampled to each item.
-        greedy_too: beside the sampled arms, the same greedy; `greedy_twin` has their names.
+        greedy_too: next to the sampled arms, the same greedy; `greedy_twin` has their names.
 
     Raises:
         BadInput: a temperature that is none, or settings of sampling without a temperature.
@@ -95,7 +95,7 @@ def decoded_arms(
 
 
 def greedy_twin(arm: str) -> str:
-    """Name of the arm that decodes greedily beside a sampled one."""
+    """Name of the arm that decodes greedily next to a sampled one."""
     return f"{arm} greedy"
 
 

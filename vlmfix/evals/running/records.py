@@ -34,8 +34,8 @@ Record = Mapping[str, Any]
 Done = dict[tuple[int | None, str], Answer]
 """(number of the sampling seed, or None; sample_id) -> answer."""
 
-#: Records between two calls of fsync. What is flushed survives the end of the process, whatever
-#: ended it; this bounds what a machine that loses its power can lose.
+#: Records between two calls of fsync. What is flushed survives every end of the
+#: process; this bounds what a machine that loses its power can lose.
 SYNC_EVERY = 64
 
 
@@ -205,7 +205,7 @@ def _is_part(name: str, stem: str) -> bool:
 
 
 def digest(content: Any) -> str:
-    """sha256 of JSON-able content, whatever the order of its keys."""
+    """sha256 of JSON-able content, the same in every order of its keys."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 

@@ -61,7 +61,7 @@ class Request:
 Answerer = Callable[[Sequence[Request], int], Sequence[Answer]]
 """A batch of requests in, one answer per request out, in order.
 
-The second argument seeds whatever is drawn meanwhile: tokens, and the noise of some methods.
+The second argument seeds all random draws: tokens, and the noise of some methods.
 """
 
 

@@ -81,7 +81,7 @@ def begin(
     if resume and folder.is_dir() and any(folder.iterdir()):
         if not run_file.exists():
             raise BadInput(
-                f"resume: {folder} holds no {RUN_FILE}, so nobody can tell which run it was: name "
+                f"resume: {folder} holds no {RUN_FILE}, which would tell which run it was: name "
                 "the folder of a run, or start again with overwrite=True (--overwrite)"
             )
         then = json.loads(run_file.read_text(encoding="utf-8"))["config"]

@@ -21,7 +21,7 @@ def compare_arms(
 
     Args:
         task: reads the answers.
-        runs: arm -> its answers by seed; a greedy arm beside sampled ones has one list, which
+        runs: arm -> its answers by seed; a greedy arm next to sampled ones has one list, which
             stands for every seed.
         seed: of the bootstrap.
 

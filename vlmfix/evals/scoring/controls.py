@@ -52,7 +52,7 @@ def add_controls(
     draws: Sequence[int] | None = None,
     seed: int = 0,
 ) -> None:
-    """Write the controls beside the scores of every arm.
+    """Write the controls next to the scores of every arm.
 
     Args:
         scored: what `task.score` gave for the same samples and arms; arm -> entry, added to.
@@ -94,7 +94,7 @@ def repeats_itself(text: str) -> bool:
 
 
 def degenerate(answers: Sequence[Answer], base: Sequence[Answer]) -> dict[str, Any]:
-    """How many answers are hardly answers, beside the base's.
+    """How many answers are hardly answers, next to the base's.
 
     Args:
         answers: of one arm.
@@ -144,8 +144,8 @@ def yes_no_controls(
 ) -> dict[str, dict[str, Any]]:
     """ROC-AUC of p_yes for every arm, and the prior-matched baseline for every method.
 
-    The shift is fitted anew in every split, in the pool, under every seed and in every resample, so
-    the intervals hold its uncertainty, too. Items count that have a p_yes under every arm that has
+    The shift is fitted again in every split, in the pool, under every seed and in every resample,
+    so the intervals hold its uncertainty, too. Items count that have a p_yes under every arm that has
     any; arms without any have no controls.
 
     Args:

@@ -84,7 +84,7 @@ def mcnemar(base: Sequence[bool], method: Sequence[bool]) -> McNemar:
 
 
 def majority(p_values: Sequence[float]) -> float:
-    """One p value from several tests of one hypothesis, whatever their dependence (Rüger 1978).
+    """One p value from several tests of one hypothesis, under any dependence (Rüger 1978).
 
     Under the hypothesis n tests expect at most n t p values up to t, so k of them are that small
     with probability n t / k at most (Markov). Here k is more than half of n: 3 of 5.
