@@ -40,7 +40,7 @@ def pair(
     key: Callable[[Row], Hashable],
     what: str,
 ) -> list[Row]:
-    """The answer rows in the order of the questions, from any order.
+    """The answer rows in the order of the questions, given in any order.
 
     Args:
         wanted: what is asked.

@@ -203,7 +203,7 @@ def pair_answers(
 def pair_rows(
     questions: Sequence[Question], answers: Sequence[Row | Mapping[str, Any]]
 ) -> list[Row]:
-    """Answers in the order of the questions, from any order.
+    """Answers in the order of the questions, given in any order.
 
     Where all answers name their image and question, they are paired by image and object: the ids of
     the 2910 and the 3000 rows of the random split differ. Otherwise by `question_id`; and where
