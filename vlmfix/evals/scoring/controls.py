@@ -145,8 +145,8 @@ def yes_no_controls(
     """ROC-AUC of p_yes for every arm, and the prior-matched baseline for every method.
 
     The shift is fitted again in every split, in the pool, under every seed and in every resample,
-    so the intervals hold its uncertainty, too. Items count that have a p_yes under every arm that has
-    any; arms without any have no controls.
+    so the intervals hold its uncertainty, too. Items count that have a p_yes under every arm that
+    has any; arms without any have no controls.
 
     Args:
         labels: the truth of every item, "yes" or "no".
