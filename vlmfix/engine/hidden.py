@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -137,7 +137,7 @@ def _hook(state: State, place: _Place) -> Callable[..., Any]:
         if prepared is None:
             return edit(output)
         planned = prepared.get(("hidden", place))
-        return _replaced(output, _edited(_hidden(output), planned, None)) if planned else None
+        return _replaced(output, _step(_hidden(output), planned)) if planned else None
 
     @in_python
     def edit(output: Any) -> Any:
@@ -167,9 +167,7 @@ def _replaced(output: Any, hidden: torch.Tensor) -> Any:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def _edited(
-    hidden: torch.Tensor, planned: Collection[_Planned], window: Window | None
-) -> torch.Tensor:
+def _step(hidden: torch.Tensor, planned: Sequence[_Planned]) -> torch.Tensor:
     """Every row of a compiled decode step, edited; the step's counter takes their number."""
     for one in planned:
         hidden, rows = _edit_rows(hidden, one, Window(0, None))
