@@ -91,8 +91,7 @@ class ContrastStage(Stage):
     @classmethod
     def of(cls, methods: Sequence[Method], info: ModelInfo) -> ContrastStage | None:
         own = [method for method in methods if isinstance(method, ContrastMethod)]
-        live = [method for method in own if not method.neutral()]
-        return cls(live[0]) if live else None
+        return cls(own[0]) if own else None
 
     @classmethod
     def check(cls, methods: Sequence[Method], info: ModelInfo, impl: Implementation) -> None:

@@ -67,7 +67,7 @@ class HiddenStage(Stage):
     def of(cls, methods: Sequence[Method], info: ModelInfo) -> HiddenStage | None:
         by_place: dict[_Place, tuple[HiddenMethod, ...]] = {}
         for method in methods:
-            if isinstance(method, HiddenMethod) and not method.neutral():
+            if isinstance(method, HiddenMethod):
                 for layer in method.layers(info):
                     place = (layer, method.edited_site())
                     by_place[place] = (*by_place.get(place, ()), method)

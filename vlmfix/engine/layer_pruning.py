@@ -79,8 +79,7 @@ class LayerPruningStage(Stage):
     @classmethod
     def of(cls, methods: Sequence[Method], info: ModelInfo) -> LayerPruningStage | None:
         own = [method for method in methods if isinstance(method, LayerTokenMethod)]
-        live = [method for method in own if not method.neutral()]
-        return cls(live[0], live[0].first_layer(info)) if live else None
+        return cls(own[0], own[0].first_layer(info)) if own else None
 
     @classmethod
     def check(cls, methods: Sequence[Method], info: ModelInfo, impl: Implementation) -> None:

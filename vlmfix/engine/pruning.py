@@ -53,8 +53,7 @@ class PruningStage(Stage):
     @classmethod
     def of(cls, methods: Sequence[Method], info: ModelInfo) -> PruningStage | None:
         own = [method for method in methods if isinstance(method, TokenMethod)]
-        live = [method for method in own if not method.neutral()]
-        return cls(live[0]) if live else None
+        return cls(own[0]) if own else None
 
     @classmethod
     def check(cls, methods: Sequence[Method], info: ModelInfo, impl: Implementation) -> None:

@@ -108,7 +108,7 @@ class Stage:
 
     @classmethod
     def of(cls, methods: Sequence[Method], info: ModelInfo) -> Stage | None:
-        """The stage for its share of the methods of a stack; None if it has nothing to do."""
+        """The stage for its share of the methods that are not neutral; None if it has none."""
         raise NotImplementedError
 
     @classmethod

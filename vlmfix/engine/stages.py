@@ -45,5 +45,6 @@ def make_stack(methods: Sequence[Method], info: ModelInfo, impl: Implementation 
         )
     for kind in STAGES:
         kind.check(methods, info, impl)
-    made = (kind.of(methods, info) for kind in STAGES)
+    live = [method for method in methods if not method.neutral()]
+    made = (kind.of(live, info) for kind in STAGES)
     return Stack(tuple(methods), tuple(stage for stage in made if stage is not None))
