@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ __all__ = ["facts"]
 def facts(device: str) -> dict[str, Any]:
     """Time (UTC), versions, commit, name of the device ("cpu", "cuda", "cuda:1"), torch threads."""
     return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "vlmfix": __version__,
         "git": _commit(),
         "torch": torch.__version__,

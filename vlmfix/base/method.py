@@ -6,15 +6,12 @@ import dataclasses
 import math
 import typing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 
 from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo
-
-if TYPE_CHECKING:
-    from typing import Self
 
 __all__ = ["LayerRange", "Method", "Preset", "StageName", "Structure", "option"]
 

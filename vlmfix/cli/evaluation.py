@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import fields
+from datetime import UTC
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def score_command(
     json: opt.Json = False,
 ) -> None:
     """Score files of answers, ours or anyone's, without a model; two of them as a pair."""
-    from datetime import datetime, timezone
+    from datetime import datetime
 
     from vlmfix import evals
     from vlmfix.evals.running.files import write_json
@@ -108,7 +109,7 @@ def score_command(
     with show.only_stderr(json):
         folder = None
         if options.output is not None:
-            now = datetime.now(timezone.utc)
+            now = datetime.now(UTC)
             folder = output_folder(options.output, options.overwrite, now, [task], None)
         results = score(
             task,

@@ -16,7 +16,7 @@ import random
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -200,7 +200,7 @@ def attribute(
     if save or beside:  # what could fail at the end fails now
         calibration_path(model, beside=beside)
         load_calibration(model)
-    started = datetime.now(timezone.utc)
+    started = datetime.now(UTC)
     title = name or str(getattr(model, "name_or_path", "") or type(model).__name__)
     folder = output_folder(output, overwrite, started, ("attribute",), title)
     with tempfile.TemporaryDirectory() as scratch:
@@ -240,7 +240,7 @@ def attribute(
         },
         "agreement": seen.agreement,
         "forwards": len(batches) * (1 + len(pairs)),
-        "seconds": round((datetime.now(timezone.utc) - started).total_seconds(), 1),
+        "seconds": round((datetime.now(UTC) - started).total_seconds(), 1),
         "n_distinct": int(by_head.distinct.sum()),
         "hallucination_heads": [[row["layer"], row["head"]] for row in chosen],
         "heads": heads,

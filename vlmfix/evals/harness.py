@@ -10,7 +10,7 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -95,7 +95,7 @@ def evaluate(
     arms = decoded_arms(named, options.temperature, options.seeds, options.greedy_too)
     if options.resume and (options.output is None or options.overwrite):
         raise BadInput("resume: name the run's folder with output= (--output), without overwrite")
-    started = datetime.now(timezone.utc)
+    started = datetime.now(UTC)
     processes = Processes()
     # Asked once: the next process would find what the first one makes.
     folder = processes.once(

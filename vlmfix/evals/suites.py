@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ def run_suite(
     options = replace(options, **changes)
     if options.resume and options.output is None:
         raise BadInput("resume: name the suite's folder with output= (--output)")
-    started, processes = datetime.now(timezone.utc), Processes()
+    started, processes = datetime.now(UTC), Processes()
     folder = processes.once(
         lambda: output_folder(
             options.output, options.overwrite or options.resume, started, [suite], model
