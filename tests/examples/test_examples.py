@@ -160,7 +160,7 @@ def test_a_method_from_outside(run: Run, bundled: tuple[Any, Any]) -> None:
     method = runpy.run_path(str(FOLDER / "own_method.py"))["ImageLift"](lift=2.0)
     visual = torch.tensor([[0.0, 1.0, 1.0, 0.0]])
     before = torch.randn(1, 2, 1, 4, dtype=torch.float64)
-    share = method.edit_scores(before, method.lift * visual).softmax(-1)
+    share = method.edit_scores(before, lift=method.lift * visual).softmax(-1)
     by_hand = before.exp() * torch.tensor([1.0, 2.0, 2.0, 1.0]).sub(1).mul(2).exp()
     torch.testing.assert_close(share, by_hand / by_hand.sum(-1, keepdim=True))
 
