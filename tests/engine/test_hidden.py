@@ -21,6 +21,7 @@ from vlmfix.families import ModelInfo, describe_model
 from vlmfix.methods.steer import Steer
 
 LAYERS = (0, 2)
+HALVES = (slice(0, 1), slice(1, None))
 
 
 def steer(**options: Any) -> Steer:
@@ -135,6 +136,46 @@ def test_prompts_without_an_image_can_be_left_alone() -> None:
         assert vlmfix.last_call(tiny.model).edited_rows == 0
     with vlmfix.wrapped(tiny.model, steer()):
         assert not torch.equal(logits(tiny.model, inputs), plain)
+
+
+def test_an_image_that_comes_in_a_later_chunk_counts() -> None:
+    tiny = family("llava")
+    inputs = prompt(tiny)
+    plain = tiny.model.generate(**inputs, **generate_kwargs())
+    with vlmfix.wrapped(tiny.model, steer(only_with_image=True, edited="all")):
+        whole = tiny.model.generate(**inputs, **generate_kwargs())
+        chunks = generate_kwargs(prefill_chunk_size=2)
+        assert torch.equal(tiny.model.generate(**inputs, **chunks)[:, -5:], whole[:, -5:])
+    assert not torch.equal(whole, plain)
+
+
+def test_a_prompt_that_comes_in_two_forwards() -> None:
+    """Without generate() nothing says that an image will come: its own forward does."""
+    tiny = family("llava")
+    inputs = tiny.inputs(1)
+    parts = [{k: v[:, cut] for k, v in inputs.items() if v.ndim == 2} for cut in HALVES]
+    parts[1] |= {"pixel_values": inputs["pixel_values"], "attention_mask": inputs["attention_mask"]}
+    counts = []
+    for rows in ("all", "predicting"):
+        cache = DynamicCache(config=tiny.model.config.get_text_config())
+        length = inputs["input_ids"].shape[1]
+        stack = steer(only_with_image=True, edited=rows)
+        with vlmfix.wrapped(tiny.model, stack), torch.no_grad():
+            tiny.model(**parts[0], past_key_values=cache, prompt_length=length)
+            tiny.model(**parts[1], past_key_values=cache)
+            counts.append(vlmfix.last_call(tiny.model).rows_by_layer[0])
+    assert counts == [length - 1, 1]
+
+
+def test_a_layer_is_hooked_once_however_often_it_is_asked_for() -> None:
+    tiny = family("llava")
+    inputs = prompt(tiny)
+    with vlmfix.wrapped(tiny.model, steer()):
+        once = logits(tiny.model, inputs)
+        with vlmfix.using(tiny.model, steer()), vlmfix.using(tiny.model, steer()):
+            assert torch.equal(logits(tiny.model, inputs), once)
+        assert torch.equal(logits(tiny.model, inputs), once)
+    assert not torch.equal(once, logits(tiny.model, inputs))
 
 
 def test_a_null_edit_goes_the_whole_way_and_changes_nothing() -> None:

@@ -109,7 +109,8 @@ class HiddenMethod(Method):
         Args:
             layer: one of `layers`.
             has_image: (B,) bool, the prompts with visual tokens. B counts beams and returned
-                sequences as rows.
+                sequences as rows. Where the caller runs a prompt in several forwards without
+                generate(), those with visual tokens so far.
         """
         raise NotImplementedError
 

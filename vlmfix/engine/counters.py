@@ -36,8 +36,6 @@ def lend(host: Host, call: Call, layer: int, device: torch.device) -> torch.Tens
 
 
 def collect(call: Call) -> None:
-    """Give the call the counts of its compiled steps; the scalars are free for the next one."""
-    lent = call.of(_Counters).by_layer
-    for layer, counter in lent.items():
+    """Give a call that is over the counts of its compiled steps; the next one takes the scalars."""
+    for layer, counter in call.of(_Counters).by_layer.items():
         call.count(layer, counter.clone())
-    lent.clear()

@@ -15,10 +15,12 @@ from vlmfix.engine.dispatch import in_python
 from vlmfix.engine.frame import Frame, Window
 from vlmfix.engine.hooks import Host
 from vlmfix.engine.ledger import Memory
-from vlmfix.engine.stage import DecodeStep, Forward, Stage
+from vlmfix.engine.stage import DecodeStep, Forward, Generation, Stage
 from vlmfix.engine.state import State
 from vlmfix.errors import StateError, UnsupportedModel
 from vlmfix.families import ModelInfo
+from vlmfix.families.kinds import IMAGE, VIDEO
+from vlmfix.families.prompt import prompt_kinds
 
 __all__ = ["HiddenStage"]
 
@@ -46,6 +48,13 @@ class _Notes(Memory):
 
     def changed(self) -> None:
         self.plans.clear()
+
+
+@dataclass(frozen=True)
+class _WithImage:
+    """Of one generate() call: (rows,) bool, the prompts with an image; chunks may hold a part."""
+
+    prompts: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,11 @@ class HiddenStage(Stage):
             module = _module(host.info, place)
             host.add_hook((self.name, place), module, _hook(host.state, place))
 
+    def before_generate(self, generation: Generation) -> None:
+        info, given = generation.host.info, dict(generation.given)
+        kinds = prompt_kinds(info, generation.ids, 0, given)
+        generation.call.keep(_WithImage(((kinds == IMAGE) | (kinds == VIDEO)).any(1)))
+
     def before_forward(self, forward: Forward) -> None:
         frame = forward.frame
         if frame.decoding and frame.ledger.get(_Notes) is None:
@@ -93,7 +107,10 @@ class HiddenStage(Stage):
         """What is done at a place, planned once per prompt."""
         plans = frame.ledger.of(_Notes).plans
         if (self, place) not in plans:
-            has_image = frame.ledger.visual().any(1).to(device)
+            has_image, call = frame.ledger.visual().any(1), frame.call.get(_WithImage)
+            if call is not None:
+                has_image = call.prompts.repeat_interleave(len(has_image) // len(call.prompts))
+            has_image = has_image.to(device)
             found = (
                 (method, method.direction(place[0], has_image))
                 for method in self.by_place.get(place, ())

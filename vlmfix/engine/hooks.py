@@ -89,7 +89,6 @@ class Host:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._hooked.clear()
         for layer, config in self._configs.items():
             module: Any = self.info.attention[layer]
             module.config = config

@@ -115,9 +115,7 @@ class LayerPruningStage(Stage):
         ledger, observer = frame.ledger, frame.get(LastRow)
         if frame.past == 0 and layer == self.first and observer is not None:  # there is an image
             dropped = _drop(self.method, frame, layer, observer.seen[layer - 1])
-            if dropped is None:
-                ledger.forget(Dropped)
-            else:
+            if dropped is not None:
                 ledger.keep(dropped)
         known = ledger.get(Dropped)
         if known is None or layer < known.first:
