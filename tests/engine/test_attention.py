@@ -537,6 +537,7 @@ def test_a_report_keeps_its_counts_when_the_next_call_is_compiled() -> None:
     tiny = build("llava")
     config = CompileConfig(fullgraph=True, backend="eager", mode=None)
     config._compile_all_devices = True
+    torch.compiler.reset()
     kwargs = generate_kwargs(cache_implementation="static", compile_config=config)
     with vlmfix.wrapped(tiny.model, "pai:alpha=0.5;start_layer=0"):
         tiny.model.generate(**prompt(tiny), **kwargs)
@@ -553,6 +554,7 @@ def test_compiled_head_scale_of_a_prompt_that_had_nothing_to_scale() -> None:
     tiny = build("llava")
     config = CompileConfig(fullgraph=True, backend="eager", mode=None)
     config._compile_all_devices = True
+    torch.compiler.reset()
     kwargs = generate_kwargs(cache_implementation="static", compile_config=config)
     ids = torch.tensor([[1, 5, 9, 20, 31]])
     plain = tiny.model.generate(input_ids=ids, **generate_kwargs())

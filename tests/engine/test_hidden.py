@@ -306,6 +306,7 @@ def test_a_compiled_step_is_one_graph(stack: list[str]) -> None:
     methods = [steer(edited="all") if name == "steer" else name for name in stack]
     config = CompileConfig(fullgraph=True, backend="eager", mode=None)
     config._compile_all_devices = True
+    torch.compiler.reset()
     reports, tokens = [], []
     for how in ({"disable_compile": True}, {"compile_config": config}):
         with vlmfix.wrapped(tiny.model, methods):
