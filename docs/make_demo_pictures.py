@@ -16,11 +16,12 @@ import time
 from pathlib import Path
 
 from PIL import Image
+from selenium.webdriver.common.keys import Keys
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "demo"))
 
-from browsing import Browser, Keys  # noqa: E402 (found through the path above)
+from browsing import Browser  # noqa: E402 (found through the path above)
 from serving import served  # noqa: E402 (as above)
 
 PICTURES = ROOT / "docs" / "pictures"
