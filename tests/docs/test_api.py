@@ -47,7 +47,7 @@ def test_what_authors_import_is_all_of_base() -> None:
 
 def test_the_page_names_exactly_the_commands() -> None:
     commands = {name.split()[1] for name, _ in rows("The command line")}
-    assert commands == set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    assert commands == set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]  # a group
 
 
 def test_the_keys_of_results_are_those_of_a_run() -> None:

@@ -167,6 +167,20 @@ def test_a_prompt_that_comes_in_two_forwards() -> None:
     assert counts == [length - 1, 1]
 
 
+def test_a_later_turn_over_a_cache_still_has_its_image() -> None:
+    tiny = family("llava")
+    inputs = tiny.inputs(1)
+    cache = DynamicCache(config=tiny.model.config.get_text_config())
+    with vlmfix.wrapped(tiny.model, steer(only_with_image=True)):
+        first = tiny.model.generate(**inputs, past_key_values=cache, **generate_kwargs())
+        turn = torch.cat([first, torch.tensor([[5, 6, 7]])], dim=1)
+        mask = torch.ones_like(turn)
+        tiny.model.generate(
+            input_ids=turn, attention_mask=mask, past_key_values=cache, **generate_kwargs()
+        )
+        assert vlmfix.last_call(tiny.model).rows_by_layer == dict.fromkeys(LAYERS, 6)
+
+
 def test_a_layer_is_hooked_once_however_often_it_is_asked_for() -> None:
     tiny = family("llava")
     inputs = prompt(tiny)

@@ -54,10 +54,9 @@ class AttentionStage(Stage):
 
     @classmethod
     def check(cls, methods: Sequence[Method], info: ModelInfo, impl: Implementation) -> None:
-        stage = cls.of(methods, info)
-        if impl == "triton" and stage is not None:
-            for layer, own in sorted(stage.by_layer.items()):
-                _check_fused(layer, own)
+        stage = cls.of(methods, info) if impl == "triton" else None
+        for layer, own in sorted(stage.by_layer.items()) if stage else ():
+            _check_fused(layer, own)
 
     @property
     def reads_question(self) -> bool:

@@ -108,8 +108,9 @@ class HiddenStage(Stage):
         plans = frame.ledger.of(_Notes).plans
         if (self, place) not in plans:
             has_image, call = frame.ledger.visual().any(1), frame.call.get(_WithImage)
-            if call is not None:
-                has_image = call.prompts.repeat_interleave(len(has_image) // len(call.prompts))
+            if call is not None:  # in a later turn the cache alone knows of the image
+                copies = len(has_image) // len(call.prompts)
+                has_image = has_image | call.prompts.repeat_interleave(copies)
             has_image = has_image.to(device)
             found = (
                 (method, method.direction(place[0], has_image))
