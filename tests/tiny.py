@@ -8,15 +8,19 @@ attention nearly flat, so that an edit of it would not be seen in the output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import tiny_configs
+import tiny_families
+import tiny_layouts
 import torch
-from tiny_configs import BOI, BUILDERS, EOI, IMAGE, VIDEO, VISION_END, VISION_START
-from torch import Tensor
+from tiny_configs import IMAGE, VIDEO
+from tiny_layouts import Inputs, Layout
 
-Inputs = dict[str, Any]
+BUILDERS = tiny_configs.BUILDERS | tiny_families.BUILDERS
+LAYOUTS = tiny_layouts.LAYOUTS | tiny_families.LAYOUTS
 
 FAMILIES = (
     "llava",
@@ -49,24 +53,11 @@ PER_POSITION = (
     "attention_mask",
     "token_type_ids",
     "mm_token_type_ids",
+    "moe_mm_token_type_ids",
     "image_embeds_position_mask",
     "cross_attention_mask",
 )
 """Inputs whose second axis is the sequence, so that removing padding must cut them."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a family writes one image into the prompt and hands over its pixels."""
-
-    image_tokens: int
-    pixels: Callable[[int, torch.Generator], Inputs]
-    before: tuple[int, ...] = ()
-    after: tuple[int, ...] = ()
-    lead: int = 1
-    """Random text tokens between the first token and the image."""
-    extra: Callable[[Tensor], Inputs] | None = None
-    """More inputs, computed from the input ids."""
 
 
 @dataclass(frozen=True)
@@ -117,14 +108,18 @@ class TinyFamily:
         alone: Inputs = {}
         for name, value in inputs.items():
             # Patches of all images may lie on one axis, so a row is a slice, not an index.
-            size = value.shape[0] // batch
-            part = value[row * size : (row + 1) * size]
+            side_by_side = self.layout.side_by_side and name == "pixel_values"
+            axis = -1 if side_by_side else 0
+            size = value.shape[axis] // batch
+            part = value.narrow(axis, row * size, size)
+            if name == self.layout.places:
+                part = part - part.min()
             alone[name] = part[:, keep] if name in PER_POSITION else part
         return alone
 
 
 def build(name: str, seed: int = 0) -> TinyFamily:
-    """Build one family of `FAMILIES` or `OTHERS`; the same seed gives the same weights."""
+    """Build a family of `BUILDERS`; the same seed gives the same weights."""
     torch.manual_seed(seed)
     model: Any = BUILDERS[name]()
     model.eval()
@@ -169,91 +164,3 @@ def _left_padded(rows: list[list[int]]) -> Inputs:
         ids[row, width - len(tokens) :] = torch.tensor(tokens)
         mask[row, width - len(tokens) :] = 1
     return {"input_ids": ids, "attention_mask": mask}
-
-
-def _picture(*shape: int) -> Callable[[int, torch.Generator], Inputs]:
-    def pixels(batch: int, generator: torch.Generator) -> Inputs:
-        return {"pixel_values": torch.randn(batch, *shape, 16, 16, generator=generator)}
-
-    return pixels
-
-
-def _sized(side: int, *shape: int) -> Callable[[int, torch.Generator], Inputs]:
-    def pixels(batch: int, generator: torch.Generator) -> Inputs:
-        sizes = torch.tensor([[side, side]] * batch)
-        return {**_picture(*shape)(batch, generator), "image_sizes": sizes}
-
-    return pixels
-
-
-def _patches(batch: int, generator: torch.Generator) -> Inputs:
-    # 4 x 4 patches of 4 x 4 pixels, 3 channels, each frame twice: the Qwen layout.
-    values = torch.randn(batch * 16, 3 * 2 * 4 * 4, generator=generator)
-    return {"pixel_values": values, "image_grid_thw": torch.tensor([[1, 4, 4]] * batch)}
-
-
-def _mllama_tiles(batch: int, generator: torch.Generator) -> Inputs:
-    return {
-        "pixel_values": torch.randn(batch, 1, 2, 3, 16, 16, generator=generator),
-        "aspect_ratio_ids": torch.ones(batch, 1, dtype=torch.long),
-        "aspect_ratio_mask": torch.tensor([[[1, 0]]] * batch),
-    }
-
-
-def _mllama_cross_mask(ids: Tensor) -> Inputs:
-    seen = ((ids == IMAGE).long().cumsum(1) > 0).long()
-    second_tile = torch.zeros_like(seen)
-    return {"cross_attention_mask": torch.stack([seen, second_tile], dim=-1)[:, :, None]}
-
-
-def _qformer_question(ids: Tensor) -> Inputs:
-    question = torch.arange(9, 14).repeat(ids.shape[0], 1)
-    return {"qformer_input_ids": question, "qformer_attention_mask": torch.ones_like(question)}
-
-
-def _mm_types(ids: Tensor) -> Inputs:
-    return {"mm_token_type_ids": (ids == IMAGE).long()}
-
-
-def _token_types(ids: Tensor) -> Inputs:
-    return {"token_type_ids": (ids == IMAGE).long()}
-
-
-def _all_zero_types(ids: Tensor) -> Inputs:
-    return {"token_type_ids": torch.zeros_like(ids)}
-
-
-def _kosmos_positions(ids: Tensor) -> Inputs:
-    # Kosmos-2 has no image id: the places are told apart by this mask alone.
-    image = ids == IMAGE
-    return {"input_ids": ids.masked_fill(image, 3), "image_embeds_position_mask": image.long()}
-
-
-def _nothing(batch: int, generator: torch.Generator) -> Inputs:
-    return {}
-
-
-_QWEN = Layout(4, _patches, (VISION_START,), (VISION_END,), extra=_mm_types)
-# An image of 32 x 32 is one base view and 2 x 2 tiles: 16 + 8 rows of 8 patches and a newline.
-_TILED = Layout(88, _sized(32, 5, 3))
-
-LAYOUTS: dict[str, Layout] = {
-    "llava": Layout(16, _picture(3)),
-    "llava_next": _TILED,
-    "llava_onevision": _TILED,
-    "qwen2_vl": _QWEN,
-    "qwen2_5_vl": _QWEN,
-    "qwen3_vl": _QWEN,
-    "glm4v": _QWEN,
-    "internvl": Layout(4, _picture(3)),
-    "gemma3": Layout(4, _picture(3), (BOI,), (EOI,), extra=_token_types),
-    "smolvlm": Layout(4, _picture(1, 3)),
-    "idefics3": Layout(4, _picture(1, 3)),
-    "paligemma": Layout(16, _picture(3), lead=0, extra=_all_zero_types),
-    "mistral3": Layout(4, _sized(16, 3)),
-    "aya_vision": Layout(4, _picture(3)),
-    "mllama": Layout(1, _mllama_tiles, extra=_mllama_cross_mask),
-    "instructblip": Layout(4, _picture(3), extra=_qformer_question),
-    "kosmos2": Layout(4, _picture(3), extra=_kosmos_positions),
-    "llama": Layout(0, _nothing),
-}
