@@ -1,7 +1,9 @@
 """Which methods are tested on which families in which modes: adding a row here tests it.
 
-Every method is given twice: `strong`, so that a tiny random model shows its effect beyond doubt,
-and `identity`, which must leave the model bit for bit alone.
+Every method is given three times: `strong`, so that a tiny random model shows its effect beyond
+doubt; `identity`, which must leave the model bit for bit alone and mostly runs nothing; and `null`,
+which runs all that `strong` runs and must leave logits alone within rounding. The last finds what
+the model's own attention knows and ours does not.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ class Row:
     name: str
     strong: Method
     identity: Method
+    null: Method
     families: tuple[str, ...] = FAMILIES
     #: False for methods that must see the whole prompt at once and refuse a prefill in chunks.
     chunks: bool = True
@@ -54,6 +57,9 @@ class Row:
     #: False for methods that leave layers of a cache unequally long, and refuse a static one.
     static: bool = True
 
+
+#: Strength of the null edits: far below what float32 can show in a logit, far above nothing.
+_LITTLE = 1e-6
 
 # Every head of the last two layers that a tiny model of three has.
 _HEADS = tuple(f"{layer}.{head}" for layer in (1, 2) for head in range(4))
@@ -84,26 +90,31 @@ ROWS = (
         "ad_hh",
         AdaptiveHeadDeactivation(heads=_HEADS, tau=0.05),
         AdaptiveHeadDeactivation(heads=_HEADS, tau=1.5),
+        AdaptiveHeadDeactivation(heads=_HEADS, tau=1.01),
     ),
     Row(
         "avc",
         AttentionalVisionCalibration(alpha=2.5, deviations=0.3),
         AttentionalVisionCalibration(alpha=0.0, beta=0.0),
+        AttentionalVisionCalibration(alpha=_LITTLE, deviations=0.3, beta=0.0),
     ),
     Row(
         "cluster",
         ClusterAggregation(ratio=0.5),
         ClusterAggregation(ratio=1.0),
+        ClusterAggregation(ratio=1 - _LITTLE),
     ),
     Row(
         "divprune",
         DivPrune(ratio=0.5),
         DivPrune(ratio=1.0),
+        DivPrune(ratio=1 - _LITTLE),
     ),
     Row(
         "fastv",
         FastV(ratio=0.5),
         FastV(ratio=1.0),
+        FastV(ratio=1 - _LITTLE),
         families=tuple(name for name in FAMILIES if name != "gemma3"),  # it has sliding layers
         chunks=False,
         static=False,
@@ -112,94 +123,112 @@ ROWS = (
         "gift",
         GazeShiftFusion(alpha=6.0, saliency_layer=1, edited_layers=(1, 2)),
         GazeShiftFusion(alpha=0.0, saliency_layer=1, edited_layers=(1, 2)),
+        GazeShiftFusion(alpha=_LITTLE, saliency_layer=1, edited_layers=(1, 2)),
         chunks=False,
     ),
     Row(
         "head_pursuit",
         HeadPursuit(heads=("1.0", "2.3"), alpha=-1.0),
         HeadPursuit(heads=("1.0", "2.3"), alpha=1.0),
+        HeadPursuit(heads=("1.0", "2.3"), alpha=1 - _LITTLE),
     ),
     Row(
         "hiprune",
         HiPrune(ratio=0.5, alpha=1.0),
         HiPrune(ratio=1.0),
+        HiPrune(ratio=1 - _LITTLE),
     ),
     Row(
         "imba",
         PayAttentionToInformedTokens(alpha=2.0, beta=1.0, local_ratio=0.5, start_layer=0),
         PayAttentionToInformedTokens(alpha=0.0, beta=0.0, start_layer=0),
+        PayAttentionToInformedTokens(alpha=_LITTLE, beta=_LITTLE, local_ratio=0.5, start_layer=0),
     ),
     Row(
         "m3id",
         MutualInformationDecoding(decay=0.3),
         MutualInformationDecoding(decay=0.0, beta=0.0),
+        MutualInformationDecoding(decay=_LITTLE, beta=0.0),
     ),
     Row(
         "pai",
         PayAttentionToImage(alpha=0.5, start_layer=0),
         PayAttentionToImage(alpha=0.0, start_layer=0),
+        PayAttentionToImage(alpha=_LITTLE, start_layer=0),
     ),
     Row(
         "pai_guidance",
         ImageGuidance(gamma=3.0),
         ImageGuidance(gamma=1.0),
+        ImageGuidance(gamma=1 + _LITTLE, beta=0.0),
     ),
     Row(
         "ptp",
         PyramidTokenPruning(ratio=0.5, temperature=0.25, instruction_layer=1),
         PyramidTokenPruning(ratio=1.0),
+        PyramidTokenPruning(ratio=1 - _LITTLE, instruction_layer=1),
     ),
     Row(
         "random",
         RandomTokens(ratio=0.5),
         RandomTokens(ratio=1.0),
+        RandomTokens(ratio=1 - _LITTLE),
     ),
     Row(
         "rbd",
         ReBalancingContrastiveDecoding(a_t=1.0, a_v=1.0, noise_step=999, seed=0),
         ReBalancingContrastiveDecoding(a_t=0.0, a_v=0.0, beta=0.0),
+        ReBalancingContrastiveDecoding(a_t=_LITTLE, a_v=_LITTLE, beta=0.0, noise_step=999, seed=0),
     ),
     Row(
         "spin",
         ImageGuidedHeadSuppression(rho=0.5, epsilon=0.1),
         ImageGuidedHeadSuppression(rho=1.0),
+        ImageGuidedHeadSuppression(rho=0.5, epsilon=1 - _LITTLE),
     ),
     Row(
         "steer",
         Steer(vectors=VECTORS, strength=4.0),
         Steer(vectors=VECTORS, strength=0.0),
+        Steer(vectors=VECTORS, strength=_LITTLE),
         text_only=Steer(vectors=VECTORS, strength=4.0, only_with_image=True),
     ),
     Row(
         "uniform",
         UniformGrid(ratio=0.5),
         UniformGrid(ratio=1.0),
+        UniformGrid(ratio=1 - _LITTLE),
     ),
     Row(
         "vaf",
         VisualAmplificationFusion(image_gain=4.0, system_gain=0.2),
         VisualAmplificationFusion(image_gain=1.0, system_gain=1.0),
+        VisualAmplificationFusion(image_gain=1 + _LITTLE, system_gain=1 - _LITTLE),
     ),
     Row(
         "var",
         VisualAttentionRedistribution(keep=0.1, **_SINKS),
         VisualAttentionRedistribution(keep=1.0, **_SINKS),
+        VisualAttentionRedistribution(keep=1 - _LITTLE, **_SINKS),
     ),
     Row(
         "vcd",
         VisualContrastiveDecoding(alpha=1.0, noise_step=999, seed=0),
         VisualContrastiveDecoding(alpha=0.0, beta=0.0),
+        VisualContrastiveDecoding(alpha=_LITTLE, beta=0.0, noise_step=999, seed=0),
     ),
     Row(
         "vhr",
         VisionAwareHeadReinforcement(alpha=3.0),
         VisionAwareHeadReinforcement(alpha=1.0),
+        VisionAwareHeadReinforcement(alpha=1 + _LITTLE),
         chunks=False,
     ),
     Row(
         "visionzip",
         VisionZip(ratio=0.5, contextual_share=0.5),
         VisionZip(ratio=1.0),
+        VisionZip(ratio=1 - _LITTLE, contextual_share=0.5),
     ),
 )
 

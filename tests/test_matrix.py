@@ -89,6 +89,28 @@ def test_identity_is_bit_identical(row: Row, name: str) -> None:
         assert changed(tiny.model) == 0
 
 
+@cells
+def test_null_edit_runs_and_leaves_logits_alone(row: Row, name: str) -> None:
+    """An argument of the model's attention that ours does not know shows here first."""
+    tiny = family(name)
+    inputs = prompt(tiny)
+    plain, steps = logits(tiny.model, inputs), _steps(tiny.model, inputs)
+    assert not row.null.neutral()
+    with vlmfix.wrapped(tiny.model, row.null):
+        # Contrastive methods may return log-probabilities: the same up to a constant per row.
+        for base, edited in (
+            (plain, logits(tiny.model, inputs)),
+            (steps, _steps(tiny.model, inputs)),
+        ):
+            difference = edited.log_softmax(-1) - base.log_softmax(-1)
+            assert difference.abs().max() < 2e-4 * base.abs().max().clamp_min(1)
+        if row.name not in NOTHING_TO_COUNT and row not in PRUNING:
+            assert changed(tiny.model) > 0
+
+
+# AD-HH has no strength: where its trigger does not fire, nothing is edited. FastV drops nothing.
+NOTHING_TO_COUNT = ("ad_hh", "fastv")
+
 PRUNING = [row for row in ROWS if isinstance(row.strong, TokenMethod)]
 SHORTER = [(row, name) for row, name in CELLS if row in PRUNING]
 
