@@ -4,7 +4,7 @@
 
 .DEFAULT_GOAL := help
 # demo, evals, kernels and methods are also folders here, so every target is declared phony.
-.PHONY: help setup eval eval-full test test-full check demo browser bench fmt clean
+.PHONY: help setup eval eval-full test test-full check drift demo browser bench fmt clean
 
 BASE_PYTHON ?= python3
 # Processes that run the tests; each has one thread. Tests of a file share fixtures and mostly run in
@@ -38,6 +38,15 @@ test: $(FOR_DEV)  ## the tests of every change; under five minutes on two cores
 
 test-full: $(FOR_DEV)  ## every test, as .ci/run does; those for a GPU are skipped, by name, where there is none
 	$(PYTEST)
+
+# What is compared with docs/models/cells.json. A path takes a git checkout of transformers.
+TRANSFORMERS ?= transformers
+drift:  ## every method on every family under the newest transformers: what changed
+	$(BASE_PYTHON) -m venv .venv-drift
+	.venv-drift/bin/python -c "import torch" 2>/dev/null || .venv-drift/bin/python -m pip install -q "$(TORCH)"
+	.venv-drift/bin/python -m pip install -q -e ".[dev]"
+	.venv-drift/bin/python -m pip install -q --upgrade "$(TRANSFORMERS)"
+	.venv-drift/bin/python docs/generate.py --drift
 
 check: $(FOR_DEV)  ## lint, format and types
 	$(PYTHON) -m ruff check $(SOURCES)

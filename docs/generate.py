@@ -2,6 +2,8 @@
 
     python docs/generate.py           write them
     python docs/generate.py --check   exit 1 and name the files that are out of date
+    python docs/generate.py --models  run every method on every tiny model first (minutes)
+    python docs/generate.py --drift   run them and print what differs from what is written
 
 A generated part stands between `<!-- generated: WHAT -->` and `<!-- end -->`. docs/results/pruning/
 kept.csv is generated as a whole.
@@ -18,6 +20,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import model_table
 
 from vlmfix import emoji
 from vlmfix.evals import to_markdown
@@ -460,6 +465,9 @@ PARTS: dict[str, Callable[..., str]] = {
     "kernels": kernels,
     "pruning_speed": pruning_speed,
     "in_boxes": in_boxes,
+    "models": model_table.table,
+    "models_counted": model_table.count,
+    "models_refused": model_table.reasons,
 }
 
 
@@ -481,6 +489,7 @@ def main(check: bool) -> int:
         *docs.glob("methods/*.md"),
         *docs.glob("results/*/*.md"),
         *docs.glob("benchmarks/*.md"),
+        docs / "models.md",
     ]
     for path in [ROOT / "README.md", KEPT, *sorted(pages)]:
         before = path.read_text() if path.exists() else ""
@@ -495,4 +504,8 @@ def main(check: bool) -> int:
 
 
 if __name__ == "__main__":
+    if "--drift" in sys.argv[1:]:
+        sys.exit(model_table.drift())
+    if "--models" in sys.argv[1:]:
+        model_table.write()
     sys.exit(main("--check" in sys.argv[1:]))
