@@ -13,11 +13,11 @@ import torch
 from vlmfix.engine.call import CallReport
 from vlmfix.engine.session import SESSION, Session
 from vlmfix.engine.stack import Stack
-from vlmfix.engine.stages import make_stack
+from vlmfix.engine.stages import fitted_stack
 from vlmfix.engine.state import Implementation
 from vlmfix.errors import BadInput, StateError
 from vlmfix.families import ModelInfo, describe_model
-from vlmfix.registry import MethodSpec, build_stack
+from vlmfix.registry import MethodSpec
 
 __all__ = ["last_call", "session_of", "suspended", "unwrap", "using", "wrap", "wrapped"]
 
@@ -39,7 +39,7 @@ def wrap(model: Model, methods: MethodSpec, *, impl: Implementation = "auto") ->
 
     Raises:
         UnknownMethod, BadInput: a method, an option or `impl` that cannot be used.
-        UnsupportedModel: a model that the hooks cannot reach.
+        UnsupportedModel: a model that the hooks cannot reach, or that a method cannot run on.
         CalibrationNeeded: constants that are unknown for this model.
         CompositionError: methods that exclude each other.
         StateError: the model is wrapped already, or in training mode.
@@ -142,11 +142,11 @@ def _session(model: torch.nn.Module, verb: str) -> Session:
 def _stack(
     model: torch.nn.Module, info: ModelInfo, methods: MethodSpec, impl: Implementation
 ) -> Stack:
-    prepared = tuple(method.prepared(info, model) for method in build_stack(methods))
-    for method in prepared:
+    stack = fitted_stack(model, info, methods, impl)
+    for method in stack.methods:
         if reason := method.idle():
             warnings.warn(f"{method.name} will change nothing: {reason}.", stacklevel=3)
-    return make_stack(prepared, info, impl)
+    return stack
 
 
 def _check_implementation(impl: str) -> None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from matrix import family
 from tiny import FAMILIES, build
 
+import vlmfix
 from vlmfix.analysis.doctor import examine
+from vlmfix.engine.attention_stage import AttentionStage
+from vlmfix.errors import UnsupportedModel
+from vlmfix.families import ModelInfo
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -34,3 +39,18 @@ def test_visual_tokens_are_explained() -> None:
     said = {name: examine(family(name).model)["visual_tokens"] for name in FAMILIES}
     assert said["gemma3"] == "4 per image"
     assert "tiles" in said["llava_next"] and "placeholder" in said["qwen2_5_vl"]
+
+
+def test_doctor_and_wrap_give_the_same_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: AttentionStage, model: torch.nn.Module, info: ModelInfo) -> None:
+        raise UnsupportedModel("this model has no such thing")
+
+    monkeypatch.setattr(AttentionStage, "examine", refuse)
+    model = family("llava").model
+    fits = {row["name"]: row for row in examine(model)["methods"]}
+    assert not fits["pai"]["fits"] and fits["pai"]["why"] == "this model has no such thing"
+    assert fits["vcd"]["fits"]  # it has no such stage
+    with pytest.raises(UnsupportedModel, match="no such thing"):
+        vlmfix.wrap(model, "pai")
+    with vlmfix.wrapped(model, None), pytest.raises(UnsupportedModel), vlmfix.using(model, "pai"):
+        pass

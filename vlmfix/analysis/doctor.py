@@ -8,9 +8,10 @@ import torch
 from transformers.utils import is_torchvision_available
 
 from vlmfix.analysis.calibrate import load_calibration
+from vlmfix.engine.stages import fitted_stack
 from vlmfix.errors import VlmfixError
 from vlmfix.families import describe_model
-from vlmfix.registry import build, list_methods
+from vlmfix.registry import list_methods
 
 __all__ = ["examine"]
 
@@ -62,7 +63,7 @@ def examine(model: torch.nn.Module) -> dict[str, Any]:
 
 def _fit(name: str, info: Any, model: torch.nn.Module) -> dict[str, Any]:
     try:
-        prepared = build(name).prepared(info, model)
+        (prepared,) = fitted_stack(model, info, name).methods
     except VlmfixError as error:
         return {"name": name, "fits": False, "why": str(error)}
     if reason := prepared.idle():

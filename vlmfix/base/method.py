@@ -100,6 +100,7 @@ class Method:
         Raises:
             BadInput: an option that this model cannot take.
             CalibrationNeeded: constants that were never measured for this model.
+            UnsupportedModel: something of the model because of which no call could run.
         """
         return self
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
+
 from vlmfix.base.attention import AttentionMethod
 from vlmfix.base.method import Method
 from vlmfix.engine.counters import lend
@@ -62,6 +64,15 @@ class AttentionStage(Stage):
     def reads_question(self) -> bool:
         return any(method.reads_question for method in self.methods)
 
+    def examine(self, model: torch.nn.Module, info: ModelInfo) -> None:
+        if self._readers:
+            describe_tower(model, info)
+
+    @property
+    def _readers(self) -> list[AttentionMethod]:
+        """The methods that read the vision tower."""
+        return [method for method in self.methods if method.overrides("image_values")]
+
     def reach(self, host: Host) -> None:
         host.reach_attention(self.by_layer)
         host.reach_inputs(
@@ -69,10 +80,9 @@ class AttentionStage(Stage):
             for layer, methods in self.by_layer.items()
             if any(method.overrides("flag_tokens") for method in methods)
         )
-        readers = [method for method in self.methods if method.overrides("image_values")]
-        if readers:
+        if self._readers:
             tower = host.tower or describe_tower(host.model, host.info)
-            layers = {layer for method in readers for layer in method.encoder_layers(tower)}
+            layers = {layer for method in self._readers for layer in method.encoder_layers(tower)}
             host.record_tower(tower, layers)
 
     def before_forward(self, forward: Forward) -> None:

@@ -82,6 +82,10 @@ class HiddenStage(Stage):
                     by_place[place] = (*by_place.get(place, ()), method)
         return cls(by_place) if by_place else None
 
+    def examine(self, model: torch.nn.Module, info: ModelInfo) -> None:
+        for place in self.by_place:
+            _module(info, place)
+
     def reach(self, host: Host) -> None:
         for place in self.by_place:
             module = _module(host.info, place)

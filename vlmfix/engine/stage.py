@@ -119,6 +119,15 @@ class Stage:
             CompositionError: methods that exclude each other, or one that `impl` cannot run.
         """
 
+    def examine(self, model: torch.nn.Module, info: ModelInfo) -> None:
+        """Refuse a model on which no call of this stage could run. Changes and runs nothing.
+
+        `wrap`, `using` and `doctor` ask here, so that a user learns of it before any prompt.
+
+        Raises:
+            UnsupportedModel: what of the model stands in the way.
+        """
+
     @property
     def reads_question(self) -> bool:
         """Whether a method wants to know which tokens are the user's question."""

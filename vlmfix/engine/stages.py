@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from vlmfix.base.method import Method
 from vlmfix.engine.attention_stage import AttentionStage
 from vlmfix.engine.contrast import ContrastStage
@@ -16,8 +18,9 @@ from vlmfix.engine.stage import Stage
 from vlmfix.engine.state import Implementation
 from vlmfix.errors import CompositionError
 from vlmfix.families import ModelInfo
+from vlmfix.registry import MethodSpec, build_stack
 
-__all__ = ["STAGES", "make_stack"]
+__all__ = ["STAGES", "fitted_stack", "make_stack"]
 
 STAGES: tuple[type[Stage], ...] = (
     PixelStage,
@@ -48,3 +51,23 @@ def make_stack(methods: Sequence[Method], info: ModelInfo, impl: Implementation 
     live = [method for method in methods if not method.neutral()]
     made = (kind.of(live, info) for kind in STAGES)
     return Stack(tuple(methods), tuple(stage for stage in made if stage is not None))
+
+
+def fitted_stack(
+    model: torch.nn.Module, info: ModelInfo, methods: MethodSpec, impl: Implementation = "auto"
+) -> Stack:
+    """The stack of these methods for one model, after every check that the model decides.
+
+    `wrap`, `using` and `doctor` all call it, so that they agree. It changes and runs nothing.
+
+    Raises:
+        UnknownMethod, BadInput: a method, or an option of one, that cannot be used on this model.
+        UnsupportedModel: a method or a stage cannot run on this model.
+        CalibrationNeeded: constants that are unknown for this model.
+        CompositionError: see `make_stack`.
+    """
+    prepared = [method.prepared(info, model) for method in build_stack(methods)]
+    stack = make_stack(prepared, info, impl)
+    for stage in stack.stages:
+        stage.examine(model, info)
+    return stack
