@@ -23,6 +23,7 @@ from transformers import DynamicCache
 import vlmfix
 from vlmfix.engine.layer_pruning import _cut_mask
 from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
+from vlmfix.families.surgeon import TOKEN_TYPES
 from vlmfix.methods.fastv import FastV
 from vlmfix.methods.m3id import MutualInformationDecoding
 from vlmfix.methods.pai import PayAttentionToImage
@@ -91,8 +92,10 @@ def masked_logits(
     if positions.ndim == 3:
         following = following.expand(3, *following.shape)
     pad = torch.nn.functional.pad
+    types = [name for name in TOKEN_TYPES if name in inputs]
     longer: Inputs = {
         **{name: inputs[name] for name in PIXELS if name in inputs},
+        **{name: pad(inputs[name], (0, new)) for name in types},
         "input_ids": torch.cat([inputs["input_ids"], behind], dim=1),
         "attention_mask": pad(inputs["attention_mask"], (0, new), value=1),
         "position_ids": torch.cat([positions, following], dim=-1),
@@ -156,6 +159,35 @@ def test_dropping_equals_masking_from_the_layer_on(name: str, layer: int, eager:
         behind = output.sequences[:, length : length + step]
         masked = masked_logits(tiny, inputs, seen, layer, behind)
         assert torch.allclose(output.logits[step], masked, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ernie4_5_vl_moe", "fuyu", "emu3"])
+def test_dropping_equals_masking_where_the_configuration_or_the_layers_differ(name: str) -> None:
+    """Types of tokens that experts read, configurations without a vision tower."""
+    tiny = family(name)
+    inputs = tiny.inputs(batch=2)
+    seen = half_by_attention(tiny, inputs, 2)
+    nothing = torch.empty(2, 0, dtype=torch.long)
+    with vlmfix.wrapped(tiny.model, FastV(layer=2)) as model, torch.no_grad():
+        output = model(**inputs, use_cache=False).logits[:, -1]
+    assert torch.allclose(output, masked_logits(tiny, inputs, seen, 2, nothing), rtol=0, atol=1e-5)
+
+
+def test_image_features_that_enter_behind_its_layer_are_refused() -> None:
+    with pytest.raises(BadInput, match="layer=2 must be below 4, .* and at least 3: image"):
+        vlmfix.wrap(build("granite4_vision").model, FastV(layer=2))
+
+
+def test_attention_that_is_never_reached_is_named() -> None:
+    tiny = build("llava")
+    layer: Any = tiny.model.get_decoder().layers[1]
+    layer.self_attn.forward = lambda hidden_states, **kwargs: (hidden_states, None)
+    with (
+        vlmfix.wrapped(tiny.model, FastV(layer=2)) as model,
+        pytest.raises(UnsupportedModel, match="layer 1, .* never reached vlmfix"),
+        torch.no_grad(),
+    ):
+        model(**tiny.inputs())
 
 
 @pytest.mark.parametrize("layer", [1, 2])

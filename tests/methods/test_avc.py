@@ -295,7 +295,7 @@ def test_the_attention_seen_is_the_models_and_rows_do_not_depend_on_the_batch(
             assert not seen.seen[layer][row, :-width].any()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, "ernie4_5_vl_moe"])
 def test_if_nothing_is_masked_nothing_changes(name: str) -> None:
     """The second stream is then the prompt itself, so that only rounding is contrasted."""
     tiny = family(name)
@@ -307,6 +307,22 @@ def test_if_nothing_is_masked_nothing_changes(name: str) -> None:
         assert torch.allclose(logits(tiny.model, inputs), plain, rtol=0, atol=1e-4)
         assert torch.equal(tiny.model.generate(**inputs, **generate_kwargs()), tokens)
         assert vlmfix.last_call(tiny.model).streams == 2
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "granite4_vision", "granite_docling"])
+def test_a_branch_without_any_visual_token_does_not_depend_on_the_pixels(name: str) -> None:
+    """Features that enter deeper layers are masked with the embeddings."""
+    tiny = family(name)
+    method = AttentionalVisionCalibration(alpha=1.0, beta=0.0, deviations=1000.0)
+    branches = []
+    for sign in (1, -1):
+        inputs = tiny.inputs(batch=2)
+        inputs["pixel_values"] = sign * inputs["pixel_values"]
+        plain = logits(tiny.model, inputs)
+        with vlmfix.wrapped(tiny.model, method):
+            branches.append(2 * plain - logits(tiny.model, inputs))
+    assert torch.allclose(*branches, rtol=0, atol=1e-4)
+    assert (branches[0] - plain).abs().max() > 0.05
 
 
 def test_schemes_are_different_methods() -> None:

@@ -23,9 +23,10 @@ from vlmfix.engine.ledger import Memory
 from vlmfix.engine.observe import LastRow
 from vlmfix.engine.stage import Forward, Stage
 from vlmfix.engine.state import Implementation
-from vlmfix.errors import BadInput, CompositionError, StateError
+from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
 from vlmfix.families import ModelInfo
 from vlmfix.families.kinds import PAD
+from vlmfix.families.surgeon import TOKEN_TYPES
 
 __all__ = ["Dropped", "KeptPlaceholders", "LayerPruningStage"]
 
@@ -114,6 +115,12 @@ class LayerPruningStage(Stage):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         ledger, observer = frame.ledger, frame.get(LastRow)
         if frame.past == 0 and layer == self.first and observer is not None:  # there is an image
+            if layer - 1 not in observer.seen:
+                raise UnsupportedModel(
+                    f"the attention of decoder layer {layer - 1}, by which {self.method.name} "
+                    "chooses, never reached vlmfix: it does not use transformers' attention "
+                    "interface. Prune before the language model instead (hiprune, divprune, ...)."
+                )
             dropped = _drop(self.method, frame, layer, observer.seen[layer - 1])
             if dropped is not None:
                 ledger.keep(dropped)
@@ -174,6 +181,9 @@ def _cut_inputs(
         if kwargs.get("position_ids") is not None:
             ids = kwargs["position_ids"]
             changed["position_ids"] = _take(ids[..., None], places)[..., 0]
+        for name in TOKEN_TYPES:
+            if kwargs.get(name) is not None:  # experts of their own for visual tokens
+                changed[name] = _take(kwargs[name][..., None], places)[..., 0]
     filler = torch.nn.functional.pad(dropped.filler, (0, places.shape[1] - dropped.filler.shape[1]))
     mask = kwargs.get("attention_mask")
     changed["attention_mask"] = _cut_mask(mask, places, rows, filler)

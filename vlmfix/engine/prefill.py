@@ -30,6 +30,11 @@ __all__ = [
 ]
 
 
+#: Arguments of a decoder that bring image features to deeper layers (n, D) per layer, in a list or
+#: by number of the layer, and those that say at which tokens they enter.
+_DEEP = {"deepstack_visual_embeds": "visual_pos_masks", "deepstack_features": "vision_mask"}
+
+
 @dataclass(frozen=True)
 class DecoderPositions:
     """The positions that the decoder was given in a forward, if it was given any."""
@@ -171,10 +176,12 @@ def _replace_embeddings(branch: Branch, kwargs: Mapping[str, Any]) -> dict[str, 
     if fill.ndim:
         fill = torch.nn.functional.pad(fill, (0, 0, 0, extra))
     changed = {**kwargs, "inputs_embeds": torch.where(place[..., None], fill, embeddings)}
-    deep = kwargs.get("deepstack_visual_embeds")
-    if deep is not None:
-        gone = place[kwargs["visual_pos_masks"]]
-        changed["deepstack_visual_embeds"] = [
-            features.masked_fill(gone.to(features.device)[:, None], 0.0) for features in deep
-        ]
+    for name, where in _DEEP.items():
+        deep = kwargs.get(name)
+        if deep is None:
+            continue
+        gone = place[kwargs[where].reshape(place.shape).to(place.device)][:, None]
+        layers = deep.items() if isinstance(deep, Mapping) else enumerate(deep)
+        left = {at: features.masked_fill(gone.to(features.device), 0.0) for at, features in layers}
+        changed[name] = left if isinstance(deep, Mapping) else list(left.values())
     return changed

@@ -31,7 +31,7 @@ _OPENING = ("vision_start_token_id", "image_start_token_id", "video_start_token_
 _CLOSING = ("vision_end_token_id", "image_end_token_id", "video_end_token_id", "eoi_token_id")
 
 #: Inputs that tell the type of each token, and all inputs with one entry per token.
-TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 PER_TOKEN = ("input_ids", "position_ids", *TOKEN_TYPES)
 
 #: Inputs that fill placeholders which are no visual tokens and would stay in the prompt, unfilled.
@@ -62,7 +62,7 @@ def prompt_without_images(
 
     Returns:
         `input_ids`, `attention_mask`, `position_ids`, each (B, L') int64, and those of
-        `token_type_ids` and `mm_token_type_ids` that came in. Positions are two-dimensional for
+        `TOKEN_TYPES` that came in. Positions are two-dimensional for
         every family: M-RoPE models spread them over time, height and width, which is what they
         give text; PaliGemma counts from 1, which rotary embeddings, being relative, do not see.
         No pixels, no cache, no `use_cache`.

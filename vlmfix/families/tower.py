@@ -32,6 +32,7 @@ __all__ = [
     "Tower",
     "describe_tower",
     "grid_shapes",
+    "last_entry",
     "packed_index",
     "tile_shape",
 ]
@@ -251,6 +252,14 @@ def describe_tower(model: Any, info: ModelInfo) -> Tower:
         module=module,
         host=model.base_model,
     )
+
+
+def last_entry(config: Any) -> int:
+    """The last decoder layer before which image features enter (DeepStack); 0: all are embedded."""
+    deep = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ()
+    entries = [layer for _, layer in getattr(config, "deepstack_layer_map", None) or ()]
+    entries += getattr(config, "spatial_target_layers", None) or ()
+    return max([len(deep), *entries])
 
 
 def _feature_layer(hidden: int | Sequence[int], count: int) -> int:

@@ -12,6 +12,7 @@ from vlmfix.base.method import option
 from vlmfix.base.pruning import LayerTokenMethod, largest
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import ModelInfo
+from vlmfix.families.tower import last_entry
 
 __all__ = ["FastV"]
 
@@ -46,11 +47,11 @@ class FastV(LayerTokenMethod):
             )
 
     def prepared(self, info: ModelInfo, model: Any) -> FastV:
-        deep = getattr(model.config.vision_config, "deepstack_visual_indexes", None) or ()
-        if not len(deep) <= self.layer < info.num_layers:
+        entered = last_entry(model.config)
+        if not entered <= self.layer < info.num_layers:
             raise BadInput(
                 f"fastv: layer={self.layer} must be below {info.num_layers}, the layers of this "
-                f"model, and at least {max(1, len(deep))}: image features enter before that."
+                f"model, and at least {max(1, entered)}: image features enter before that."
             )
         text = model.config.get_text_config(decoder=True)
         if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=text).layers):
