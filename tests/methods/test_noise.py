@@ -10,6 +10,7 @@ import torch
 from matrix import FAMILIES, family, prompt
 from PIL import Image
 from tiny import PER_POSITION
+from tiny_configs import IMAGE
 from transformers import (
     Idefics3ImageProcessorPil,
     LlavaNextImageProcessorPil,
@@ -18,12 +19,21 @@ from transformers import (
     SmolVLMImageProcessorPil,
 )
 
+import vlmfix
+from vlmfix.analysis.doctor import examine
 from vlmfix.base.contrast import Prompt
-from vlmfix.errors import BadInput
+from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import describe_model
 from vlmfix.methods.noise import STEPS, noise_weights, noised
 
 SIDE = {"height": 16, "width": 16}
+
+#: Families whose processors hand pixels over in forms of their own.
+FORMS = (
+    "gemma4", "gemma4_unified", "lfm2_vl", "molmo2", "kimi_k25", "paddleocr_vl", "minicpmv4_6",
+    "minicpm_ocr", "video_llava", "granite_docling", "inkling2", "nemotron_h_omni", "aria",
+    "deepseek_vl_hybrid",
+)  # fmt: skip
 
 
 def made(vision: dict[str, Any], *tokens: int) -> Prompt:
@@ -34,12 +44,11 @@ def made(vision: dict[str, Any], *tokens: int) -> Prompt:
     return Prompt(info, visual.long(), torch.ones_like(visual), visual, vision)
 
 
-def given(name: str, inputs: dict[str, Any]) -> Prompt:
+def given(inputs: dict[str, Any]) -> Prompt:
     """The prompts that the engine makes of a tiny family's inputs."""
-    tiny = family(name)
     ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
     vision = {key: value for key, value in inputs.items() if key not in PER_POSITION}
-    return Prompt(describe_model(tiny.model), ids, real, ids == tiny.image_token_id, vision)
+    return Prompt(describe_model(family("llava").model), ids, real, ids == IMAGE, vision)
 
 
 def drawn(before: Any, after: Any, step: int = 500) -> torch.Tensor:
@@ -91,25 +100,27 @@ def test_mean_and_deviation_of_the_noise() -> None:
 # -- every family ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *FORMS])
 def test_a_row_is_noised_as_if_it_were_alone(name: str) -> None:
     tiny = family(name)
     inputs = prompt(tiny)
-    together = noised(given(name, inputs), 500, 7)
+    together = noised(given(inputs), 500, 7)
+    pixels = [key for key in inputs if "pixel_values" in key]
+    assert pixels
     for row in range(3):
         single = tiny.single(inputs, row)
-        alone = noised(given(name, single), 500, 7)
+        alone = noised(given(single), 500, 7)
         part = tiny.single({**inputs, **together}, row)
-        assert torch.equal(alone["pixel_values"], part["pixel_values"])
-        near = torch.isclose(alone["pixel_values"], single["pixel_values"])
-        assert near.float().mean() < 0.01
+        for key in pixels:
+            assert torch.equal(alone[key], part[key])
+            assert torch.isclose(alone[key], single[key]).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_only_a_copy_of_the_pixels_changes(name: str) -> None:
     inputs = prompt(family(name))
     before = {key: value.clone() for key, value in inputs.items()}
-    asked = given(name, inputs)
+    asked = given(inputs)
     state = torch.get_rng_state()
     after = noised(asked, 999, 1)
     assert torch.equal(torch.get_rng_state(), state)
@@ -324,7 +335,143 @@ def test_patches_of_one_frame() -> None:
     assert noised(made(vision), 500, 0)["pixel_values"].std() == pytest.approx(0.505175, rel=0.05)
 
 
+def correlation(one: torch.Tensor, other: torch.Tensor) -> float:
+    return abs(float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]))
+
+
+def test_patches_behind_an_image_stay() -> None:
+    """Gemma 4 marks them by places of -1, LFM2 by a mask."""
+    values = torch.randn(2, 16, 48)
+    places = torch.zeros(2, 16, 2, dtype=torch.long)
+    places[1, 12:] = -1
+    gemma = {"pixel_values": values, "image_position_ids": places}
+    lfm = {
+        "pixel_values": values,
+        "pixel_attention_mask": (places[..., 0] == 0).long(),
+        "spatial_shapes": torch.tensor([[4, 4], [2, 6]]),
+    }
+    for vision, tokens in ((gemma, (4, 3)), (lfm, (4, 3))):
+        after = noised(made(vision, *tokens), 500, 0)["pixel_values"]
+        assert torch.equal(after[1, 12:], values[1, 12:])
+        assert not torch.isclose(after[0], values[0]).any()
+        assert not torch.isclose(after[1, :12], values[1, :12]).any()
+        # Each image, and each prompt, has the same numbers.
+        assert torch.equal(drawn(values, after)[0, :12].sign(), drawn(values, after)[1, :12].sign())
+
+
+def test_tiles_of_unlike_size_go_to_their_prompts() -> None:
+    """LFM2, MiniCPM-V: visual tokens are in proportion to patches."""
+    vision = {
+        "pixel_values": torch.zeros(3, 16, 48),
+        "pixel_attention_mask": torch.ones(3, 16, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[4, 4], [2, 4], [4, 4]]),
+    }
+    vision["pixel_attention_mask"][1, 8:] = 0
+    after = noised(made(vision, 6, 4), 500, 0)["pixel_values"]
+    assert torch.equal(after[0], after[2])  # the second prompt begins as the first
+    assert correlation(after[0, :8], after[1, :8]) < 0.1  # tiles of an image do not
+    with pytest.raises(BadInput, match=r"3 tiles cannot be assigned .* \[5, 5\] visual tokens"):
+        noised(made(vision, 5, 5), 500, 0)
+    packed = {
+        "pixel_values": torch.zeros(1, 3, 4, 40 * 4),
+        "target_sizes": torch.tensor([[4, 4], [2, 4], [4, 4]]),
+    }
+    after = noised(made(packed, 6, 4), 500, 0)["pixel_values"]
+    assert torch.equal(after[..., :64], after[..., 96:])
+    assert correlation(after[..., :32], after[..., 64:96]) < 0.1
+
+
+def test_views_of_one_image_have_noise_of_their_own() -> None:
+    """DeepSeek-VL's second view, and crops that come in an input of their own."""
+    both = {
+        "pixel_values": torch.zeros(2, 3, 8, 8),
+        "high_res_pixel_values": torch.zeros(2, 3, 32, 32),
+    }
+    after = noised(made(both, 4, 4), 500, 0)
+    low, high = after["pixel_values"], after["high_res_pixel_values"]
+    assert torch.equal(low[0], low[1]) and torch.equal(high[0], high[1])
+    assert correlation(low[0], high[0].flatten()[: low[0].numel()]) < 0.2
+    crops = {
+        "pixel_values": torch.zeros(2, 3, 8, 8),
+        "pixel_values_local": torch.zeros(3, 3, 8, 8),
+        "num_local_patches": [1, 2],
+    }
+    after = noised(made(crops, 8, 12), 500, 0)
+    whole, local = after["pixel_values"], after["pixel_values_local"]
+    assert torch.equal(whole[0], whole[1]) and torch.equal(local[0], local[1])
+    for one, other in ((whole[0], local[0]), (local[1], local[2])):
+        assert correlation(one, other) < 0.2
+
+
+def test_frames_and_crops_of_patches() -> None:
+    """Gemma 4 hands over the frames of all videos, Molmo 2 the crops of all images."""
+    frames = {
+        "pixel_values_videos": torch.zeros(3, 16, 48),
+        "video_position_ids": torch.zeros(3, 16, 2, dtype=torch.long),
+        "num_frames_per_video": torch.tensor([2, 1]),
+    }
+    after = noised(made(frames), 500, 0)["pixel_values_videos"]
+    assert torch.equal(after[0], after[2]) and correlation(after[0], after[1]) < 0.1
+    crops = {
+        "pixel_values": torch.zeros(3, 4, 48),
+        "image_token_pooling": torch.tensor([[0, 1], [4, 7], [8, -1]]),
+        "image_grids": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
+    }
+    after = noised(made(crops), 500, 0)["pixel_values"]
+    assert torch.equal(after[0], after[2]) and correlation(after[0], after[1]) < 0.2
+
+
+def test_a_mask_of_tiles_and_a_mask_of_pixels() -> None:
+    tiles = {
+        "pixel_values": torch.ones(1, 2, 3, 8, 8),
+        "pixel_attention_mask": torch.tensor([[True, False]]),
+    }
+    after = noised(made(tiles), 500, 0)["pixel_values"]
+    assert torch.equal(after[0, 1], torch.ones(3, 8, 8))
+    assert not torch.isclose(after[0, 0], torch.ones(3, 8, 8)).all()
+    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+    mask[0, :4, :6] = True
+    after = noised(made({"pixel_values": torch.ones(1, 3, 8, 8), "pixel_mask": mask}), 500, 0)
+    changed = (after["pixel_values"] != 1).all(1)
+    assert torch.equal(changed, mask)
+
+
 # -- refusals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("vision", "message"),
+    [
+        ({"pixel_values": torch.zeros(1, 2, 3, 8, 8)}, r"pixel_values\[0\] is zero throughout"),
+        (
+            {
+                "pixel_values": torch.ones(1, 4, 48),
+                "image_position_ids": torch.full((1, 4, 2), -1),
+            },
+            r"noise reached nothing in pixel_values of shape \(1, 4, 48\)",
+        ),
+    ],
+)
+def test_noise_that_reaches_no_pixel_is_refused(vision: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        noised(made(vision), 500, 0)
+
+
+@pytest.mark.parametrize("name", ["vcd", "rbd"])
+def test_models_whose_pixels_cannot_take_noise_are_refused_at_once(name: str) -> None:
+    for model, reason in (("inkling", "without their sizes"), ("fuyu", "which are real")):
+        tiny = family(model)
+        with pytest.raises(UnsupportedModel, match=f"{name} adds noise .* {reason}"):
+            vlmfix.wrap(tiny.model, name)
+        (row,) = (row for row in examine(tiny.model)["methods"] if row["name"] == name)
+        assert not row["fits"] and reason in row["why"]
+    vlmfix.wrap(tiny.model, "vcd:alpha=0")  # without a branch there is nothing to add noise to
+    vlmfix.unwrap(tiny.model)
+
+
+def test_pixels_as_a_list() -> None:
+    with pytest.raises(BadInput, match='pixel_values is a list.*return_tensors="pt"'):
+        noised(made({"pixel_values": [torch.zeros(1, 3, 8, 8)]}), 500, 0)
 
 
 @pytest.mark.parametrize(
@@ -343,6 +490,13 @@ def test_without_pixels(vision: dict[str, Any]) -> None:
         {"pixel_values": torch.zeros(16, 96), "image_grid_thw": torch.tensor([[1, 4, 5]])},
         {"pixel_values": torch.zeros(16, 97), "image_grid_thw": torch.tensor([[1, 4, 4]])},
         {"pixel_values": torch.zeros(2, 64, 768)},
+        {"pixel_values": torch.zeros(8, 2, 8, 8, 3)},
+        {"pixel_values": torch.zeros(8, 8, 8, 3)},
+        {"pixel_values": torch.zeros(1, 3, 4, 32), "target_sizes": torch.tensor([[2, 2]])},
+        {
+            "pixel_values": torch.zeros(2, 4, 48),
+            "pixel_attention_mask": torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]]),
+        },
     ],
 )
 def test_pixels_in_a_form_that_nobody_knows(vision: dict[str, Any]) -> None:

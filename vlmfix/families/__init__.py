@@ -16,7 +16,14 @@ import torch
 
 from vlmfix.errors import UnsupportedModel
 
-__all__ = ["REFUSED", "ModelInfo", "describe_model", "last_logits", "vision_arguments"]
+__all__ = [
+    "REFUSED",
+    "ModelInfo",
+    "describe_model",
+    "last_logits",
+    "vision_arguments",
+    "vision_names",
+]
 
 #: Families that the generic rule cannot serve, by `config.model_type`, with the reason.
 REFUSED: dict[str, str] = {
@@ -148,13 +155,18 @@ def vision_arguments(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     They are what the model's own vision encoder takes, and features that it gave before
     (`mm_encoder_outputs`).
     """
-    names = {"mm_encoder_outputs"}
+    names = {"mm_encoder_outputs", *vision_names(model)}
+    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+
+
+def vision_names(model: Any) -> frozenset[str]:
+    """Names of the arguments that the model's own vision encoder takes."""
+    names: set[str] = set()
     for encoder in ("get_image_features", "get_video_features"):
         function = getattr(model.base_model, encoder, None)
         if function is not None:
             names.update(inspect.signature(function).parameters)
-    names -= {"kwargs", "return_dict", "input_ids", "attention_mask"}
-    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    return frozenset(names - {"kwargs", "return_dict", "input_ids", "attention_mask"})
 
 
 def _token_ids(config: Any, name: str) -> tuple[int, ...]:

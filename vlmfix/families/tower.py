@@ -259,7 +259,7 @@ def last_entry(config: Any) -> int:
     deep = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ()
     entries = [layer for _, layer in getattr(config, "deepstack_layer_map", None) or ()]
     entries += getattr(config, "spatial_target_layers", None) or ()
-    return max([len(deep), *entries])
+    return max([len(deep), *map(int, entries)])
 
 
 def _feature_layer(hidden: int | Sequence[int], count: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from vlmfix.base.contrast import Branch, ContrastMethod, Prompt, keep_plausible
 from vlmfix.base.method import option
 from vlmfix.families import ModelInfo
-from vlmfix.methods.noise import STEPS, noised
+from vlmfix.methods.noise import STEPS, noised, require_pixels
 
 __all__ = ["ReBalancingContrastiveDecoding", "significant"]
 
@@ -74,6 +74,11 @@ class ReBalancingContrastiveDecoding(ContrastMethod):
     )
 
     name: ClassVar[str] = "rbd"
+
+    def prepared(self, info: ModelInfo, model: torch.nn.Module) -> ReBalancingContrastiveDecoding:
+        if self.a_t:
+            require_pixels(self.name, info, model)
+        return self
 
     def streams(self) -> int:
         return int(self.a_t > 0) + int(self.a_v > 0)

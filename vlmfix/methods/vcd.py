@@ -10,7 +10,8 @@ import torch
 
 from vlmfix.base.contrast import Branch, ContrastMethod, Prompt, keep_plausible
 from vlmfix.base.method import option
-from vlmfix.methods.noise import STEPS, noised
+from vlmfix.families import ModelInfo
+from vlmfix.methods.noise import STEPS, noised, require_pixels
 
 __all__ = ["VisualContrastiveDecoding"]
 
@@ -45,6 +46,11 @@ class VisualContrastiveDecoding(ContrastMethod):
     )
 
     name: ClassVar[str] = "vcd"
+
+    def prepared(self, info: ModelInfo, model: torch.nn.Module) -> VisualContrastiveDecoding:
+        if self.streams():
+            require_pixels(self.name, info, model)
+        return self
 
     def streams(self) -> int:
         return int(self.alpha > 0)
