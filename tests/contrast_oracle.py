@@ -156,7 +156,7 @@ def attention_maps(model: Any, row: Inputs) -> tuple[torch.Tensor, ...]:
             output = model(**row, use_cache=False, output_attentions=True)
     finally:
         model.set_attn_implementation({"text_config": before})
-    maps: tuple[torch.Tensor, ...] = output.attentions
+    maps: tuple[torch.Tensor, ...] = getattr(output, "language_model_outputs", output).attentions
     return maps
 
 

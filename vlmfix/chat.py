@@ -11,6 +11,7 @@ import torch
 
 from vlmfix.engine.session import SESSION, Session
 from vlmfix.errors import BadInput
+from vlmfix.families.inner import generating_module
 from vlmfix.loading import load_image
 
 if TYPE_CHECKING:
@@ -126,7 +127,8 @@ def _prompt(processor: Any, chat: list[dict[str, Any]]) -> str:
 
 def end_tokens(model: Any, generate_kwargs: Mapping[str, Any]) -> set[int]:
     """The ids that end an answer of the model under these arguments of generate()."""
-    ends = generate_kwargs.get("eos_token_id", model.generation_config.eos_token_id)
+    config = generating_module(model).generation_config
+    ends = generate_kwargs.get("eos_token_id", config.eos_token_id)
     return {ends} if isinstance(ends, int) else set(ends or ())
 
 

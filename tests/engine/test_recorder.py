@@ -557,7 +557,12 @@ def test_threads_read_their_own_images() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("llava_onevision", "interpolates"), ("mistral3", "block mask")]
+    ("name", "reason"),
+    [
+        ("llava_onevision", "interpolates"),
+        ("mistral3", "block mask"),
+        ("instructblip", "Q-Former"),
+    ],
 )
 def test_families_without_a_token_per_patch_are_refused(name: str, reason: str) -> None:
     tiny = build(name)
@@ -566,8 +571,8 @@ def test_families_without_a_token_per_patch_are_refused(name: str, reason: str) 
 
 
 def test_every_tiny_family_is_supported_or_refused() -> None:
-    refused = {"llava_onevision", "mistral3"}  # and those that describe_model refuses
-    assert set(OTHERS) - set(SUPPORTED) == refused | {"mllama", "instructblip", "kosmos2", "llama"}
+    refused = {"llava_onevision", "mistral3", "instructblip"}
+    assert set(OTHERS) - set(SUPPORTED) == refused | {"mllama", "kosmos2", "llama"}
 
 
 def test_unknown_families_towers_and_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

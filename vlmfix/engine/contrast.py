@@ -38,7 +38,7 @@ from vlmfix.engine.state import Implementation
 from vlmfix.errors import BadInput, CompositionError, StateError
 from vlmfix.families import ModelInfo, vision_arguments
 from vlmfix.families.kinds import PAD
-from vlmfix.families.prompt import carries_vision
+from vlmfix.families.prompt import carries_vision, made_positions
 from vlmfix.families.surgeon import PER_TOKEN
 
 __all__ = ["ContrastStage"]
@@ -304,10 +304,10 @@ def _run_branches(method: ContrastMethod, forward: Forward, kept: int) -> list[t
     tokens = {name: kwargs[name] for name in PER_TOKEN if kwargs.get(name) is not None}
     tokens |= notes.pieces or {}
     if "position_ids" not in tokens:  # a bare forward: the model made them
-        made = torch.arange(tokens["input_ids"].shape[1], device=ledger.kinds.device)[None]
+        real = ledger.kinds[:, : tokens["input_ids"].shape[1]] != PAD
         positions = frame.get(DecoderPositions)
         known = None if positions is None else positions.ids
-        tokens["position_ids"] = made if known is None else known
+        tokens["position_ids"] = made_positions(host.info, real) if known is None else known
     copies = rows // (call.rows or rows)
     vision = call.get(_Vision)
     given = vision.given if vision else {}

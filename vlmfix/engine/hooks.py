@@ -16,6 +16,7 @@ from vlmfix.engine.dispatch import base_attention
 from vlmfix.engine.recorder import VisionRecorder
 from vlmfix.engine.state import Implementation, State
 from vlmfix.families import ModelInfo
+from vlmfix.families.inner import INNER, OuterGeneration, outer_forward
 from vlmfix.families.tower import EncodedImage, Tower
 
 __all__ = ["Hooks", "Host"]
@@ -80,6 +81,8 @@ class Host:
             self.model.register_forward_hook(hooks.after, with_kwargs=True),
             self.model.register_forward_hook(hooks.end, always_call=True),
         ]
+        if self.info.model_type in INNER:
+            shadows = {**shadows, "forward": outer_forward(self.model)}
         for name, function in shadows.items():
             self._shadowed[name] = self.model.__dict__.get(name)
             self.model.__dict__[name] = function
@@ -111,6 +114,13 @@ class Host:
         method = getattr(type(self.model), name)
         found: Callable[..., Any] = self._shadowed.get(name) or method.__get__(self.model)
         return found
+
+    @property
+    def generate(self) -> Callable[..., Any]:
+        """The model's generate(), whose every token is a forward of the model itself."""
+        if self.info.model_type in INNER:
+            return OuterGeneration(self.model).generate
+        return self.model_method("generate")
 
     def device(self, layer: int) -> torch.device:
         """Where a decoder layer computes."""

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NoReturn
 
 import torch
-from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
 from vlmfix.engine.call import Call
@@ -34,9 +33,6 @@ from vlmfix.families.question import find_question
 __all__ = ["SESSION", "Session"]
 
 SESSION = "_vlmfix_session"  # where a wrapped model keeps its Session
-
-#: Names of the arguments that generate() also takes by position.
-_GENERATE_ARGUMENTS = tuple(inspect.signature(GenerationMixin.generate).parameters)[1:]
 
 
 class Session:
@@ -131,19 +127,18 @@ class Session:
         with self.host.lock:
             self.running += 1
         try:
-            return self._generate(self.host.model_method("generate"), args, kwargs)
+            return self._generate(args, kwargs)
         finally:
             with self.host.lock:
                 self.running -= 1
 
-    def _generate(
-        self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _generate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         processor = kwargs.pop("processor", None)
-        stack, state = self.stack, self._state
+        stack, state, own = self.stack, self._state, self.host.model_method("generate")
         if not stack.methods:
-            return inner(*args, **kwargs)
-        named = {**dict(zip(_GENERATE_ARGUMENTS, args, strict=False)), **kwargs}
+            return own(*args, **kwargs)
+        names = inspect.signature(own).parameters
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
         ids = named.get("input_ids", named.pop("inputs", None))
         if ids is None:
             raise BadInput(
@@ -166,7 +161,7 @@ class Session:
                 call.question = find_question(processor, self.host.info, kwargs["input_ids"])
         outer, state.call = state.call, call
         try:
-            output = inner(*args, **kwargs)
+            output = self.host.generate(*args, **kwargs)
         finally:
             state.call = outer
         call.finish(output)

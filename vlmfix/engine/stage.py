@@ -20,6 +20,7 @@ from vlmfix.engine.frame import Frame
 from vlmfix.engine.hooks import Host
 from vlmfix.engine.state import Implementation
 from vlmfix.families import ModelInfo
+from vlmfix.families.inner import generating_module
 
 __all__ = ["DecodeStep", "Forward", "Generation", "Stage"]
 
@@ -44,7 +45,8 @@ class Generation:
 
     def option(self, name: str) -> Any:
         """What generate() makes of an option: the argument, the configuration's, the model's."""
-        configs = (self.given.get("generation_config"), self.host.model.generation_config)
+        own = generating_module(self.host.model).generation_config
+        configs = (self.given.get("generation_config"), own)
         values = (self.given.get(name), *(getattr(config, name, None) for config in configs))
         return next((value for value in values if value is not None), None)
 

@@ -27,12 +27,8 @@ __all__ = [
 
 #: Families that the generic rule cannot serve, by `config.model_type`, with the reason.
 REFUSED: dict[str, str] = {
-    "blip-2": "generate() runs the inner language model on embeddings, so no placeholder is seen",
-    "instructblip": (
-        "generate() runs the inner language model on embeddings, so no placeholder is seen"
-    ),
     "instructblipvideo": (
-        "generate() runs the inner language model on embeddings, so no placeholder is seen"
+        "it takes videos alone, and its generate() runs the language model inside on embeddings"
     ),
     "kosmos-2": "image positions are given by a mask, not by a placeholder id",
     "kosmos-2.5": "image positions are given by a mask, not by a placeholder id",
@@ -98,14 +94,14 @@ def describe_model(model: torch.nn.Module) -> ModelInfo:
             f"model type {model_type!r} is not supported: {REFUSED[model_type]}. "
             "`vlmfix doctor` lists what is."
         )
-    if getattr(config, "is_encoder_decoder", False):
+    text_config = config.get_text_config(decoder=True)
+    if any(getattr(one, "is_encoder_decoder", False) for one in (config, text_config)):
         raise UnsupportedModel(
             f"model type {model_type!r} is an encoder-decoder model; vlmfix works on decoder-only "
             "language models that attend to visual tokens in their prompt."
         )
     images = _token_ids(config, "image_token_id")
     videos = _token_ids(config, "video_token_id")
-    text_config = config.get_text_config(decoder=True)
     if not images or text_config is config:
         raise UnsupportedModel(
             f"model type {model_type!r} shows no image token id and no language model of its own: "

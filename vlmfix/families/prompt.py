@@ -11,8 +11,10 @@ from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo
 from vlmfix.families.kinds import IMAGE, PAD, TEXT, VIDEO
 
-__all__ = ["carries_vision", "prompt_kinds", "require_image"]
+__all__ = ["carries_vision", "made_positions", "prompt_kinds", "require_image"]
 
+#: Decoders that count positions by the attention mask where they are given none.
+_COUNT_BY_MASK = ("opt",)
 
 #: Keyword arguments whose presence says that a forward really carries images or video.
 _VISION = (
@@ -65,3 +67,10 @@ def carries_vision(kwargs: Mapping[str, Any]) -> bool:
     """Whether the arguments of a forward bring images or video, as pixels or as features."""
     values = [kwargs.get(name) for name in _VISION]
     return any(bool(v) if isinstance(v, dict) else v is not None for v in values)
+
+
+def made_positions(info: ModelInfo, real: torch.Tensor) -> torch.Tensor:
+    """Positions (B or 1, L) that a decoder itself gives to tokens; `real` (B, L): no padding."""
+    if info.text_type in _COUNT_BY_MASK:
+        return (real.long().cumsum(1) - 1).clamp(min=0)
+    return torch.arange(real.shape[1], device=real.device)[None]

@@ -97,6 +97,8 @@ _FAMILIES: dict[str, _Family] = {
 
 _REFUSED: dict[str, str] = {
     "llava_onevision": "it interpolates the features of large images between patches",
+    "blip-2": "a Q-Former mixes all patches into each visual token",
+    "instructblip": "a Q-Former mixes all patches into each visual token",
     "idefics2": "a perceiver mixes all patches into each visual token",
     "mistral3": "its tower encodes all images of a batch as one sequence, behind a block mask",
     "gemma3n": "its tower is a convolutional network",
