@@ -31,7 +31,7 @@ def load_image(source: str | bytes | os.PathLike[str] | Image) -> Image:
         A PIL image of mode RGB, rotated by its EXIF orientation; the first frame of several.
 
     Raises:
-        BadInput: a missing file, a file that is no image, a damaged image, or too many pixels.
+        BadInput: a missing file, a file that is no image, a damaged image, too many pixels or none.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -57,6 +57,8 @@ def _upright(label: str, image: Image) -> Image:
     """The first frame as RGB, rotated by its EXIF orientation."""
     from PIL import Image, ImageOps
 
+    if not (image.width and image.height):
+        raise BadInput(f"{label} has {image.width} x {image.height} pixels, so nothing can be seen")
     limit = Image.MAX_IMAGE_PIXELS
     # The header alone is read so far: a bomb is refused before it goes off.
     if limit is not None and image.width * image.height > limit:

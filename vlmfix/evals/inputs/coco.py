@@ -4,7 +4,8 @@ Expected layout, at the top or one folder down:
 
     annotations/instances*.json     images, annotations, categories
     annotations/captions*.json      optional
-    images/ or val2014/ ...         the pictures, found by their `file_name`
+    images/ or val2014/ ...         the pictures, found by their `file_name`, the full path first;
+                                    one that fits different pictures is refused
 
 Source of the format: https://cocodataset.org/#format-data
 """
@@ -18,14 +19,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from vlmfix.errors import BadInput
 from vlmfix.evals.inputs.folder import ImageFolder
-from vlmfix.evals.inputs.pictures import Pictures
-
-if TYPE_CHECKING:
-    pass
+from vlmfix.evals.inputs.pictures import Pictures, only_one
 
 __all__ = ["Box", "CocoData"]
 
@@ -249,16 +247,25 @@ class CocoData(Pictures):
         return digest.hexdigest()
 
     @cached_property
-    def _members(self) -> dict[str, str]:
-        """Name inside the .zip by the bare file name."""
+    def _members(self) -> dict[str, list[str]]:
+        """Names inside the .zip by their last part."""
         assert self._zip is not None
-        return {PurePosixPath(name).name: name for name in self._zip.namelist()}
+        found: dict[str, list[str]] = {}
+        for name in self._zip.namelist():
+            found.setdefault(PurePosixPath(name).name, []).append(name)
+        return found
 
     def _find(self, file_name: str) -> str | None:
-        if self._zip is not None:
-            return self._members.get(PurePosixPath(file_name).name)
-        found = self._pictures.find(file_name)
-        return None if found is None else found.relative_to(self.source).as_posix()
+        if self._zip is None:
+            found = self._pictures.find(file_name)
+            return None if found is None else found.relative_to(self.source).as_posix()
+        wanted = PurePosixPath(file_name)
+        places = [
+            name
+            for name in self._members.get(wanted.name, ())
+            if PurePosixPath(name).parts[-len(wanted.parts) :] == wanted.parts
+        ]
+        return only_one(file_name, places, self._bytes, self.source)
 
     @cached_property
     def _pictures(self) -> ImageFolder:
@@ -266,7 +273,7 @@ class CocoData(Pictures):
         return ImageFolder(self.source)
 
     def holds(self, name: str) -> bool:
-        """Whether there is a picture with this `file_name`."""
+        """Whether there is a picture with this `file_name`; raises BadInput where several fit."""
         return self._find(name) is not None
 
     def content(self, name: str) -> bytes:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, ClassVar
 
 from vlmfix.errors import BadInput
-from vlmfix.evals.inputs.pictures import Pictures
+from vlmfix.evals.inputs.pictures import Pictures, only_one
 
 if TYPE_CHECKING:
     from typing import Self
@@ -21,8 +21,9 @@ __all__ = ["ImageFolder"]
 class ImageFolder(Pictures):
     """The data of one benchmark; what else the benchmark brings is up to subclasses.
 
-    The name of a picture may lead through folders. It is looked for in the folder itself and in
-    those below it, two levels deep, because every download unpacks a little differently.
+    The name of a picture may lead through folders. It is looked for in the folder itself, then in
+    those below it, two levels deep, because every download unpacks a little differently. Different
+    pictures of one name in several of those are refused.
 
     Attributes:
         task: the benchmark's name.
@@ -85,14 +86,17 @@ class ImageFolder(Pictures):
         return [self.root, *(path for path in below if path.is_dir())]
 
     def find(self, name: str) -> Path | None:
-        """Where the picture of that name lies, if it does."""
+        """Where the picture of that name lies, if it does; raises BadInput where several fit."""
         relative = PurePosixPath(name)
-        if relative.is_absolute() or ".." in relative.parts:
+        if relative.is_absolute() or ".." in relative.parts or "\0" in name:
             return None
-        return next((f / relative for f in self._folders if (f / relative).is_file()), None)
+        files = (folder / relative for folder in self._folders)
+        places = [file.relative_to(self.root).as_posix() for file in files if file.is_file()]
+        place = only_one(name, places, lambda at: (self.root / at).read_bytes(), self.root)
+        return None if place is None else self.root / place
 
     def holds(self, name: str) -> bool:
-        """Whether there is a picture of that name."""
+        """Whether there is a picture of that name; raises BadInput where several fit."""
         return self.find(name) is not None
 
     def content(self, name: str) -> bytes:

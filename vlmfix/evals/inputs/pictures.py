@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from io import BytesIO
+from collections.abc import Callable, Sequence
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from vlmfix.errors import BadInput
+from vlmfix.images import load_image
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Pictures"]
+__all__ = ["Pictures", "only_one"]
+
+
+def only_one(
+    name: str, places: Sequence[str], content: Callable[[str], bytes], source: object
+) -> str | None:
+    """The one of several places that holds the picture of that name; None without any.
+
+    A place that is the name itself, the full path, comes before all others. Copies of one picture
+    are one picture.
+
+    Args:
+        name: of the picture, as the benchmark's files have it.
+        places: paths that end in the name.
+        content: place -> the file there.
+        source: what holds the places, for messages.
+
+    Raises:
+        BadInput: the places hold different pictures.
+    """
+    exact = [place for place in places if PurePosixPath(place) == PurePosixPath(name)]
+    found = exact or list(places)
+    if len(found) > 1 and len({content(place) for place in found}) > 1:
+        raise BadInput(
+            f"{source} holds {len(found)} different pictures called {name}: {', '.join(found[:3])}."
+            " Name the full path in the benchmark's files, or leave one of these folders there"
+        )
+    return found[0] if found else None
 
 
 class Pictures(ABC):
@@ -29,7 +58,7 @@ class Pictures(ABC):
 
     @abstractmethod
     def holds(self, name: str) -> bool:
-        """Whether there is a picture of that name."""
+        """Whether there is a picture of that name; raises BadInput where several fit."""
 
     @abstractmethod
     def content(self, name: str) -> bytes:
@@ -39,7 +68,7 @@ class Pictures(ABC):
         """Check that the pictures are there, before any work is spent on them.
 
         Raises:
-            BadInput: some are missing; the message names the first ones.
+            BadInput: some are missing, or are in several places; the message names the first ones.
         """
         if missing := [name for name in names if not self.holds(name)]:
             raise BadInput(
@@ -48,15 +77,14 @@ class Pictures(ABC):
             )
 
     def image(self, name: str) -> Image.Image:
-        """The picture of that name, in RGB.
+        """The picture of that name, as `vlmfix.generate` reads it (`images.load_image`).
 
         Raises:
-            BadInput: it is missing or cannot be decoded.
+            BadInput: it is missing, or `load_image` refuses it.
         """
-        from PIL import Image, UnidentifiedImageError
-
         self.require_images([name])
         try:
-            return Image.open(BytesIO(self.content(name))).convert("RGB")
-        except (UnidentifiedImageError, OSError, zipfile.BadZipFile) as error:
+            return load_image(self.content(name))
+        # The last four: members of a .zip that are damaged, encrypted or packed in an odd way.
+        except (BadInput, OSError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
             raise BadInput(f"{self.place}: {name} is not a readable image ({error})") from None

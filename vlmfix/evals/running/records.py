@@ -84,7 +84,7 @@ class Recorder:
             draw: number of the sampling seed; None: greedy.
             prefix: the beginning of the answer that was given.
             batch: number of the batch.
-            halvings: how often it was halved for want of memory.
+            halvings: how often it was halved, for want of memory or to single out a bad input.
         """
         failed = answer.error is not None
         parsed, correct = (None, None) if failed else self._task.parse(sample, answer)

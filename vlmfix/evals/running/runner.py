@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from vlmfix.errors import BadInput
 from vlmfix.evals.running.records import Done, Recorder
 from vlmfix.evals.tasks import Answer, Sample
 
@@ -228,8 +229,9 @@ def run_arm(
     """Answer all samples of the blocks, once per sampling seed, and record the answers.
 
     A batch that fails is recorded as errors of its samples, and the run goes on. A batch that runs
-    out of memory is halved until it fits. A batch of which an earlier run has answered a part is
-    asked again as a whole, for the sake of its other rows; what has been recorded stays.
+    out of memory, or holds an input that cannot be used, is halved: until it fits, or until that
+    input (a damaged picture) is alone and fails alone. A batch of which an earlier run has answered
+    a part is asked again as a whole, for the sake of its other rows; what has been recorded stays.
 
     Args:
         blocks: this process's share of what `plan_batches` gives.
@@ -309,7 +311,7 @@ def _answer(
         return answers, 0
     except Exception as error:
         # Whatever it was (an image, memory, a method), the other batches may be fine.
-        if len(batch) == 1 or not _out_of_memory(error):
+        if len(batch) == 1 or not (isinstance(error, BadInput) or _out_of_memory(error)):
             return [Answer("", error=f"{type(error).__name__}: {error}")] * len(batch), 0
     # Out here the error is gone, and with it the frames that held the batch's tensors. Only this
     # batch is halved: were the next ones, too, what they answer would depend on the one before.
