@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from vlmfix.evals.running.arms import plain
+from vlmfix.evals.running.decoding import neutral, split_config
 from vlmfix.evals.running.runner import Answerer, Request, Turn
 from vlmfix.evals.tasks import Answer
 
@@ -120,8 +121,14 @@ class TransformersModel:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Model id, revision, class, dtype, device and attention implementation."""
+        """Model id, revision, class, dtype, device, attention implementation, generation config.
+
+        "generation_config" has the checkpoint's settings that hold ("kept") and those that are
+        undone ("neutralised"), so that answers are greedy, or sampled from the model's own
+        probabilities.
+        """
         config = getattr(self._model, "config", None)
+        kept, undone = split_config(self._model)
         return {
             "model": str(self._name),
             "revision": getattr(config, "_commit_hash", None),
@@ -129,6 +136,7 @@ class TransformersModel:
             "dtype": str(getattr(self._model, "dtype", "")).removeprefix("torch."),
             "device": str(getattr(self._model, "device", "")),
             "attention": getattr(config, "_attn_implementation", None),
+            "generation_config": {"kept": kept, "neutralised": undone},
         }
 
     def check(self, methods: Sequence[Any]) -> None:
@@ -171,6 +179,7 @@ class TransformersModel:
         yes_no = None
         if wants_p_yes:
             yes_no = yes_no_tokens(getattr(self._processor, "tokenizer", self._processor))
+        settings = {**neutral(self._model), **gen_kwargs}
         with self._under(method), count_passes(self._model) as counter:
 
             def answer(batch: Sequence[Request], noise: int) -> list[Answer]:
@@ -184,7 +193,7 @@ class TransformersModel:
                         self._processor,
                         chats,
                         return_details=True,
-                        **gen_kwargs,
+                        **settings,
                         **watched,
                     )
                 passes = counter.rows / len(batch)
