@@ -259,6 +259,7 @@ def test_files_and_the_calibration(
         ({"limit": 8}, "8 images wanted, but"),
         ({"limit": 0}, "limit=0"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"seed": -1}, "seed=-1"),
     ],
 )
 def test_refused_before_anything_is_written(

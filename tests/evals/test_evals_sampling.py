@@ -368,6 +368,14 @@ def test_the_table_shows_the_spread_between_seeds(world: Path, tmp_path: Path) -
         ({"temperature": -1.0}, "must be positive"),
         ({"temperature": float("nan")}, "must be positive"),
         ({"temperature": float("inf")}, "must be positive"),
+        ({"temperature": "1"}, "temperature='1': must be a number"),
+        ({"seed": -1}, "seed=-1: must be a whole number from 0"),
+        ({"seed": 10**26}, "must be a whole number from 0"),
+        ({"seed": 1.5}, "seed=1.5: must be a whole number"),
+        ({"seed": True}, "seed=True: must be a whole number"),
+        ({"limit": 1.5}, "limit=1.5: must be 1 or more, a whole number"),
+        ({"batch_size": "4"}, "batch_size='4': must be 1 or more, a whole number"),
+        ({"max_new_tokens": 1e9}, "must be 1 or more, a whole number"),
     ],
 )
 def test_refusals(world: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -375,6 +383,12 @@ def test_refusals(world: Path, tmp_path: Path, options: dict[str, Any], message:
     with pytest.raises(BadInput, match=message):
         run(model, world, tmp_path / "o", **options)
     assert not model.batches and not (tmp_path / "o").exists()
+
+
+def test_the_largest_seed_serves_every_generator(world: Path, tmp_path: Path) -> None:
+    model = FakeModel(lambda method, sample: "Yes")
+    assert run(model, world, tmp_path / "o", seed=2**63 - 1)["errors"] == 0
+    torch.Generator().manual_seed(2**63 - 1)
 
 
 def test_the_command_line(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from vlmfix.evals.chair.objects import ground_truth
 from vlmfix.evals.chair.task import PROMPT
 from vlmfix.evals.chair.tokens import Mention, find_mentions
 from vlmfix.evals.inputs.coco import CocoData
-from vlmfix.evals.options import positive
+from vlmfix.evals.options import positive, usable_seed
 from vlmfix.evals.reporting.head_plots import layer_head_map, require_matplotlib
 from vlmfix.evals.running.files import write_json
 from vlmfix.evals.running.progress import progress_bar
@@ -193,6 +193,7 @@ def attribute(
     """
     require_matplotlib()
     positive(limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    usable_seed(seed)
     info = describe_model(model)
     layers = sorted(info.attention)
     pairs = [(layer, head) for layer in layers for head in range(info.num_heads)]

@@ -9,6 +9,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -25,6 +26,7 @@ from vlmfix.evals.reporting.write import write_card
 from vlmfix.evals.running.arms import Arm, decoded_arms, file_name, named_arms
 from vlmfix.evals.running.cost import cost, peak_memory
 from vlmfix.evals.running.files import write_json
+from vlmfix.evals.running.lock import locked
 from vlmfix.evals.running.processes import Processes
 from vlmfix.evals.running.progress import progress_bar
 from vlmfix.evals.running.records import Recorder, answer_of, digest, merge, part
@@ -84,8 +86,8 @@ def evaluate(
 
     Raises:
         VlmfixError: an unknown task (UnknownTask) or method; options, data or an output folder that
-            cannot be used, or a resumed run with other settings (BadInput). Nothing has been
-            written then.
+            cannot be used, another run in that folder, or a resumed run with other settings
+            (BadInput). Nothing has been written then.
     """
     options = replace(options, **changes)
     if not tasks:
@@ -135,86 +137,93 @@ def evaluate(
     ]
     run_id = f"{started:%Y%m%dT%H%M%SZ}-{token_hex(4)}"
     stems = [job.stem for job in jobs]
-    run_id, found = processes.once(
-        lambda: (run_id, begin(folder, run_id, config, stems, options.resume))
-    )
-    done = {stem: answered(folder, stem) for stem in stems}
-    # Whole blocks of batches, every size-th: what is in a batch, and so the last bits of its
-    # answers, is the same for any number of processes. Shares of the samples would be batched
-    # otherwise.
-    shares = {name: blocks[processes.rank :: processes.size] for name, blocks in plans.items()}
-    left = sum(remaining(shares[job.task], done[job.stem], job.arm.draws) for job in jobs)
-    memory = {}
-    quiet = quiet or processes.rank > 0
-    if not quiet:
-        kept = f", {found} of them from before" if found else ""
-        print(f"answers go to {folder}{kept}; what is ended goes on with --resume", file=sys.stderr)
-    with progress_bar(left, quiet, progress) as advance:
-        for job in jobs:
-            task = ready[job.task]
-            common = {
-                "run_id": run_id,
-                "rank": processes.rank,
-                "config": digest(config),
-                "method": job.name,
-                "method_cfg": asked.describe(job.arm.method),
-                "gen_kwargs": job.gen_kwargs,
-                "seed": options.seed,
-            }
-            image = lru_cache(maxsize=64)(opened[job.task].image)
-            with (
-                peak_memory() as peak,
-                Recorder(part(folder, job.stem, processes.rank), task, common) as recorder,
-                asked.arm(job.arm.method, job.gen_kwargs, image, task.wants_p_yes) as answer,
-            ):
-                run_arm(
-                    shares[job.task],
-                    answer,
-                    recorder,
-                    done[job.stem],
-                    lambda n, label=f"{job.task} {job.name}": advance(n, label),  # type: ignore[misc]  # a default binds it
-                    options.seed,
-                    job.arm.draws,
-                )
-            peaks = processes.gather(peak)
-            memory[job.stem] = {key: max(p[key] for p in peaks) for key in peak}
+    with ExitStack() as held:
 
-    def finish() -> dict[str, Any]:
-        results: dict[str, Any] = {
-            "format": FORMAT,
-            "run_id": run_id,
-            "timestamp": started.isoformat(timespec="seconds"),
-            "partial": any(task.partial for task in ready.values()),
-            "errors": 0,
-            "resumed": found,
-            "config": {**config, "threads": _threads(), "processes": processes.size},
-            "tasks": {},
-        }
-        for name, task in ready.items():
-            of_task = [job for job in jobs if job.task == name]
-            records = {job.name: merge(folder, job.stem) for job in of_task}
-            answers = {job.name: _answers(task, job.arm, records[job.name]) for job in of_task}
-            entry = compare_arms(task, answers, options.seed)
-            for job in of_task:
-                entry["arms"][job.name] |= {
-                    "cost": cost(records[job.name], plans[name]) | memory[job.stem],
+        def start() -> tuple[str, int]:
+            held.enter_context(locked(folder))
+            return run_id, begin(folder, run_id, config, stems, options.resume, options.overwrite)
+
+        run_id, found = processes.once(start)
+        done = {stem: answered(folder, stem) for stem in stems}
+        # Whole blocks of batches, every size-th: what is in a batch, and so the last bits of its
+        # answers, is the same for any number of processes. Shares of the samples would be batched
+        # otherwise.
+        shares = {name: blocks[processes.rank :: processes.size] for name, blocks in plans.items()}
+        left = sum(remaining(shares[job.task], done[job.stem], job.arm.draws) for job in jobs)
+        memory = {}
+        quiet = quiet or processes.rank > 0
+        if not quiet:
+            kept = f", {found} of them from before" if found else ""
+            print(
+                f"answers go to {folder}{kept}; what is ended goes on with --resume",
+                file=sys.stderr,
+            )
+        with progress_bar(left, quiet, progress) as advance:
+            for job in jobs:
+                task = ready[job.task]
+                common = {
+                    "run_id": run_id,
+                    "rank": processes.rank,
+                    "config": digest(config),
+                    "method": job.name,
+                    "method_cfg": asked.describe(job.arm.method),
                     "gen_kwargs": job.gen_kwargs,
+                    "seed": options.seed,
                 }
-            results["tasks"][name] = {
-                **entry,
-                "data": opened[name].name,
-                "data_sha256": opened[name].sha256,
-                "gen_kwargs": of_task[0].gen_kwargs,
-            }
-            results["errors"] += sum(arm["n_errors"] for arm in entry["arms"].values())
-        results["partial"] = results["partial"] or results["errors"] > 0
-        write_json(folder / "results.json", results)
-        write_card(make_card({folder.name: results}), folder, plots=False)
-        return results
+                image = lru_cache(maxsize=64)(opened[job.task].image)
+                with (
+                    peak_memory() as peak,
+                    Recorder(part(folder, job.stem, processes.rank), task, common) as recorder,
+                    asked.arm(job.arm.method, job.gen_kwargs, image, task.wants_p_yes) as answer,
+                ):
+                    run_arm(
+                        shares[job.task],
+                        answer,
+                        recorder,
+                        done[job.stem],
+                        lambda n, label=f"{job.task} {job.name}": advance(n, label),  # type: ignore[misc]  # a default binds it
+                        options.seed,
+                        job.arm.draws,
+                    )
+                peaks = processes.gather(peak)
+                memory[job.stem] = {key: max(p[key] for p in peaks) for key in peak}
 
-    results = processes.once(finish)
-    results["output"] = str(folder)  # for the caller; a file need not say where it lay
-    return results
+        def finish() -> dict[str, Any]:
+            results: dict[str, Any] = {
+                "format": FORMAT,
+                "run_id": run_id,
+                "timestamp": started.isoformat(timespec="seconds"),
+                "partial": any(task.partial for task in ready.values()),
+                "errors": 0,
+                "resumed": found,
+                "config": {**config, "threads": _threads(), "processes": processes.size},
+                "tasks": {},
+            }
+            for name, task in ready.items():
+                of_task = [job for job in jobs if job.task == name]
+                records = {job.name: merge(folder, job.stem) for job in of_task}
+                answers = {job.name: _answers(task, job.arm, records[job.name]) for job in of_task}
+                entry = compare_arms(task, answers, options.seed)
+                for job in of_task:
+                    entry["arms"][job.name] |= {
+                        "cost": cost(records[job.name], plans[name]) | memory[job.stem],
+                        "gen_kwargs": job.gen_kwargs,
+                    }
+                results["tasks"][name] = {
+                    **entry,
+                    "data": opened[name].name,
+                    "data_sha256": opened[name].sha256,
+                    "gen_kwargs": of_task[0].gen_kwargs,
+                }
+                results["errors"] += sum(arm["n_errors"] for arm in entry["arms"].values())
+            results["partial"] = results["partial"] or results["errors"] > 0
+            write_json(folder / "results.json", results)
+            write_card(make_card({folder.name: results}), folder, plots=False)
+            return results
+
+        results = processes.once(finish)
+        results["output"] = str(folder)  # for the caller; a file need not say where it lay
+        return results
 
 
 @dataclass(frozen=True)

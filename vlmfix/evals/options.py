@@ -13,7 +13,16 @@ from typing import Any
 
 from vlmfix.errors import BadInput
 
-__all__ = ["DEFAULTS", "SCORING", "Options", "flags", "from_text", "positive", "split"]
+__all__ = [
+    "DEFAULTS",
+    "SCORING",
+    "Options",
+    "flags",
+    "from_text",
+    "positive",
+    "split",
+    "usable_seed",
+]
 
 
 def _option(default: Any, help: str, *flags: str, **facts: Any) -> Any:
@@ -51,10 +60,20 @@ def _files_by_split(pairs: Sequence[str]) -> dict[str, str] | None:
 
 
 def positive(**values: int | None) -> None:
-    """Raise BadInput unless every option that is given is 1 or more."""
+    """Raise BadInput unless every option that is given is a whole number, 1 or more."""
     for name, value in values.items():
-        if value is not None and value < 1:
-            raise BadInput(f"{name}={value}: must be 1 or more")
+        if value is not None and not (_is_whole(value) and value >= 1):
+            raise BadInput(f"{name}={value!r}: must be 1 or more, a whole number")
+
+
+def usable_seed(seed: int) -> None:
+    """Raise BadInput unless torch's and numpy's generators both take the seed."""
+    if not (_is_whole(seed) and 0 <= seed < 2**63):
+        raise BadInput(f"seed={seed!r}: must be a whole number from 0 to 2**63 - 1")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,7 @@ class Options:
     have to be the base's. `resume` keeps finished answers and asks errors again.
 
     Raises:
-        BadInput: a number that is too small.
+        BadInput: a number that is too small or too large, or no number.
     """
 
     limit: int | None = _option(
@@ -162,6 +181,12 @@ class Options:
     def __post_init__(self) -> None:
         least = {item.name for item in fields(self) if "least" in item.metadata}
         positive(**{name: getattr(self, name) for name in least})
+        usable_seed(self.seed)
+        heat = self.temperature
+        if heat is not None and (isinstance(heat, bool) or not isinstance(heat, (int, float))):
+            raise BadInput(
+                f"temperature={heat!r}: must be a number; leave it out for greedy decoding"
+            )
 
     def deciding(self) -> dict[str, Any]:
         """What decides the answers and figures, and so has to be equal in a resumed run."""

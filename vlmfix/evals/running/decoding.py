@@ -1,4 +1,4 @@
-"""What a checkpoint's generation_config adds to generate(), and what of it an evaluation takes over.
+"""What a checkpoint's generation_config adds to generate(), and what an evaluation keeps of it.
 
 Qwen2.5-VL penalises repetitions by 1.05, others sample at temperatures of their own. Answers are
 called greedy, or sampled at a temperature, and have to be that whatever checkpoint gave them.

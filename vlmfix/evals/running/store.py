@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from vlmfix.errors import BadInput
+from vlmfix.evals.inputs.rows import read_object
 from vlmfix.evals.running.arms import file_name
 from vlmfix.evals.running.files import write_json
+from vlmfix.evals.running.lock import LOCK_FILE
 from vlmfix.evals.running.records import (
     Done,
     answer_of,
@@ -26,6 +27,11 @@ FORMAT = 1
 
 #: Written before the first answer: what was asked for, so that a resumed run can be told to differ.
 RUN_FILE = "run.json"
+
+_LOST = (
+    "Without them answers of different settings could be mixed: put back a copy of the file, or "
+    "start again with overwrite=True (--overwrite)"
+)
 
 
 def output_folder(
@@ -54,37 +60,58 @@ def output_folder(
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"output: {folder} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if not overwrite:
+        _refuse_full(folder)
+    return folder
+
+
+def _refuse_full(folder: Path) -> None:
+    if _holds_something(folder):
         raise BadInput(
             f"output: {folder} is not empty: name another folder, or replace its results with "
             "overwrite=True (--overwrite)"
         )
-    return folder
+
+
+def _holds_something(folder: Path) -> bool:
+    return folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir())
 
 
 def begin(
-    folder: Path, run_id: str, config: Mapping[str, Any], stems: Sequence[str], resume: bool
+    folder: Path,
+    run_id: str,
+    config: Mapping[str, Any],
+    stems: Sequence[str],
+    resume: bool,
+    overwrite: bool,
 ) -> int:
     """Make the folder ready; returns how many answers of an earlier run count.
 
     Args:
-        folder: of the run.
+        folder: of the run, locked: since `output_folder` another run may have filled it.
         run_id: its name.
         config: everything that decides its answers.
         stems: of the files of records.
         resume: go on with the run that the folder holds.
+        overwrite: replace what the folder holds.
 
     Raises:
-        BadInput: there is no run to go on with, or it had another config.
+        BadInput: there is no run to go on with, or it had another config; or the folder holds
+            something that is not to be replaced.
     """
     run_file = folder / RUN_FILE
-    if resume and folder.is_dir() and any(folder.iterdir()):
+    if resume and _holds_something(folder):
         if not run_file.exists():
             raise BadInput(
                 f"resume: {folder} holds no {RUN_FILE}, which would tell which run it was: name "
                 "the folder of a run, or start again with overwrite=True (--overwrite)"
             )
-        then = json.loads(run_file.read_text(encoding="utf-8"))["config"]
+        try:
+            then = read_object(run_file, "resume").get("config")
+        except BadInput as error:
+            raise BadInput(f"{error}. {_LOST}") from None
+        if not isinstance(then, Mapping):
+            raise BadInput(f"resume: {run_file} does not hold the settings of a run. {_LOST}")
         if changed := differences(then, config):
             raise BadInput(
                 f"resume: the run in {folder} had other settings: {'; '.join(changed)}. Go on with "
@@ -99,7 +126,8 @@ def begin(
                 "take that file away, and they are asked again"
             )
         return len(kept)
-    folder.mkdir(parents=True, exist_ok=True)
+    if not overwrite:
+        _refuse_full(folder)
     for stale in [
         run_file,
         folder / "results.json",
