@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from vlmfix.engine.session import SESSION, Session
-from vlmfix.errors import BadInput
+from vlmfix.errors import BadInput, StateError
 from vlmfix.families.inner import generating_module
+from vlmfix.families.placement import computing_device
 from vlmfix.loading import load_image
 
 if TYPE_CHECKING:
@@ -86,8 +87,15 @@ def chat_inputs(model: Any, processor: Any, chats: Sequence[Chat]) -> Any:
 
     Raises:
         BadInput: no chats, or messages or an image that cannot be used.
+        StateError: the model has no weights.
     """
-    inputs = encode_chats(processor, chats).to(model.device)
+    place = computing_device(model.get_input_embeddings())
+    if place.type == "meta":
+        raise StateError(
+            "the model has no weights (it is on the meta device), so it cannot answer: load it "
+            "with its weights."
+        )
+    inputs = encode_chats(processor, chats).to(place)
     for name, value in inputs.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             inputs[name] = value.to(model.dtype)

@@ -76,7 +76,8 @@ def test_at_most_four_channels_strongest_first() -> None:
 
 
 def test_a_model_without_sinks_fails_loudly_and_writes_nothing(own_cache: Path) -> None:
-    with pytest.raises(CalibrationNeeded, match="no sink channels"):
+    half = "exceed .* = 2.5 in at least half of the layers 0 to 2; the best does so in 1 of 3"
+    with pytest.raises(CalibrationNeeded, match=f"no sink channels.*{half}"):
         calibrate(family("qwen3_vl").model)
     assert not own_cache.exists()
 
@@ -108,6 +109,10 @@ def test_another_model_never_gets_the_calibration() -> None:
     assert fingerprint(other) != fingerprint(model)
     assert load_calibration(other) is None
     assert fingerprint(_with_sink()) == fingerprint(model)
+    last = _with_sink()
+    with torch.no_grad():  # and one that moved its last rows
+        last.model.language_model.layers[1].mlp.up_proj.weight[-2:].neg_()
+    assert fingerprint(last) != fingerprint(model)
 
 
 def test_fingerprint_survives_saving_and_a_folder_may_carry_its_file(tmp_path: Path) -> None:
@@ -120,21 +125,74 @@ def test_fingerprint_survives_saving_and_a_folder_may_carry_its_file(tmp_path: P
     assert result.path == str(tmp_path / "m" / FOLDER_FILE)
     assert fingerprint(again) == fingerprint(model) == result.fingerprint
     assert load_calibration(again) == result and load_calibration(model) is None
-    # A file that came from another model is not believed.
+    # A file that came from another model is not believed, and named.
     content = json.loads((tmp_path / "m" / FOLDER_FILE).read_text())
     (tmp_path / "m" / FOLDER_FILE).write_text(json.dumps({**content, "fingerprint": "0" * 32}))
-    assert load_calibration(again) is None
+    with pytest.warns(UserWarning, match=f"{FOLDER_FILE} is not used: it was measured on another"):
+        assert load_calibration(again) is None
+
+
+def _stored(model: Any, content: str | bytes) -> Path:
+    """A calibration file of the user's, with this in it."""
+    path = cache_folder() / "calibration" / f"{fingerprint(model)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"format": 99}', '{"format": 1, "odd": 2}', "\x00"]
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format": 99}',
+        '{"format": 1, "odd": 2}',
+        "\x00",
+        b"\xff\xfe",
+        "[" * 200_000,
+        '{"format": 1, "tau": ' + "9" * 5_000 + "}",
+    ],
+    ids=range(9),
 )
-def test_damaged_file_is_reported(content: str) -> None:
+def test_damaged_file_is_reported(content: str | bytes) -> None:
     model = _with_sink()
-    path = cache_folder() / "calibration" / f"{fingerprint(model)}.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(content)
+    _stored(model, content)
     with pytest.raises(BadInput, match="Delete it"):
+        load_calibration(model)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("fingerprint", 5),
+        ("model_type", None),
+        ("sink_channels", "abc"),
+        ("sink_channels", [1.5]),
+        ("sink_channels", [-1]),
+        ("sink_channels", {"a": 1}),
+        ("tau", "x"),
+        ("tau", -1),
+        ("tau", float("nan")),
+        ("layers", [True]),
+        ("magnitudes", [1]),
+        ("magnitudes", {"1": "a"}),
+        ("vision_heads", [1, 2]),
+        ("gift_saliency_layer", 1.5),
+        ("gift_layers", 5),
+        ("gift_changes", [None]),
+        ("hallucination_heads", [[0, 1, 2]]),
+        ("hallucination_heads", ["ab"]),
+        ("path", "/etc/passwd"),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_reported(field: str, value: Any) -> None:
+    model = _with_sink()
+    good = {"format": 1, "fingerprint": fingerprint(model), "model_type": "llava"}
+    _stored(model, json.dumps(good))
+    assert load_calibration(model) is not None
+    _stored(model, json.dumps({**good, field: value}))
+    with pytest.raises(BadInput, match=f"cannot be read .*{field}.*Delete it"):
         load_calibration(model)
 
 
@@ -261,3 +319,139 @@ def test_the_bundled_model_carries_its_calibration() -> None:
     assert torch.allclose(
         torch.tensor(found.vision_heads), torch.tensor(stored.vision_heads), rtol=1e-2, atol=1e-2
     )
+
+
+def test_the_fingerprint_does_not_depend_on_the_dtype() -> None:
+    model, _ = vlmfix.load("emoji")
+    before = fingerprint(model)
+    for dtype in (torch.bfloat16, torch.float16):
+        loaded, _ = vlmfix.load("emoji", dtype=dtype)
+        assert fingerprint(loaded) == before
+        stored = load_calibration(loaded)
+        assert stored is not None and stored.hallucination_heads
+    assert fingerprint(model.to(torch.bfloat16)) == before
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_offloaded_models_keep_their_calibration_and_answer(where: str, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    chat = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": "emoji:1"},
+                {"type": "text", "text": "Describe the image."},
+            ],
+        }
+    ]
+    greedy = {"max_new_tokens": 6, "do_sample": False}
+    model, processor = vlmfix.load("emoji")
+    before, known = fingerprint(model), load_calibration(model)
+    methods = ("gift", "ad_hh", "pai", "vhr", "vcd", "divprune")
+    said = {None: vlmfix.generate(model, processor, chat, **greedy)}
+    for method in methods:
+        torch.manual_seed(0)
+        with vlmfix.wrapped(model, method):
+            said[method] = vlmfix.generate(model, processor, chat, **greedy)
+    if where == "memory":
+        accelerate.cpu_offload(model, torch.device("cpu"))
+    else:
+        accelerate.disk_offload(model, tmp_path, torch.device("cpu"))
+    assert model.device.type == "meta"
+    assert fingerprint(model) == before and load_calibration(model) == known
+    assert vlmfix.generate(model, processor, chat, **greedy) == said[None]
+    for method in methods:
+        torch.manual_seed(0)
+        with vlmfix.wrapped(model, method):
+            assert vlmfix.generate(model, processor, chat, **greedy) == said[method], method
+    found = calibrate(model, processor, only=("sinks",), save=False, allow_none=True)
+    assert known is not None and found.largest == known.largest
+
+
+def test_a_quantised_model_shares_the_calibration_of_the_plain_one() -> None:
+    model, quantised = _with_sink(), _with_sink()
+    quantised.config.quantization_config = {"quant_method": "some", "bits": 8}
+    plain, packed = fingerprint(model), fingerprint(quantised)
+    assert packed.endswith("-quantised") and packed.split("-")[0] == plain.split("-")[0]
+    calibrate(model)
+    found = load_calibration(quantised)
+    assert found is not None and found.sink_channels
+    # What is measured on the quantised model is its own, and completes the plain one's.
+    store(quantised, sink_channels=(3,), hallucination_heads=((0, 1),))
+    again, back = load_calibration(quantised), load_calibration(model)
+    assert again is not None and again.sink_channels == (3,)
+    assert back is not None and back.sink_channels == found.sink_channels
+    assert back.hallucination_heads == ((0, 1),)
+    other = _with_sink()
+    with torch.no_grad():
+        other.get_input_embeddings().weight.neg_()
+    other.config.quantization_config = {"quant_method": "some"}
+    assert load_calibration(other) is None
+
+
+def test_parameters_in_a_quantisers_code_are_not_compared() -> None:
+    model = _with_sink()
+    layer = model.model.language_model.layers[0].mlp.up_proj
+    codes = torch.zeros(layer.weight.shape, dtype=torch.uint8)
+    layer.weight = torch.nn.Parameter(codes, requires_grad=False)
+    assert fingerprint(model).endswith("-quantised")
+
+
+def test_several_calibrations_that_fit_a_quantised_model_are_named() -> None:
+    model, tuned, quantised = _with_sink(), _with_sink(), _with_sink()
+    with torch.no_grad():
+        tuned.model.language_model.layers[1].mlp.up_proj.weight.neg_()
+    quantised.config.quantization_config = {"quant_method": "some"}
+    store(model, sink_channels=(1,))
+    store(tuned, sink_channels=(2,))
+    with pytest.warns(UserWarning, match=fingerprint(tuned)):
+        assert load_calibration(quantised) is None
+
+
+def test_a_model_without_weights_has_no_calibration() -> None:
+    model = build("llava").model.to("meta")
+    with pytest.raises(StateError, match="has no weights"):
+        fingerprint(model)
+    assert load_calibration(model) is None
+    assert examine(model)["supported"]
+    with pytest.raises(StateError, match="has no weights"):
+        chat_inputs(
+            model, tiny_folders.processor(), [[{"role": "user", "content": "is there a dog ?"}]]
+        )
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*arguments: Any) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("vlmfix.analysis.calibrate._sinks", measured)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VLMFIX_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(BadInput, match="cannot be written.*VLMFIX_CACHE"):
+        calibrate(_with_sink(), only=("sinks",))
+    _with_sink().save_pretrained(tmp_path / "m")
+    model = type(_with_sink()).from_pretrained(tmp_path / "m").eval()
+    (tmp_path / "m" / FOLDER_FILE).mkdir()
+    with pytest.raises(BadInput, match="cannot be written.*cache folder"):
+        calibrate(model, only=("sinks",), beside=True)
+
+
+def test_a_file_beside_the_weights_can_be_read_by_whoever_reads_them(tmp_path: Path) -> None:
+    _with_sink().save_pretrained(tmp_path)
+    model = type(_with_sink()).from_pretrained(tmp_path).eval()
+    (tmp_path / "new").write_text("")
+    store(model, beside=True, sink_channels=(1,))
+    file = tmp_path / FOLDER_FILE
+    assert file.stat().st_mode == (tmp_path / "new").stat().st_mode
+    file.chmod(0o640)
+    store(model, beside=True, sink_channels=(2,))
+    assert file.stat().st_mode & 0o777 == 0o640
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_file_of_the_bundled_model_belongs_to_the_package() -> None:
+    model, _ = vlmfix.load("emoji")
+    with pytest.raises(BadInput, match="belongs to the package"):
+        store(model, beside=True, gift_saliency_layer=1)

@@ -17,6 +17,7 @@ from vlmfix.engine.recorder import VisionRecorder
 from vlmfix.engine.state import Implementation, State
 from vlmfix.families import ModelInfo
 from vlmfix.families.inner import INNER, OuterGeneration, outer_forward
+from vlmfix.families.placement import computing_device
 from vlmfix.families.tower import EncodedImage, Tower
 
 __all__ = ["Hooks", "Host"]
@@ -124,7 +125,7 @@ class Host:
 
     def device(self, layer: int) -> torch.device:
         """Where a decoder layer computes."""
-        return next(self.info.layers[layer].parameters()).device
+        return computing_device(self.info.layers[layer])
 
     # -- what stages ask for ------------------------------------------------------------------
 
