@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
+import os
 import shutil
 import warnings
 from io import BytesIO
@@ -18,6 +19,7 @@ import transformers
 from PIL import Image
 
 from vlmfix.errors import BadInput, MissingDependency, UnsupportedModel
+from vlmfix.images import formats
 from vlmfix.loading import load, load_image, load_model
 
 
@@ -196,6 +198,9 @@ def test_images_that_cannot_be_used(tmp_path: Path) -> None:
         (encoded(noise)[:600], "damaged"),
         (encoded(noise, "JPEG")[:600], "damaged"),
         (encoded(noise.convert("I;16")), "8 bits"),
+        (Image.new("RGB", (0, 5)), "no pixels .0 x 5."),
+        (encoded(noise, "ICO"), "Pillow can read as .*JPEG.*PNG.*convert it"),
+        (encoded(noise.convert("RGB"), "PCX"), "Pillow can read as"),
         ("https://example.com/a.png", "download"),
         ("data:image/png;base64,@@@", "base64"),
         ("data:nothing", "no comma"),
@@ -203,6 +208,27 @@ def test_images_that_cannot_be_used(tmp_path: Path) -> None:
     ]:
         with pytest.raises(BadInput, match=hint):
             load_image(source)
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF"])
+def test_formats_that_are_read(kind: str) -> None:
+    if kind not in formats():
+        pytest.skip(f"this Pillow has no {kind}")
+    assert load_image(encoded(Image.new("RGB", (16, 8)), kind)).size == (16, 8)
+
+
+def test_no_image_starts_another_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import EpsImagePlugin
+
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    with pytest.raises(BadInput, match="Pillow can read as"):
+        load_image(eps)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("limit", [150, 99])

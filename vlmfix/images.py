@@ -17,7 +17,19 @@ from vlmfix.errors import BadInput
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["load_image", "one_line"]
+__all__ = ["formats", "load_image", "one_line"]
+
+#: What is read, by Pillow's names. Left out is what runs another program (EPS), what may hold a
+#: picture larger than its header says (ICO, ICNS), and what no camera, scanner or data set writes.
+_FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+
+def formats() -> tuple[str, ...]:
+    """The formats that vlmfix reads and this Pillow knows: the argument of `PIL.Image.open`."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def load_image(source: str | bytes | os.PathLike[str] | Image) -> Image:
@@ -31,7 +43,8 @@ def load_image(source: str | bytes | os.PathLike[str] | Image) -> Image:
         A PIL image of mode RGB, rotated by its EXIF orientation; the first frame of several.
 
     Raises:
-        BadInput: a missing file, a file that is no image, a damaged image, too many pixels or none.
+        BadInput: a missing file, a file that is no image or in none of the `formats`, a damaged
+            image, no pixels or too many.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -39,7 +52,7 @@ def load_image(source: str | bytes | os.PathLike[str] | Image) -> Image:
     try:
         if isinstance(opened, Image.Image):
             return _upright(label, opened)
-        with Image.open(opened) as image:  # a damaged file, too, is closed
+        with Image.open(opened, formats=formats()) as image:  # a damaged file, too, is closed
             return _upright(label, image)
     except BadInput:
         raise
@@ -48,7 +61,10 @@ def load_image(source: str | bytes | os.PathLike[str] | Image) -> Image:
             f"{label} is too large ({error}); scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS"
         ) from error
     except UnidentifiedImageError as error:
-        raise BadInput(f"{label} is not an image that Pillow can read") from error
+        raise BadInput(
+            f"{label} is not an image that Pillow can read as {', '.join(formats())}: convert it "
+            "to one of them"
+        ) from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise BadInput(f"{label} is damaged: {one_line(error)}; fetch it again") from error
 
@@ -58,7 +74,7 @@ def _upright(label: str, image: Image) -> Image:
     from PIL import Image, ImageOps
 
     if not (image.width and image.height):
-        raise BadInput(f"{label} has {image.width} x {image.height} pixels, so nothing can be seen")
+        raise BadInput(f"{label} has no pixels ({image.width} x {image.height})")
     limit = Image.MAX_IMAGE_PIXELS
     # The header alone is read so far: a bomb is refused before it goes off.
     if limit is not None and image.width * image.height > limit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import struct
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -233,6 +234,14 @@ def test_the_size_of_a_picture_is_read_before_its_pixels(monkeypatch: pytest.Mon
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("pixels were read"))
     with pytest.raises(BadInput, match="megapixels"):
         read_picture(large)
+
+
+def test_a_picture_cannot_be_larger_than_its_file_says() -> None:
+    inner = png(Image.new("1", (MAX_PIXELS // 1000 + 1, 1000)))
+    place = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 1, len(inner), 22)
+    icon = struct.pack("<HHH", 0, 1, 1) + place + inner
+    with pytest.raises(BadInput, match="Pillow can read as"):
+        read_picture(icon)
 
 
 def test_pictures_of_odd_shapes_are_answered(engine: Engine) -> None:

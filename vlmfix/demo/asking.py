@@ -11,6 +11,7 @@ from PIL import Image
 
 import vlmfix
 from vlmfix.errors import BadInput, VlmfixError
+from vlmfix.images import formats
 
 if TYPE_CHECKING:
     from vlmfix.base.method import Method
@@ -98,7 +99,7 @@ def read_picture(source: str | bytes) -> Image.Image:
         with open(source, "rb") as file:  # a message must not show the server's paths
             source = file.read()
     try:
-        with Image.open(io.BytesIO(source)) as header:
+        with Image.open(io.BytesIO(source), formats=formats()) as header:
             width, height = header.size
     except Exception:
         width = height = 0  # load_image says what is wrong
