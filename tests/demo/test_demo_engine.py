@@ -31,7 +31,7 @@ from vlmfix.demo.measuring import measure
 from vlmfix.emoji import example_images
 from vlmfix.errors import BadInput, StateError
 from vlmfix.evals.running.models import PassCounter
-from vlmfix.images import load_image
+from vlmfix.images import formats, load_image
 
 PROMPT = "Please describe this image in detail."
 
@@ -231,6 +231,7 @@ def test_bad_input_is_refused_with_the_way_out(engine: Engine) -> None:
 
 def test_the_size_of_a_picture_is_read_before_its_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     large = png(Image.new("1", (MAX_PIXELS // 1000 + 1, 1000)))
+    formats()  # Pillow draws a palette of its own when it loads its plugins
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("pixels were read"))
     with pytest.raises(BadInput, match="megapixels"):
         read_picture(large)
