@@ -122,7 +122,7 @@ def test_eval_reads_a_picture_as_generate_does(
 
 
 def test_a_picture_without_pixels_is_refused() -> None:
-    with pytest.raises(BadInput, match="0 x 5 pixels, so nothing can be seen"):
+    with pytest.raises(BadInput, match="0 x 5"):
         load_image(Image.new("RGB", (0, 5)))
 
 
