@@ -24,7 +24,7 @@ from vlmfix.analysis.stored import (
     store,
     write,
 )
-from vlmfix.errors import BadInput, CalibrationNeeded, StateError
+from vlmfix.errors import BadInput, CalibrationNeeded, StateError, UnsupportedModel
 from vlmfix.families import ModelInfo, describe_model
 from vlmfix.families.placement import computing_device
 
@@ -88,7 +88,8 @@ def calibrate(
             cannot be read, or a folder that cannot be written to.
         CalibrationNeeded: no channel passes; methods that need sinks do not fit this model.
         StateError: the model is wrapped, or in training mode.
-        UnsupportedModel: GIFT's layers cannot be measured on this model, see gaze.py.
+        UnsupportedModel: sinks of a model with several residual streams; GIFT's layers cannot be
+            measured on this model, see gaze.py.
     """
     if "_vlmfix_session" in model.__dict__:
         raise StateError("calibrate needs the plain model; call vlmfix.unwrap(model) first.")
@@ -125,6 +126,12 @@ def _parts(only: Sequence[str] | None, processor: Any) -> tuple[str, ...]:
 
 
 def _sinks(model: Any, info: ModelInfo, processor: Any, allow_none: bool) -> dict[str, Any]:
+    if info.streams > 1:
+        raise UnsupportedModel(
+            f"sinks are looked for in the residual stream, and the layers of this "
+            f"{info.model_type} model hand on {info.streams} streams. Methods that work on sinks "
+            "(var) do not fit it; only=('heads', 'gift') (--only heads,gift) measures the rest."
+        )
     tau = DEFAULT_FRACTION * math.sqrt(info.hidden_size)
     ids = _text_ids(model, info, processor)
     inputs = layer_inputs(model, info, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})

@@ -109,7 +109,8 @@ def measure_divergence(
 
     Returns:
         (L, B, H) float32, on the device of `input_ids`. 0 in layers without softmax attention
-        (hybrid models) and for samples without an image.
+        (hybrid models), behind the last head of a layer with fewer than H, and for samples without
+        an image.
 
     Raises:
         BadInput: padding on the right, or inputs that `prompt_without_images` cannot cut.
@@ -131,7 +132,7 @@ def measure_divergence(
         if prune:
             values = prune_outliers(values, without_image[layer])
         # Without an image both prompts are the same, up to the rounding of another padding.
-        result[layer] = values.to(ids.device) * visual[:, None]
+        result[layer, :, : values.shape[1]] = values.to(ids.device) * visual[:, None]
     return result
 
 

@@ -127,7 +127,7 @@ def attention_map(
     with session_of(model) as session:
         info = session.host.info
         chosen_layers = _layers(info, layers)
-        chosen_heads = _heads(info, heads)
+        chosen_heads = _heads(info, chosen_layers, heads)
         ledger = _ledger(info, inputs, ids)
         question = None
         if processor is not None:
@@ -218,15 +218,19 @@ def _layers(info: ModelInfo, layers: Sequence[int] | None) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def _heads(info: ModelInfo, heads: Literal["mean", "all"] | int) -> tuple[int, ...] | None:
+def _heads(
+    info: ModelInfo, layers: Sequence[int], heads: Literal["mean", "all"] | int
+) -> tuple[int, ...] | None:
     if heads == "mean":
         return None
-    if heads == "all":
-        return tuple(range(info.num_heads))
-    if isinstance(heads, str) or not 0 <= heads < info.num_heads:
+    counts = {info.layer_heads[layer] for layer in layers}
+    if heads == "all" and len(counts) == 1:
+        return tuple(range(*counts))
+    if isinstance(heads, str) or not 0 <= heads < min(counts):
+        differ = f" ('all': of layers alike; these have {sorted(counts)} heads)"
         raise BadInput(
             f"heads={heads!r}: give 'mean', 'all' or the index of one, from 0 to "
-            f"{info.num_heads - 1}."
+            f"{min(counts) - 1}{differ if len(counts) > 1 else ''}."
         )
     return (heads,)
 

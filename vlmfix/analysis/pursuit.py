@@ -153,7 +153,8 @@ def head_contributions(
             handle.remove()
     with torch.no_grad():
         return {
-            layer: _alone(projections[layer], mean, info.num_heads) for layer, mean in means.items()
+            layer: _alone(projections[layer], mean, info.layer_heads[layer])
+            for layer, mean in means.items()
         }
 
 

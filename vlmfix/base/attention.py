@@ -105,6 +105,8 @@ class AttentionMethod(Method):
 
     #: Whether the plans read Keys.question or Keys.content.
     reads_question: ClassVar[bool] = False
+    #: Whether the plans carry factors on head outputs (Plan.heads).
+    head_factors: ClassVar[bool] = False
     #: Whether the plans carry the same row edit for the fused kernel (Plan.fused).
     has_fused_form: ClassVar[bool] = False
 
@@ -172,6 +174,10 @@ class AttentionMethod(Method):
     def edits_rows(self) -> bool:
         """Whether this method changes attention rows (and not only scales heads or looks)."""
         return any(map(self.overrides, ("edit_scores", "edit_weights", "score_scale")))
+
+    def scales_heads(self) -> bool:
+        """Whether this method multiplies head outputs by factors."""
+        return any(map(self.overrides, ("head_scale", "score_scale"))) or self.head_factors
 
     def overrides(self, function: str) -> bool:
         """Whether this method has a function of its own of that name."""

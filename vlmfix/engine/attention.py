@@ -36,7 +36,7 @@ from vlmfix.engine.edits import (
 from vlmfix.engine.frame import Frame, Window
 from vlmfix.engine.plans import Plans
 from vlmfix.engine.state import Implementation, State
-from vlmfix.errors import CompositionError, UnsupportedModel
+from vlmfix.errors import CompositionError
 from vlmfix.kernels import ops, reference
 
 __all__ = ["NAME", "SLOT", "Slot", "attention_forward"]
@@ -108,15 +108,10 @@ def _hooked_attention(slot: Slot, inputs: Inputs) -> AttentionOutput:
     planned = () if plans is None else plans.edits(slot.layer, inputs.query.device)
     edits = tuple(edit for edit in planned if edit.live)
     observers = frame.observers_of(slot.layer)
-    if not edits and not observers and branches is None:
+    if not edits and not observers and (branches is None or inputs.unread):
         return slot.run(inputs)
-    if (edits or observers) and inputs.kwargs.get("s_aux") is not None:
-        raise UnsupportedModel(
-            f"layer {slot.layer} of {type(inputs.module).__name__} uses learned attention sinks, "
-            "which the row path does not model. No method that edits attention can run on this "
-            "model."
-        )
-
+    if edits or observers:
+        inputs.check(slot.layer, (frame.queries, frame.needed))
     if branches is None:
         return _edited(slot, frame, edits, observers, inputs)
     # Edits see the base rows alone; behind them come the rows of branches.
@@ -164,7 +159,7 @@ def _unedited(slot: Slot, frame: Frame, inputs: Inputs) -> AttentionOutput:
     16 heads and 608 keys (torch 2.13, one thread).
     """
     slow = slot.base is sdpa_attention_forward and inputs.query.device.type == "cpu"
-    if not (slow and frame.decoding) or inputs.kwargs.get("s_aux") is not None:
+    if not (slow and frame.decoding) or inputs.unread:
         return slot.run(inputs)
     visible = inputs.visible(0, inputs.query.shape[2])
     return edited_rows(slot.layer, None, (), inputs, inputs.query, visible), None
@@ -220,7 +215,7 @@ def _prefill(slot: Slot, frame: Frame, edits: tuple[Edit, ...], inputs: Inputs) 
     query = inputs.query
     queries = query.shape[2]
     result, base_weights = slot.run(inputs)
-    on_rows = _windows(frame, edits)
+    on_rows = _windows(frame, edits, queries)
     if on_rows:
         start = min(window.start for _, window in on_rows)
         step = _chunk(inputs)
@@ -239,9 +234,9 @@ def _prefill(slot: Slot, frame: Frame, edits: tuple[Edit, ...], inputs: Inputs) 
     return result, base_weights
 
 
-def _windows(frame: Frame, edits: tuple[Edit, ...]) -> list[tuple[Edit, Window]]:
-    """The edits that change rows of this forward, with the rows that each changes."""
-    pairs = [(edit, frame.window(edit.method.rows)) for edit in edits if edit.edits_rows]
+def _windows(frame: Frame, edits: tuple[Edit, ...], rows: int) -> list[tuple[Edit, Window]]:
+    """The edits that change some of these rows, with the rows that each changes."""
+    pairs = [(edit, frame.window(edit.method.rows, rows)) for edit in edits if edit.edits_rows]
     return [(edit, window) for edit, window in pairs if window is not None]
 
 
@@ -290,10 +285,11 @@ def _show_weights(
     """Show the rows of every observer's rule, each with the row before it, as they are used."""
     queries = inputs.query.shape[2]
     for observer in observers:
-        window = frame.window(observer.rows) if observer.overrides("see_weights") else None
+        looks = observer.overrides("see_weights")
+        window = frame.window(observer.rows, queries) if looks else None
         if window is None:
             continue
-        on_rows, device = _windows(frame, edits), inputs.query.device
+        on_rows, device = _windows(frame, edits, queries), inputs.query.device
         visual = frame.visual(slot.layer, inputs.keys, device)
         question, content = frame.ledger.question.to(device), frame.ledger.content.to(device)
         step = max(2, _chunk(inputs))
@@ -315,7 +311,7 @@ def _show_heads(
     slot: Slot, frame: Frame, observers: Sequence[Observer], result: torch.Tensor
 ) -> None:
     """Show the head outputs (B, Q, H, D) of the rows that predict."""
-    window = frame.window("predicting")
+    window = frame.window("predicting", result.shape[1])
     for observer in observers:
         if window is not None and observer.overrides("see_heads"):
             observer.see_heads(slot.layer, result[:, window.start :].transpose(1, 2))
@@ -329,7 +325,7 @@ def _heads(
 ) -> torch.Tensor:
     """Head scale on a prefill's result (B, Q, H, D), before o_proj."""
     method = edit.method
-    window = frame.window("predicting")
+    window = frame.window("predicting", result.shape[1])
     if edit.plan.heads is None and method.head_scale_from == "step":
         if window is None:
             return result
@@ -359,7 +355,7 @@ def _decide_heads(
 ) -> torch.Tensor:
     """(B, H) factors that a method decides on at the last prompt row, for all rows to come."""
     method = edit.method
-    row = frame.last_prompt_row()
+    row = frame.last_prompt_row(result.shape[1])
     if row is None:
         raise CompositionError(
             f"{method.name} chooses heads at the last prompt token, but this forward ends before "

@@ -11,15 +11,18 @@ import torch
 from vlmfix.base.attention import AttentionMethod
 from vlmfix.base.method import Method
 from vlmfix.engine.counters import lend
+from vlmfix.engine.edits import READ_ARGUMENTS, unread_arguments
 from vlmfix.engine.frame import Frame
 from vlmfix.engine.hooks import Host
 from vlmfix.engine.plans import AttentionNotes, LayerMethods, Plans
 from vlmfix.engine.probe import Rerun, probe, run_last_token
 from vlmfix.engine.stage import DecodeStep, Forward, Stage
 from vlmfix.engine.state import Implementation
-from vlmfix.errors import CompositionError
+from vlmfix.errors import CompositionError, UnsupportedModel
 from vlmfix.families import ModelInfo
 from vlmfix.families.kinds import IMAGE, VIDEO
+from vlmfix.families.prompt import every_row
+from vlmfix.families.source import arguments_of_attention, norms_of_heads
 from vlmfix.families.tower import describe_tower
 
 __all__ = ["AttentionStage"]
@@ -65,6 +68,8 @@ class AttentionStage(Stage):
         return any(method.reads_question for method in self.methods)
 
     def examine(self, model: torch.nn.Module, info: ModelInfo) -> None:
+        for layer, methods in self.by_layer.items():
+            _examine_layer(info, layer, methods)
         if self._readers:
             describe_tower(model, info)
 
@@ -93,6 +98,8 @@ class AttentionStage(Stage):
             if bool(((kinds == IMAGE) | (kinds == VIDEO)).any()):
                 ledger.of(AttentionNotes).image_values.clear()  # a later turn brought images
         frame.expected.update(self.by_layer)
+        if frame.needed < frame.queries and any(_reads_prompt(x, frame) for x in self.methods):
+            forward.kwargs = every_row(forward.host.info, forward.kwargs)
         if self.probes and not frame.past:
             probe(forward, self.probes, self.alone)
         if frame.get(Rerun) is None:
@@ -127,6 +134,35 @@ class AttentionStage(Stage):
                 replace(prepared, counter=counter)
                 for prepared in plans.steps(layer, edits, length, host.model.dtype)
             )
+
+
+def _reads_prompt(method: AttentionMethod, frame: Frame) -> bool:
+    """Whether a method reads rows of the prompt that need no logits."""
+    at_prompt = method.overrides("head_scale") and method.head_scale_from == "prompt"
+    before = at_prompt and not frame.decoding and frame.last_prompt_row(frame.needed) is None
+    return before or method.overrides("flag_tokens")
+
+
+def _examine_layer(info: ModelInfo, layer: int, methods: Sequence[AttentionMethod]) -> None:
+    """Refuse a layer whose attention is not what the row path computes, or that undoes edits."""
+    module = info.attention[layer]
+    name = type(module).__name__
+    if unread := arguments_of_attention(module) - READ_ARGUMENTS:
+        raise UnsupportedModel(unread_arguments(layer, name, sorted(unread)))
+    flagging = [method.name for method in methods if method.overrides("flag_tokens")]
+    if flagging and info.streams > 1:
+        raise UnsupportedModel(
+            f"{flagging[0]} reads the residual stream that enters a layer, and the layers of this "
+            f"{info.model_type} model hand on {info.streams} streams, for which no paper defines "
+            "what it looks for. Use a method that reads attention alone."
+        )
+    scaling = [method.name for method in methods if method.scales_heads()]
+    if scaling and (norms := norms_of_heads(module)):
+        raise UnsupportedModel(
+            f"{scaling[0]} scales the outputs of heads, and layer {layer} ({name}) normalises each "
+            f"head behind attention ({norms[0]}), which undoes any factor. Use a method that edits "
+            "attention itself."
+        )
 
 
 def _check_fused(layer: int, methods: Sequence[AttentionMethod]) -> None:

@@ -15,9 +15,11 @@ import torch
 
 from vlmfix.base.attention import AttentionMethod, FusedEdit, Plan
 from vlmfix.engine.call import Call
+from vlmfix.errors import UnsupportedModel
 from vlmfix.kernels import reference
 
 __all__ = [
+    "READ_ARGUMENTS",
     "Chosen",
     "Edit",
     "HeadFactors",
@@ -28,7 +30,19 @@ __all__ = [
     "edited_rows",
     "edited_weights",
     "row_count",
+    "unread_arguments",
 ]
+
+
+#: What modules name in a call of their attention function, and what is either read here or has no
+#: part in the softmax of sdpa and eager attention.
+READ_ARGUMENTS = frozenset(
+    {
+        "query", "key", "value", "attention_mask", "scaling", "softcap", "is_causal", "dropout",
+        "sliding_window", "position_ids", "output_attentions", "indices", "block_indices",
+        "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+    }
+)  # fmt: skip
 
 
 class Inputs(NamedTuple):
@@ -53,6 +67,40 @@ class Inputs(NamedTuple):
     def scaling(self) -> float:
         scaling: float | None = self.kwargs.get("scaling")
         return self.query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    @property
+    def unread(self) -> list[str]:
+        """Arguments that may change the softmax, and that the row path does not read.
+
+        Tensors of whole numbers are positions, lengths of packed sequences, and the keys that
+        sparse attention has chosen, which the mask hides as well.
+        """
+        return sorted(
+            name
+            for name, value in self.kwargs.items()
+            if isinstance(value, torch.Tensor)
+            and (value.is_floating_point() or value.dtype == torch.bool)
+        )
+
+    def check(self, layer: int, rows: Sequence[int]) -> None:
+        """Refuse attention whose rows cannot be told, or that the row path does not model.
+
+        Args:
+            layer: index of the decoder layer.
+            rows: queries of the forward, and how many of them, the last ones, need logits.
+
+        Raises:
+            UnsupportedModel: another number of queries, or arguments that are `unread`.
+        """
+        name = type(self.module).__name__
+        if self.query.shape[2] not in rows:
+            raise UnsupportedModel(
+                f"layer {layer} ({name}) attends with {self.query.shape[2]} rows in a forward of "
+                f"{rows[0]} tokens, so vlmfix cannot tell which row is which token. No method that "
+                "reads or edits attention can run on this model."
+            )
+        if self.unread:
+            raise UnsupportedModel(unread_arguments(layer, name, self.unread))
 
     def samples(self, start: int, stop: int) -> Inputs:
         """The same for some of the B rows of the batch."""
@@ -159,6 +207,15 @@ class Step:
     fused: FusedEdit | None
     factors: HeadFactors | None
     counter: torch.Tensor | None
+
+
+def unread_arguments(layer: int, module: str, names: Sequence[str]) -> str:
+    """Why attention that gets such arguments is neither read nor edited."""
+    return (
+        f"layer {layer} ({module}) hands {', '.join(names)} to its attention function (learned "
+        "sinks, position biases, ...), which vlmfix does not model. No method that reads or edits "
+        "attention can run on this model."
+    )
 
 
 def count(layer: int, call: Call | None, step: Step | None, rows: torch.Tensor | int) -> None:

@@ -6,7 +6,7 @@ the ledger of the KV cache. What a stage needs during a forward it keeps with th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,14 @@ class Window:
         missing = last - first - chosen.shape[1]
         return torch.nn.functional.pad(chosen, (missing, 0)).to(device)
 
+    def last(self, skipped: int) -> Window | None:
+        """The same window seen from row `skipped` on; None if it ends before."""
+        start = max(0, self.start - skipped)
+        if self.chosen is None:
+            return Window(start, None)
+        chosen = self.chosen[:, max(0, skipped - self.start) :]
+        return Window(start, chosen) if bool(chosen.any()) else None
+
 
 class Frame(Lifetime):
     """What one forward pass knows: its call, its ledger, and where its queries stand.
@@ -45,6 +53,8 @@ class Frame(Lifetime):
         ledger: of its KV cache, or of its own without a cache.
         past: positions before its queries.
         queries: their number, Q.
+        needed: how many of them, the last ones, need logits. Layers that read the keys of earlier
+            ones may compute these rows alone.
         offsets: {layer: position of its first key}, for sliding layers.
         decoding: whether every row belongs to a generated token, so that every row is edited.
         observers: what looks at this forward.
@@ -53,9 +63,16 @@ class Frame(Lifetime):
     """
 
     def __init__(
-        self, call: Call, ledger: Ledger, past: int, queries: int, offsets: dict[int, int]
+        self,
+        call: Call,
+        ledger: Ledger,
+        past: int,
+        queries: int,
+        offsets: dict[int, int],
+        needed: int | None = None,
     ) -> None:
         super().__init__()
+        self.needed = needed or queries
         self.call, self.ledger = call, ledger
         self.past, self.queries, self.offsets = past, queries, offsets
         self.decoding = past >= ledger.prompt_length
@@ -82,11 +99,17 @@ class Frame(Lifetime):
         offset = self.offset(layer)
         return self.ledger.visual()[:, offset : offset + keys].to(device)
 
-    def window(self, rule: Rows) -> Window | None:
-        """The rows that a rule of `observer.Rows` chooses in this forward; None if none."""
+    def window(self, rule: Rows, rows: int) -> Window | None:
+        """The rows that a rule of `observer.Rows` chooses in this forward; None if none.
+
+        Args:
+            rule: the rule.
+            rows: how many of the queries, the last ones, are there to choose from.
+        """
         if rule not in self._windows:
             self._windows[rule] = self._window(rule)
-        return self._windows[rule]
+        window = self._windows[rule]
+        return window if window is None else window.last(self.queries - rows)
 
     def _window(self, rule: Rows) -> Window | None:
         ledger = self.ledger
@@ -110,10 +133,10 @@ class Frame(Lifetime):
         # Even a window of all rows keeps its mask here: `None` would promise start == 0.
         return Window(start, chosen)
 
-    def last_prompt_row(self) -> torch.Tensor | None:
-        """(B,) index of the last prompt row within this forward; None if it is not here."""
-        row = self.ledger.last_prompt - self.past
-        if bool(((row < 0) | (row >= self.queries)).any()):
+    def last_prompt_row(self, rows: int) -> torch.Tensor | None:
+        """(B,) index of the last prompt row among the last `rows` queries; None: not there."""
+        row = self.ledger.last_prompt - self.past - (self.queries - rows)
+        if bool(((row < 0) | (row >= rows)).any()):
             return None
         return row
 
@@ -125,12 +148,21 @@ def key_capacity(cache: Cache | None) -> int:
     return int(cache.get_max_length())
 
 
-def sliding_offsets(cache: Cache | None, queries: int) -> dict[int, int]:
-    """{layer: position of its first key} of the sliding layers, before the cache is updated."""
+def sliding_offsets(
+    cache: Cache | None, queries: int, shared_keys: Mapping[int, int]
+) -> dict[int, int]:
+    """{layer: position of its first key} of the sliding layers, before the cache is updated.
+
+    A layer of `shared_keys` has no place in the cache; its keys begin where those of its source do.
+    """
     if cache is None:
         return {}
-    return {
+    offsets = {
         index: int(layer.get_mask_sizes(queries)[1])
         for index, layer in enumerate(cache.layers)
-        if getattr(layer, "is_sliding", False)
+        if getattr(layer, "is_sliding", False) and index not in shared_keys
     }
+    borrowed = {
+        layer: offsets[source] for layer, source in shared_keys.items() if source in offsets
+    }
+    return {**offsets, **borrowed}

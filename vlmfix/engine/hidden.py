@@ -83,7 +83,13 @@ class HiddenStage(Stage):
         return cls(by_place) if by_place else None
 
     def examine(self, model: torch.nn.Module, info: ModelInfo) -> None:
-        for place in self.by_place:
+        for place, methods in self.by_place.items():
+            if place[1] == "layer" and info.streams > 1:
+                raise UnsupportedModel(
+                    f"{methods[0].name} edits the residual stream behind a layer, and the layers "
+                    f"of this {info.model_type} model hand on {info.streams} streams. Edit "
+                    "site=mlp instead."
+                )
             _module(info, place)
 
     def reach(self, host: Host) -> None:
@@ -170,7 +176,7 @@ def _hook(state: State, place: _Place) -> Callable[..., Any]:
         hidden = _hidden(output)
         planned = edits.stage.planned(frame, place, hidden.device)
         for one in planned:
-            window = frame.window(one.method.edited_rows())
+            window = frame.window(one.method.edited_rows(), hidden.shape[1])
             if window is not None:
                 hidden, rows = _edit_rows(hidden, one, window)
                 frame.call.count(place[0], rows)

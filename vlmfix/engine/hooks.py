@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from vlmfix.engine.attention import NAME, SLOT, Slot
-from vlmfix.engine.dispatch import base_attention
+from vlmfix.engine.dispatch import base_attention, own_name
 from vlmfix.engine.recorder import VisionRecorder
 from vlmfix.engine.state import Implementation, State
 from vlmfix.families import ModelInfo
@@ -34,6 +34,9 @@ class Hooks(Protocol):
 
     def end(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         """A forward hook of the model that runs after an exception, too."""
+
+    def enter_decoder(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        """A forward pre-hook of the decoder."""
 
     def enter_layer(self, layer: int, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
         """A forward pre-hook of a decoder layer."""
@@ -81,6 +84,9 @@ class Host:
             self.model.register_forward_pre_hook(hooks.before, with_kwargs=True),
             self.model.register_forward_hook(hooks.after, with_kwargs=True),
             self.model.register_forward_hook(hooks.end, always_call=True),
+            self.model.get_decoder().register_forward_pre_hook(
+                hooks.enter_decoder, with_kwargs=True
+            ),
         ]
         if self.info.model_type in INNER:
             shadows = {**shadows, "forward": outer_forward(self.model)}
@@ -139,7 +145,7 @@ class Host:
             module.__dict__[SLOT] = Slot(self.state, layer, base_attention(module), self.impl)
             # The model object keeps its own configuration, so it goes on making its native masks.
             override = copy.copy(module.config)
-            override._attn_implementation_internal = NAME
+            override._attn_implementation_internal = own_name(NAME, module)
             module.config = override
 
     def reach_inputs(self, layers: Iterable[int]) -> None:

@@ -119,7 +119,7 @@ class Plans:
         seen = self.notes.seen.get(method, {})
         return Keys(
             layer=layer,
-            num_heads=self.info.num_heads,
+            num_heads=self.info.layer_heads[layer],
             kinds=ledger.kinds.to(device),
             flags=None if flags is None else flags.to(device),
             question=ledger.question.to(device),
@@ -180,7 +180,7 @@ class Plans:
                 fused = replace(fused, groups=fused.groups[:, offset:])
             factors = self.factors(layer, edit, dtype)
             if factors is None and edit.heads and edit.method.head_scale_from == "prompt":
-                factors = self._no_factors(edit, dtype)
+                factors = self._no_factors(edit, layer, dtype)
             steps.append(Step(edit, edit.tensors(offset, keys), fused, factors, None))
         return tuple(steps)
 
@@ -192,7 +192,7 @@ class Plans:
             self.notes.factors[edit.method, layer] = known
         return known
 
-    def _no_factors(self, edit: Edit, dtype: torch.dtype) -> HeadFactors:
+    def _no_factors(self, edit: Edit, layer: int, dtype: torch.dtype) -> HeadFactors:
         """Ones, where an edit that decides at the prompt had nothing to decide."""
         if edit.live:
             raise StateError(
@@ -200,5 +200,5 @@ class Plans:
                 "chose are missing. Start from the prompt, without this cache."
             )
         kinds = self.frame.ledger.kinds
-        ones = torch.ones(len(kinds), self.info.num_heads, device=kinds.device)
+        ones = torch.ones(len(kinds), self.info.layer_heads[layer], device=kinds.device)
         return HeadFactors.of(ones, dtype)

@@ -27,7 +27,7 @@ from vlmfix.engine.stage import DecodeStep, Forward, Generation
 from vlmfix.engine.state import Implementation
 from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
 from vlmfix.families import ModelInfo
-from vlmfix.families.prompt import prompt_kinds, require_image
+from vlmfix.families.prompt import every_row, prompt_kinds, require_image
 from vlmfix.families.question import find_question
 
 __all__ = ["SESSION", "Session"]
@@ -215,7 +215,13 @@ class Session:
         call.passes += 1
         # The number of past positions lives on the device; all that counts here is that the
         # prompt is behind us.
-        return Frame(call, ledger, ledger.prompt_length, 1, sliding_offsets(cache, 1))
+        return Frame(
+            call,
+            ledger,
+            ledger.prompt_length,
+            1,
+            sliding_offsets(cache, 1, self.host.info.shared_keys),
+        )
 
     # -- forward ------------------------------------------------------------------------------
 
@@ -252,6 +258,8 @@ class Session:
         for stage in stack.stages:
             stage.before_forward(forward)
         forward.frame.observe(observers.all)
+        if forward.frame.observers:
+            forward.kwargs = every_row(self.host.info, forward.kwargs)
         state.frame = forward.frame
         state.thread.keep(forward)
         return args, forward.kwargs
@@ -289,7 +297,10 @@ class Session:
         names = self.stack.names
         for memory in ledger.memories():
             memory.require(names)
-        return Frame(call, ledger, past, queries, sliding_offsets(cache, queries))
+        offsets = sliding_offsets(cache, queries, info.shared_keys)
+        needed = kwargs.get("logits_to_keep")
+        needed = needed if isinstance(needed, int) else None
+        return Frame(call, ledger, past, queries, offsets, needed)
 
     def _bare_call(self, forward: Forward, ledger: Ledger, past: int) -> Call:
         """The call of a bare forward: what it gets is prompt, unless the caller said otherwise."""
@@ -301,6 +312,24 @@ class Session:
         queries = forward.kwargs["input_ids"].shape[1]
         call.prompt_length = forward.prompt_length or ledger.prompt_length or queries
         return call
+
+    def enter_decoder(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        if self._state.prepared is None:
+            self._check_rows(args, kwargs)
+
+    @in_python
+    def _check_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse a model whose decoder gets other positions than its input ids show."""
+        frame = self._state.frame
+        given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args[:1])
+        rows = next((x.shape[1] for x in given if x is not None), None)
+        if frame is not None and rows not in (None, frame.queries):
+            raise UnsupportedModel(
+                f"the decoder of {type(self.host.model).__name__} gets {rows} positions in a "
+                f"forward of {frame.queries} tokens: the model puts an image in the place of fewer "
+                "placeholders, so vlmfix cannot see which position is which. Run the plain model "
+                "with vlmfix.unwrap(model)."
+            )
 
     def enter_layer(self, layer: int, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
         return None if self._state.prepared is not None else self._enter(layer, args, kwargs)

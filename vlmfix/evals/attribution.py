@@ -196,7 +196,7 @@ def attribute(
     usable_seed(seed)
     info = describe_model(model)
     layers = sorted(info.attention)
-    pairs = [(layer, head) for layer in layers for head in range(info.num_heads)]
+    pairs = [(layer, head) for layer in layers for head in range(info.layer_heads[layer])]
     wanted = _how_many(top, len(pairs))
     if save or beside:  # what could fail at the end fails now
         calibration_path(model, beside=beside)
@@ -285,7 +285,7 @@ def _measure(
     truth = ground_truth(data)
     data.require_images([data.files[image] for batch in batches for image in batch])
     tokenizer = getattr(processor, "tokenizer", processor)
-    num_heads = describe_model(model).num_heads
+    heads = describe_model(model).layer_heads
     found: list[Mention] = []
     images: list[int] = []
     plain: list[Floats] = []
@@ -304,7 +304,7 @@ def _measure(
             advance(1, "describing")
             columns = []
             for layer, head in pairs:
-                with using(model, ZeroHead(layer, head, num_heads)):
+                with using(model, ZeroHead(layer, head, heads[layer])):
                     columns.append(plain[-1] - _words(forced.read(model), named))
                 advance(1, "switching heads off")
             lost.append(np.stack(columns, axis=1))

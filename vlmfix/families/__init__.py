@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from vlmfix.errors import UnsupportedModel
+from vlmfix.families.source import uses_interface
 
 __all__ = [
     "REFUSED",
@@ -30,12 +31,19 @@ REFUSED: dict[str, str] = {
     "instructblipvideo": (
         "it takes videos alone, and its generate() runs the language model inside on embeddings"
     ),
+    "blip": "images enter through cross-attention layers, not as visual tokens in the prompt",
+    "evolla": "it answers questions about proteins; there is no image in its prompts",
+    "git": "image features stand in front of the text without a placeholder in the prompt",
+    "idefics": "images enter through cross-attention layers, not as visual tokens in the prompt",
     "kosmos-2": "image positions are given by a mask, not by a placeholder id",
     "kosmos-2.5": "image positions are given by a mask, not by a placeholder id",
     "mllama": "images enter through cross-attention layers, not as visual tokens in the prompt",
-    "phi4_multimodal": "its vision tower shares the text configuration; no run of it was checked",
+    "pi0": "it predicts the actions of a robot and generates no text",
 }
 
+
+#: What configurations call the number of copies of the residual stream (AltUp, hyper-connections).
+_STREAMS = ("altup_num_inputs", "hc_mult", "hc_count")
 
 #: Families whose prompt tokens attend to all of the prompt, also to what comes later.
 _PREFIX_MODELS = ("paligemma",)
@@ -48,6 +56,11 @@ class ModelInfo:
     `layers` are the decoder layers; `attention` maps the index of every layer with softmax
     attention to its module (hybrid models lack some); `image_token_ids` and `video_token_ids`
     are the placeholder ids.
+
+    Layers may differ: `num_heads`, `num_key_value_heads` and `head_dim` are the largest numbers,
+    and `layer_heads` maps the index of each layer with attention to its query heads. `shared_keys`
+    maps a layer that computes no keys of its own to the layer whose keys it reads. `streams` is
+    the number of copies of the residual stream between layers.
     """
 
     model_type: str
@@ -62,6 +75,9 @@ class ModelInfo:
     video_token_ids: tuple[int, ...]
     layers: tuple[torch.nn.Module, ...] = field(repr=False)
     attention: dict[int, torch.nn.Module] = field(repr=False)
+    layer_heads: dict[int, int] = field(repr=False)
+    shared_keys: dict[int, int] = field(repr=False)
+    streams: int
 
     @property
     def sees_whole_prompt(self) -> bool:
@@ -78,6 +94,12 @@ def describe_model(model: torch.nn.Module) -> ModelInfo:
             attention interface.
     """
     config: Any = getattr(model, "config", None)
+    model_type = str(getattr(config, "model_type", "unknown"))
+    if model_type in REFUSED:
+        raise UnsupportedModel(
+            f"model type {model_type!r} is not supported: {REFUSED[model_type]}. "
+            "`vlmfix doctor` lists what is."
+        )
     if config is None or not hasattr(model, "generate"):
         raise UnsupportedModel(
             f"{type(model).__name__} is not a Hugging Face generation model (it has no config or "
@@ -88,12 +110,6 @@ def describe_model(model: torch.nn.Module) -> ModelInfo:
             f"{type(model).__name__} is a PEFT model, whose own hooks never fire inside "
             "generate(). Wrap the base instead: vlmfix.wrap(model.get_base_model(), ...)."
         )
-    model_type = str(getattr(config, "model_type", "unknown"))
-    if model_type in REFUSED:
-        raise UnsupportedModel(
-            f"model type {model_type!r} is not supported: {REFUSED[model_type]}. "
-            "`vlmfix doctor` lists what is."
-        )
     text_config = config.get_text_config(decoder=True)
     if any(getattr(one, "is_encoder_decoder", False) for one in (config, text_config)):
         raise UnsupportedModel(
@@ -102,12 +118,8 @@ def describe_model(model: torch.nn.Module) -> ModelInfo:
         )
     images = _token_ids(config, "image_token_id")
     videos = _token_ids(config, "video_token_id")
-    if not images or text_config is config:
-        raise UnsupportedModel(
-            f"model type {model_type!r} shows no image token id and no language model of its own: "
-            "it looks like a text-only model. vlmfix needs a vision-language model, e.g. one "
-            "loaded with AutoModelForImageTextToText."
-        )
+    if not images:
+        raise _without_images(config, model_type)
     layers = _decoder_layers(model, model_type)
     attention = _attention_modules(layers)
     if not attention:
@@ -115,27 +127,38 @@ def describe_model(model: torch.nn.Module) -> ModelInfo:
             f"model type {model_type!r}: none of the {len(layers)} decoder layers has an attention "
             "module with `layer_idx` and `config`, so no edit could reach it."
         )
-    can_switch = getattr(type(model), "_can_set_attn_implementation", None)
-    if can_switch is not None and not can_switch():
+    closed = sorted({type(m).__name__ for m in attention.values() if not uses_interface(m)})
+    if closed:
         raise UnsupportedModel(
-            f"{type(model).__name__} does not dispatch through transformers' attention interface "
-            "(old remote code?). Use the version of this model that is part of transformers."
+            f"{', '.join(closed)} of {type(model).__name__} does not dispatch through "
+            "transformers' attention interface (old remote code?). Use the version of this model "
+            "that is part of transformers."
         )
-    heads = int(text_config.num_attention_heads)
+    configs = {layer: _layer_config(text_config, layer) for layer in attention}
     hidden = int(text_config.hidden_size)
+    heads = {layer: int(own.num_attention_heads) for layer, own in configs.items()}
     return ModelInfo(
         model_type=model_type,
         text_type=str(text_config.model_type),
         hidden_size=hidden,
         num_layers=len(layers),
-        num_heads=heads,
-        num_key_value_heads=int(getattr(text_config, "num_key_value_heads", None) or heads),
-        head_dim=int(getattr(text_config, "head_dim", None) or hidden // heads),
+        num_heads=max(heads.values()),
+        num_key_value_heads=max(
+            int(getattr(own, "num_key_value_heads", None) or heads[layer])
+            for layer, own in configs.items()
+        ),
+        head_dim=max(
+            int(getattr(own, "head_dim", None) or hidden // heads[layer])
+            for layer, own in configs.items()
+        ),
         vocab_size=int(text_config.vocab_size),
         image_token_ids=images,
         video_token_ids=videos,
         layers=layers,
         attention=attention,
+        layer_heads=heads,
+        shared_keys=_shared_keys(text_config, len(layers)),
+        streams=max(int(getattr(text_config, name, None) or 1) for name in _STREAMS),
     )
 
 
@@ -166,8 +189,38 @@ def vision_names(model: Any) -> frozenset[str]:
 
 
 def _token_ids(config: Any, name: str) -> tuple[int, ...]:
-    value = getattr(config, name, None)
-    return () if value is None else (int(value),)
+    """What a configuration, or that of its vision tower, names as the placeholder."""
+    places = (config, getattr(config, "vision_config", None))
+    named = (getattr(place, name, None) for place in places)
+    return next(((int(value),) for value in named if value is not None), ())
+
+
+def _without_images(config: Any, model_type: str) -> UnsupportedModel:
+    text_only = config.get_text_config() is config and not hasattr(config, "vision_config")
+    looks = ": it looks like a text-only model" if text_only else ""
+    return UnsupportedModel(
+        f"model type {model_type!r} names no image token id in its configuration{looks}. vlmfix "
+        "needs a vision-language model whose images stand in the prompt as placeholder tokens, "
+        "e.g. one loaded with AutoModelForImageTextToText."
+    )
+
+
+def _layer_config(text_config: Any, layer: int) -> Any:
+    """The configuration of one layer, where layers differ; else that of all."""
+    differ = getattr(text_config, "is_heterogeneous", False)
+    return text_config.per_layer_config[layer] if differ else text_config
+
+
+def _shared_keys(text_config: Any, layers: int) -> dict[int, int]:
+    """{layer: layer whose keys it reads}: the last of its kind that computes keys (Gemma 3n, 4)."""
+    shared = int(getattr(text_config, "num_kv_shared_layers", None) or 0)
+    own = layers - shared
+    kinds = text_config.layer_types if shared else ()
+    return {
+        layer: max(source for source in range(own) if kinds[source] == kinds[layer])
+        for layer in range(own, layers)
+        if shared
+    }
 
 
 def _decoder_layers(model: Any, model_type: str) -> tuple[torch.nn.Module, ...]:

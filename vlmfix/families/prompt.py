@@ -11,7 +11,7 @@ from vlmfix.errors import BadInput
 from vlmfix.families import ModelInfo
 from vlmfix.families.kinds import IMAGE, PAD, TEXT, VIDEO
 
-__all__ = ["carries_vision", "made_positions", "prompt_kinds", "require_image"]
+__all__ = ["carries_vision", "every_row", "made_positions", "prompt_kinds", "require_image"]
 
 #: Decoders that count positions by the attention mask where they are given none.
 _COUNT_BY_MASK = ("opt",)
@@ -61,6 +61,18 @@ def require_image(info: ModelInfo, kinds: torch.Tensor, kwargs: dict[str, Any]) 
             f"{', '.join(map(str, info.image_token_ids))}). Build the prompt with the "
             "model's processor, or use vlmfix.generate()."
         )
+
+
+def every_row(info: ModelInfo, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward in which every layer computes every row.
+
+    Where the rows that need logits are given as a number, Gemma 4 leaves the others out of layers
+    that read the keys of earlier ones; edits, and whoever looks, need the whole prompt there.
+    """
+    kept = kwargs.get("logits_to_keep")
+    if not info.shared_keys or not isinstance(kept, int) or not kept:
+        return kwargs
+    return {**kwargs, "logits_to_keep": torch.arange(-kept, 0)}
 
 
 def carries_vision(kwargs: Mapping[str, Any]) -> bool:

@@ -49,6 +49,7 @@ class HeadPursuit(AttentionMethod):
     )
 
     name: ClassVar[str] = "head_pursuit"
+    head_factors: ClassVar[bool] = True
 
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> HeadPursuit:
         if self.heads is None:

@@ -169,6 +169,9 @@ class VisualAttentionRedistribution(AttentionMethod):
         found = "its calibration found no sink channels in this model"
         return None if self.sink_channels else found
 
+    def neutral(self) -> bool:
+        return self.keep == 1 or self.rho > 1
+
     def layers(self, info: ModelInfo) -> Sequence[int]:
         # The first two layers never have sinks (the authors' code skips them too).
         return range(2, info.num_layers - (self.last_layer == "excluded"))
@@ -181,7 +184,7 @@ class VisualAttentionRedistribution(AttentionMethod):
 
     def plan(self, keys: Keys) -> Plan | None:
         assert keys.flags is not None and self.keep is not None
-        if self.keep == 1 or self.rho > 1 or self.sink_channels == ():
+        if self.sink_channels == ():
             return None
         visual = keys.visual if self.video else keys.kinds == IMAGE
         visual_sinks = keys.flags & visual
