@@ -387,7 +387,7 @@ def placed_images(tower: Tower, inputs: Mapping[str, Any], counts: list[int]) ->
 def _shapes(tower: Tower, inputs: Mapping[str, Any], total: int) -> Iterator[Placed]:
     """The images of a batch, in order."""
     if tower.layout == "patches":
-        for rows, columns in grid_shapes(tower, inputs["image_grid_thw"]):
+        for rows, columns in grid_shapes(tower, inputs):
             yield _whole(rows, columns)
         return
     height, width = inputs["pixel_values"].shape[-2:]

@@ -14,7 +14,7 @@ import torch
 from vlmfix.base.method import Method, StageName, option
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import ModelInfo
-from vlmfix.families.tower import Received, Tile, Tower, describe_tower
+from vlmfix.families.tower import Received, Tile, Tower, describe_tower, require_readable
 
 __all__ = [
     "Kept",
@@ -168,7 +168,7 @@ class TokenMethod(PruningMethod):
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> TokenMethod:
         if self.needs_tiles:
             try:
-                describe_tower(model, info)
+                require_readable(describe_tower(model, info))
             except UnsupportedModel as error:
                 raise UnsupportedModel(f"{self.name}: {error}") from error
         return self

@@ -12,11 +12,13 @@ import torch
 from vlmfix.errors import UnsupportedModel
 from vlmfix.families.tower import (
     EncodedImage,
+    Order,
     Received,
     Tile,
     Tower,
     grid_shapes,
     packed_index,
+    square_sides,
     tile_shape,
 )
 
@@ -96,26 +98,19 @@ def _packed(tower: Tower, calls: RecordedCalls, arguments: dict[str, Any]) -> li
 
 def _patches(tower: Tower, calls: RecordedCalls, arguments: dict[str, Any]) -> list[EncodedImage]:
     """Patches of all images on one axis, in squares; the tower calls attention per segment."""
-    config: Any = tower.module.config
     grids = arguments["image_grid_thw"]
-    order: torch.Tensor | None = None
-    if hasattr(config, "window_size"):  # Qwen2.5-VL sorts its patches by window
-        from transformers.vision_utils import get_vision_window_index
+    sorted_by = _window_order(tower, grids)
+    sides, shapes = square_sides(tower, arguments), grid_shapes(tower, arguments)
+    counts = grids.prod(1).tolist()
 
-        window_index, _ = get_vision_window_index(
-            grids,
-            spatial_merge_size=tower.merge,
-            window_size=config.window_size,
-            patch_size=config.patch_size,
-        )
-        order = torch.argsort(window_index).to(_device(calls))
-    shapes = grid_shapes(tower, grids)
-    sizes = [rows * columns for rows, columns in shapes]
-
-    def fold(values: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def fold(values: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         patches = torch.cat([value.flatten(0, 1) for value in values])
-        tokens = patches.view(-1, tower.merge**2, *patches.shape[1:]).mean(1)
-        return torch.split(tokens if order is None else tokens[order], sizes)
+        if sorted_by is not None:
+            unit, order = sorted_by
+            units = patches.view(-1, unit, *patches.shape[1:])
+            patches = units[order.to(patches.device)].flatten(0, 1)
+        images = zip(torch.split(patches, counts), shapes, sides, strict=True)
+        return [_merged(tower.order, image, *shape, side) for image, shape, side in images]
 
     by_layer = {}
     for layer, found in calls.items():
@@ -131,6 +126,33 @@ def _patches(tower: Tower, calls: RecordedCalls, arguments: dict[str, Any]) -> l
         )
         for (rows, columns), *received in zip(shapes, *by_layer.values(), strict=True)
     ]
+
+
+def _window_order(tower: Tower, grids: torch.Tensor) -> tuple[int, torch.Tensor] | None:
+    """How to undo a sorting by windows: of how many patches at a time, and their order."""
+    module: Any = tower.module
+    if not hasattr(module, "window_size"):
+        return None
+    from transformers.vision_utils import get_vision_window_index
+
+    side = module.spatial_merge_size  # of what is sorted: squares (Qwen2.5-VL), or patches (Muse)
+    index, _ = get_vision_window_index(
+        grids,
+        spatial_merge_size=side,
+        window_size=module.window_size,
+        patch_size=module.config.patch_size,
+    )
+    return side**2, torch.argsort(index)
+
+
+def _merged(
+    order: Order, patches: torch.Tensor, rows: int, columns: int, side: int
+) -> torch.Tensor:
+    """The mean over the patches (n, ...) of each visual token: (rows columns, ...)."""
+    if order == "squares":
+        return patches.view(-1, side**2, *patches.shape[1:]).mean(1)
+    squares = patches.view(rows, side, columns, side, *patches.shape[1:])
+    return squares.mean(dim=(1, 3)).flatten(0, 1)
 
 
 _LAYOUTS = {"tiles": _tiles, "packed": _packed, "patches": _patches}

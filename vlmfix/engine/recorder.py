@@ -28,11 +28,8 @@ from transformers import AttentionInterface
 
 from vlmfix.engine.dispatch import AttentionOutput, base_attention, in_python
 from vlmfix.engine.patches import RecordedCalls, recorded_images
-from vlmfix.errors import BadInput, StateError, UnsupportedModel
-from vlmfix.families.tower import (
-    EncodedImage,
-    Tower,
-)
+from vlmfix.errors import BadInput, StateError
+from vlmfix.families.tower import EncodedImage, Tower, require_readable
 from vlmfix.kernels import reference
 
 __all__ = ["VisionRecorder", "received_attention"]
@@ -146,21 +143,13 @@ class VisionRecorder:
                 f"the vision tower of this {tower.model_type!r} model has a recorder already. "
                 "Detach it first, or attach one recorder with the layers of both."
             )
-        for layer in self.layers:
-            module: Any = tower.layers[layer]
-            implementation = module.config._attn_implementation
-            if implementation not in ("sdpa", "eager", None):
-                raise UnsupportedModel(
-                    f"the vision tower runs {implementation!r} attention, which the recorder "
-                    "cannot stand in for. Switch the tower, the language model may stay as it is: "
-                    'model.set_attn_implementation({"vision_config": "sdpa"}).'
-                )
+        require_readable(tower, self.layers)
         host: Any = tower.host
         shadows = {"get_image_features": self._reading(host.get_image_features)}
         if hasattr(host, "get_video_features"):
             shadows["get_video_features"] = self._unread(host.get_video_features)
         for layer in self.layers:
-            module = tower.layers[layer]
+            module: Any = tower.layers[layer]
             module.__dict__[SLOT] = _Slot(self, layer, base_attention(module))
             self._configs[layer] = module.config
             # The tower keeps its own configuration, so it goes on making its native masks.

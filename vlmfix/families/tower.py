@@ -2,12 +2,10 @@
 
 How patches become visual tokens, by family (`_FAMILIES`):
 
-    LLaVA, PaliGemma                  one patch, one token; the class token, if any, is left out
+    LLaVA, PaliGemma, DeepSeek-VL     one patch, one token; the class token, if any, is left out
     LLaVA-NeXT                        the same per tile, then unpadded, with a newline per row
-    InternVL, SmolVLM, Idefics3,
-    Aya Vision, Gemma 3               a square of patches (pixel shuffle, average pooling)
-    Qwen2-VL, Qwen2.5-VL, Qwen3-VL,
-    GLM-4V                            a square of patches, images of any size, several in a row
+    InternVL, SmolVLM, Gemma 3        a square of patches (pixel shuffle, average pooling)
+    Qwen2-VL to Qwen3.5, GLM-4V       a square of patches, images of any size, several in a row
 
 Everything else is refused (`_REFUSED` has reasons): where a token is a mixture of patches, as
 behind a Q-Former, a perceiver or an interpolation, no value can be given to it.
@@ -16,7 +14,7 @@ behind a Q-Former, a perceiver or an interpolation, no value can be given to it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +25,7 @@ from vlmfix.families import ModelInfo
 
 __all__ = [
     "EncodedImage",
+    "Order",
     "Received",
     "Tile",
     "Tower",
@@ -34,11 +33,14 @@ __all__ = [
     "grid_shapes",
     "last_entry",
     "packed_index",
+    "require_readable",
+    "square_sides",
     "tile_shape",
 ]
 
 
 Layout = Literal["tiles", "packed", "patches"]
+Order = Literal["squares", "rows"]
 
 
 class _Family(NamedTuple):
@@ -48,6 +50,7 @@ class _Family(NamedTuple):
         an image, put together by the model's pack_image_features; "patches": the patches of all
         images on one axis, in squares that become one token, with a grid per image.
     merge: configuration -> side of the square of patches that becomes one visual token.
+    order: of layout "patches", how they lie on their axis: square by square, or row by row.
     towers: the `model_type`s of the vision tower that were checked; empty: the family has its own.
     whole: which of the tiles of a picture, where they fill one run of placeholders, is the picture
         as a whole at low resolution; None: pictures are one tile, or text parts their tiles.
@@ -57,6 +60,7 @@ class _Family(NamedTuple):
     merge: Callable[[Any], int]
     towers: tuple[str, ...] = ()
     whole: Literal["first", "last"] | None = None
+    order: Order = "squares"
 
 
 def _one(config: Any) -> int:
@@ -77,31 +81,90 @@ _PLAIN_TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
 _QWEN = _Family("patches", _spatial_merge)
+_INTERNVL = _Family("tiles", lambda config: round(1 / config.downsample_ratio), whole="last")
+_LLAVA_NEXT = _Family("packed", _one, _PLAIN_TOWERS, whole="first")
+_SHUFFLED = _Family("tiles", lambda config: int(config.downsample_factor), _PLAIN_TOWERS)
+_SCALED = _Family("tiles", lambda config: int(config.scale_factor))
 
 
+#: By `model_type`. Each row is proven by painting spots of an image: tests/families/test_tower.py.
 _FAMILIES: dict[str, _Family] = {
     "llava": _Family("tiles", _one, _PLAIN_TOWERS),
+    "vipllava": _Family("tiles", _one, _PLAIN_TOWERS),
     "paligemma": _Family("tiles", _one, _PLAIN_TOWERS),
-    "llava_next": _Family("packed", _one, _PLAIN_TOWERS, whole="first"),
-    "internvl": _Family("tiles", lambda config: round(1 / config.downsample_ratio), whole="last"),
+    "deepseek_vl": _Family("tiles", _one, _PLAIN_TOWERS),
+    "janus": _Family("tiles", _one),
+    "llava_next": _LLAVA_NEXT,
+    "llava_next_video": _LLAVA_NEXT,
+    "internvl": _INTERNVL,
+    "qianfan_ocr": _INTERNVL,
     "gemma3": _Family("tiles", _pooled, _PLAIN_TOWERS),
-    "smolvlm": _Family("tiles", lambda config: int(config.scale_factor)),
-    "idefics3": _Family("tiles", lambda config: int(config.scale_factor)),
-    "aya_vision": _Family("tiles", lambda config: int(config.downsample_factor), _PLAIN_TOWERS),
+    "smolvlm": _SCALED,
+    "idefics3": _SCALED,
+    "granite_docling": _Family("tiles", lambda config: int(config.vision_config.scale_factor)),
+    "aya_vision": _SHUFFLED,
+    "cohere2_vision": _SHUFFLED,
+    "ovis2": _Family("tiles", lambda config: int(config.vision_config.hidden_stride)),
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN,
+    "qwen3_vl_moe": _QWEN,
+    "qwen3_5": _QWEN,
+    "qwen3_5_moe": _QWEN,
+    "qwen4_exp": _QWEN,
+    "qwen2_5_omni_thinker": _QWEN,
+    "qwen3_omni_moe_thinker": _QWEN,
+    "cosmos3_omni": _QWEN,
+    "cohere_compass": _QWEN,
+    "exaone4_5": _QWEN,
+    "hyperclovax_vision_v2": _QWEN,
+    "ernie4_5_vl_moe": _QWEN,
+    "minimax_m3_vl": _QWEN,
     "glm4v": _QWEN,
+    "glm46v": _QWEN,
+    "glm4v_moe": _QWEN,
+    "glm_ocr": _QWEN,
+    "glm5_next": _QWEN,
+    # Each image says how much it is merged: tile by tile in videos, not at all in still images.
+    "video_llama_3": _Family("patches", _one),
+    "kimi_k25": _Family(
+        "patches", lambda config: int(config.vision_config.merge_kernel_size[0]), order="rows"
+    ),
+    "muse_glimmer": _Family(
+        "patches", lambda config: int(config.vision_config.merge_size), order="rows"
+    ),
+    "muse_spark": _Family(
+        "patches", lambda config: int(config.vision_config.merge_size), order="rows"
+    ),
 }
 
+
+_MIXED = "a Q-Former or the like mixes all patches into each visual token"
+_BLOCKS = "its tower encodes all images of a batch as one sequence, behind a block mask"
+_CONVOLUTIONS = "its tower is a convolutional network, or ends in one"
+_NO_TOWER = "its images do not pass through a vision tower with attention"
 
 _REFUSED: dict[str, str] = {
     "llava_onevision": "it interpolates the features of large images between patches",
     "blip-2": "a Q-Former mixes all patches into each visual token",
     "instructblip": "a Q-Former mixes all patches into each visual token",
     "idefics2": "a perceiver mixes all patches into each visual token",
-    "mistral3": "its tower encodes all images of a batch as one sequence, behind a block mask",
-    "gemma3n": "its tower is a convolutional network",
+    "aria": _MIXED,
+    "blip-2": _MIXED,
+    "instructblip": _MIXED,
+    "instructblipvideo": _MIXED,
+    "granite4_vision": _MIXED,
+    "molmo2": _MIXED,
+    "mistral3": _BLOCKS,
+    "mistral_large4": _BLOCKS,
+    "lighton_ocr": _BLOCKS,
+    "gemma3n": _CONVOLUTIONS,
+    "fast_vlm": _CONVOLUTIONS,
+    "got_ocr2": _CONVOLUTIONS,
+    "pp_chart2table": _CONVOLUTIONS,
+    "chameleon": _NO_TOWER,
+    "emu3": _NO_TOWER,
+    "fuyu": _NO_TOWER,
 }
 
 
@@ -118,7 +181,7 @@ class Tower:
             the last one before it.
         has_cls: whether a class token comes before the patches.
         merge: side of the square of patches that becomes one visual token.
-        layout, whole: see `_Family`.
+        layout, whole, order: see `_Family`.
         module: the tower itself.
         host: the module whose `get_image_features` runs it.
     """
@@ -131,6 +194,7 @@ class Tower:
     merge: int
     layout: Layout
     whole: Literal["first", "last"] | None
+    order: Order
     module: torch.nn.Module = field(repr=False)
     host: torch.nn.Module = field(repr=False)
 
@@ -239,8 +303,7 @@ def describe_tower(model: Any, info: ModelInfo) -> Tower:
     # CLIP, SigLIP and the like record the outputs of this class when asked for attentions.
     attention = module._can_record_outputs["attentions"]
     layers = tuple(child for child in module.modules() if isinstance(child, attention))
-    windowed = getattr(module.config, "fullatt_block_indexes", None)
-    full = tuple(range(len(layers)) if windowed is None else sorted(windowed))
+    full = _full_attention(module.config, len(layers))
     used = _feature_layer(getattr(model.config, "vision_feature_layer", -1), len(layers))
     return Tower(
         model_type=info.model_type,
@@ -251,9 +314,40 @@ def describe_tower(model: Any, info: ModelInfo) -> Tower:
         merge=family.merge(model.config),
         layout=family.layout,
         whole=family.whole,
+        order=family.order,
         module=module,
         host=model.base_model,
     )
+
+
+def require_readable(tower: Tower, layers: Iterable[int] | None = None) -> None:
+    """Refuse a tower whose attention cannot be read while it runs.
+
+    Args:
+        tower: described.
+        layers: those to read; None: all.
+
+    Raises:
+        UnsupportedModel: it runs flash or flex attention.
+    """
+    for layer in range(len(tower.layers)) if layers is None else layers:
+        module: Any = tower.layers[layer]
+        implementation = module.config._attn_implementation
+        if implementation not in ("sdpa", "eager", None):
+            raise UnsupportedModel(
+                f"the vision tower runs {implementation!r} attention, which the recorder "
+                "cannot stand in for. Switch the tower, the language model may stay as it is: "
+                'model.set_attn_implementation({"vision_config": "sdpa"}).'
+            )
+
+
+def _full_attention(config: Any, count: int) -> tuple[int, ...]:
+    """The layers of a vision tower in which a patch attends to its whole image."""
+    indices = getattr(config, "fullatt_block_indexes", None)  # Qwen2.5-VL
+    if indices is not None:
+        return tuple(sorted(indices))
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * count  # Muse
+    return tuple(at for at, kind in enumerate(kinds) if kind == "full_attention")
 
 
 def last_entry(config: Any) -> int:
@@ -289,9 +383,21 @@ def tile_shape(tower: Tower, height: int, width: int) -> tuple[int, int]:
     return height // patch[0] // tower.merge, width // patch[1] // tower.merge
 
 
-def grid_shapes(tower: Tower, grids: torch.Tensor) -> list[tuple[int, int]]:
-    """Rows and columns of visual tokens per image: grids (images, 3) in frames and patches."""
-    return [(t * h // tower.merge, w // tower.merge) for t, h, w in grids.tolist()]
+def square_sides(tower: Tower, arguments: Mapping[str, Any]) -> list[int]:
+    """Per image, the side of the square of patches that becomes one visual token.
+
+    Args:
+        tower: of layout "patches".
+        arguments: those of the model's image encoder, by name.
+    """
+    merges = arguments.get("image_merge_sizes")  # VideoLLaMA 3: per image
+    return [tower.merge] * len(arguments["image_grid_thw"]) if merges is None else merges.tolist()
+
+
+def grid_shapes(tower: Tower, arguments: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Rows and columns of visual tokens per image, from the same arguments."""
+    sides, grids = square_sides(tower, arguments), arguments["image_grid_thw"].tolist()
+    return [(h // side, w // side) for (_, h, w), side in zip(grids, sides, strict=True)]
 
 
 def packed_index(tower: Tower, size: torch.Tensor, tokens: int) -> tuple[int, torch.Tensor]:

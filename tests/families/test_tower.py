@@ -1,0 +1,273 @@
+"""Every row of the table of vision towers, by the pixel oracle: paint one spot of a picture, and
+the visual token that vlmfix names for that spot must move, and no other.
+
+Attention carries a change to every patch, so it is silenced: what is left of the tower, and the
+projector behind it, shows where a spot goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matrix import family
+from PIL import Image
+from tiny import TinyFamily, build
+from torch import Tensor
+from transformers import (
+    CohereCompassImageProcessorPil,
+    Ernie4_5_VLMoeImageProcessorPil,
+    Glm4vImageProcessorPil,
+    Glm46VImageProcessorPil,
+    Qwen2VLImageProcessorPil,
+    VideoLlama3ImageProcessorPil,
+)
+
+import vlmfix
+from vlmfix.analysis.doctor import examine
+from vlmfix.engine.recorder import VisionRecorder
+from vlmfix.errors import UnsupportedModel
+from vlmfix.families import describe_model, vision_arguments
+from vlmfix.families.tower import (
+    _FAMILIES,
+    EncodedImage,
+    Tower,
+    describe_tower,
+    last_entry,
+)
+
+Inputs = dict[str, Any]
+
+PATCH = 4
+#: Rows and columns of patches of two pictures, for families that take any size.
+PICTURES = ((4, 8), (8, 4))
+
+
+# -- pictures as patches --------------------------------------------------------------------------
+
+
+def squares(picture: Tensor, side: int = 2, time: int = 2) -> Tensor:
+    """The patches of a picture (3, H, W), square by square: (n, 3 x time x 4 x 4)."""
+    rows, columns = picture.shape[1] // PATCH, picture.shape[2] // PATCH
+    found = []
+    for top in range(0, rows, side):
+        for left in range(0, columns, side):
+            for y in range(top, top + side):
+                for x in range(left, left + side):
+                    found.append(patch(picture, y, x)[:, None].repeat(1, time, 1, 1).flatten())
+    return torch.stack(found)
+
+
+def patch(picture: Tensor, y: int, x: int) -> Tensor:
+    return picture[:, y * PATCH : (y + 1) * PATCH, x * PATCH : (x + 1) * PATCH]
+
+
+def rows(picture: Tensor) -> Tensor:
+    """The patches of a picture, row by row: (n, 3, 4, 4)."""
+    height, width = picture.shape[1] // PATCH, picture.shape[2] // PATCH
+    return torch.stack([patch(picture, y, x) for y in range(height) for x in range(width)])
+
+
+def muse(picture: Tensor) -> Tensor:
+    """Row by row, and time before channels: (n, 2 x 3 x 4 x 4)."""
+    return torch.stack([one[None].repeat(2, 1, 1, 1).flatten() for one in rows(picture)])
+
+
+def single_frame(picture: Tensor) -> Tensor:
+    return squares(picture, time=1)
+
+
+#: How processors cut pictures, where not as Qwen's does. Those of Kimi and Muse need torchvision,
+#: which the tests do without.
+CUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "ernie4_5_vl_moe": single_frame,
+    "kimi_k25": rows,
+    "muse_glimmer": muse,
+    "muse_spark": muse,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "side", "time"),
+    [
+        (Qwen2VLImageProcessorPil, 2, 2),
+        (Glm4vImageProcessorPil, 2, 2),
+        (Glm46VImageProcessorPil, 2, 2),
+        (CohereCompassImageProcessorPil, 2, 2),
+        (Ernie4_5_VLMoeImageProcessorPil, 2, 1),
+        (VideoLlama3ImageProcessorPil, 1, 1),
+        (VideoLlama3ImageProcessorPil, 2, 1),
+    ],
+)
+def test_pictures_are_cut_as_processors_cut_them(kind: Any, side: int, time: int) -> None:
+    values = np.random.default_rng(0).integers(0, 255, (16, 32, 3), dtype=np.uint8)
+    options: Inputs = {"do_resize": False, "do_rescale": False, "do_normalize": False}
+    processor = kind(patch_size=PATCH, merge_size=side, temporal_patch_size=time, **options)
+    made = processor(Image.fromarray(values), return_tensors="pt")
+    assert made["image_grid_thw"].tolist() == [[1, 4, 8]]
+    picture = torch.tensor(values).permute(2, 0, 1).float()
+    assert torch.equal(made["pixel_values"].float(), squares(picture, side, time))
+
+
+# -- the oracle -----------------------------------------------------------------------------------
+
+
+class Canvas:
+    """Pictures of a family, and its inputs for them; `paint` changes one patch of each.
+
+    Attributes:
+        pictures: (3, H, W) each; of families with tiles, these.
+    """
+
+    def __init__(self, name: str, tower: Tower, tiny: TinyFamily) -> None:
+        self.name, self.tower = name, tower
+        self.inputs = vision_arguments(tiny.model, tiny.inputs(batch=2))
+        generator = torch.Generator().manual_seed(3)
+        if tower.layout == "patches":
+            self.pictures = [
+                torch.randn(3, height * PATCH, width * PATCH, generator=generator)
+                for height, width in PICTURES
+            ]
+            grids = [[1, height, width] for height, width in PICTURES]
+            self.inputs["image_grid_thw"] = torch.tensor(grids)
+            if "image_merge_sizes" in self.inputs:
+                self.inputs["image_merge_sizes"] = torch.tensor([1, 2])
+        else:
+            self.pictures = list(self.inputs["pixel_values"].flatten(0, -4))
+
+    def made(self, pictures: list[Tensor]) -> Inputs:
+        if self.tower.layout == "patches":
+            if "image_merge_sizes" in self.inputs:
+                values = [squares(one, side, 1) for side, one in enumerate(pictures, 1)]
+            else:
+                values = [CUTS.get(self.name, squares)(one) for one in pictures]
+            return {**self.inputs, "pixel_values": torch.cat(values)}
+        shape = self.inputs["pixel_values"].shape
+        return {**self.inputs, "pixel_values": torch.stack(pictures).view(shape)}
+
+    def painted(self, turn: int) -> tuple[Inputs, list[tuple[int, int]]]:
+        """Inputs with one patch of each picture painted, and where; turns come by all of them."""
+        pictures, spots = [], []
+        for number, picture in enumerate(self.pictures):
+            columns = picture.shape[2] // PATCH
+            count = columns * (picture.shape[1] // PATCH)
+            y, x = divmod((turn + 5 * number) % count, columns)
+            changed = picture.clone()
+            patch(changed, y, x)[:] += torch.linspace(-2, 3, PATCH)
+            pictures.append(changed)
+            spots.append((y, x))
+        return self.made(pictures), spots
+
+    def __len__(self) -> int:
+        return max(one[0].numel() for one in self.pictures) // PATCH**2
+
+
+@contextmanager
+def without_attention(tower: Tower) -> Iterator[None]:
+    def silence(module: Any, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (torch.zeros_like(output[0]), *output[1:])
+        return torch.zeros_like(output)
+
+    handles = [layer.register_forward_hook(silence) for layer in tower.layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def encoded(tiny: TinyFamily, recorder: VisionRecorder, inputs: Inputs) -> tuple[Tensor, Any]:
+    """All visual tokens, (n, D), and what was recorded of their images."""
+    with torch.no_grad():
+        output = tiny.model.base_model.get_image_features(**inputs, return_dict=True)
+    features = torch.cat([part.flatten(0, -2) for part in output.pooler_output])
+    return features, recorder.take()
+
+
+def moved(one: Tensor, other: Tensor) -> list[int]:
+    return ((one - other).abs().amax(-1) > 1e-5).nonzero().flatten().tolist()
+
+
+def named(
+    images: list[EncodedImage], spots: list[tuple[int, int]], pictures: list[Tensor]
+) -> tuple[list[int], list[list[int]]]:
+    """The visual tokens of the batch that spots are in, and per tile the place of its spot."""
+    tokens: list[int] = []
+    places = []
+    number = first = 0
+    for image in images:
+        start = 0
+        for tile in image.tiles:
+            (y, x), picture = spots[number], pictures[number]
+            height, width = picture.shape[1] // PATCH, picture.shape[2] // PATCH
+            place = y * tile.rows // height * tile.columns + x * tile.columns // width
+            found = (image.index == start + place).nonzero().flatten() + first
+            tokens += found.tolist()
+            places.append([place])
+            start += tile.rows * tile.columns
+            number += 1
+        first += len(image.index)
+    return sorted(tokens), places
+
+
+@pytest.mark.parametrize("name", _FAMILIES)
+def test_the_token_that_is_named_for_a_spot_is_the_one_that_moves(name: str) -> None:
+    tiny = family(name)
+    tower = describe_tower(tiny.model, describe_model(tiny.model))
+    canvas = Canvas(name, tower, tiny)
+    with without_attention(tower), VisionRecorder(tower, (0, 1)) as recorder:
+        plain, before = encoded(tiny, recorder, canvas.made(canvas.pictures))
+        assert sum(len(image.index) for image in before) == len(plain)
+        for turn in range(len(canvas)):
+            inputs, spots = canvas.painted(turn)
+            features, after = encoded(tiny, recorder, inputs)
+            tokens, places = named(before, spots, canvas.pictures)
+            assert moved(features, plain) == tokens
+            tiles = [(one, other) for a, b in zip(before, after, strict=True)
+                     for one, other in zip(a.tiles, b.tiles, strict=True)]  # fmt: skip
+            for layer in (0, 1):
+                keys = [moved(a.received[layer].key, b.received[layer].key) for a, b in tiles]
+                assert keys == places
+    shapes = {(tile.rows, tile.columns) for image in before for tile in image.tiles}
+    assert max(max(shape) for shape in shapes) > 1
+
+
+def test_layers_that_attend_to_the_whole_image() -> None:
+    tiny = build("muse_glimmer")
+    info = describe_model(tiny.model)
+    tower: Any = tiny.model.get_encoder(modality="image")
+    for kinds, full in ((["window_attention", "full_attention"], (1,)), (None, (0, 1))):
+        tower.config.layer_types = kinds
+        assert describe_tower(tiny.model, info).full_attention == full
+
+
+def test_what_the_table_leaves_out_is_refused() -> None:
+    reasons = {"llama4": "was never checked", "aria": "mixes all patches", "fuyu": "do not pass"}
+    for name, reason in reasons.items():
+        tiny = family(name)
+        with pytest.raises(UnsupportedModel, match=reason):
+            describe_tower(tiny.model, describe_model(tiny.model))
+
+
+@pytest.mark.parametrize("method", ["imba", "hiprune", "visionzip"])
+def test_a_tower_with_flash_attention_is_refused_by_wrap_and_doctor(method: str) -> None:
+    tiny = build("llava")
+    for layer in describe_tower(tiny.model, describe_model(tiny.model)).layers:
+        layer.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(UnsupportedModel, match="flash_attention_2.*vision_config"):
+        vlmfix.wrap(tiny.model, method)
+    (row,) = (row for row in examine(tiny.model)["methods"] if row["name"] == method)
+    assert not row["fits"] and "flash_attention_2" in row["why"]
+
+
+def test_where_image_features_enter_last() -> None:
+    found = {
+        name: last_entry(family(name).model.config)
+        for name in ("llava", "qwen3_vl", "granite4_vision", "fuyu", "emu3")
+    }
+    assert found == {"llava": 0, "qwen3_vl": 2, "granite4_vision": 3, "fuyu": 0, "emu3": 0}
