@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import tiny
+import tiny_folders
 import torch
 from PIL import Image, ImageOps
-from transformers import TextStreamer
+from transformers import (
+    GenerationConfig,
+    PaliGemmaProcessor,
+    Qwen2VLImageProcessorPil,
+    SiglipImageProcessorPil,
+    TextStreamer,
+)
 
 import vlmfix
 from vlmfix import emoji
@@ -125,6 +133,11 @@ def test_no_second_start_token(bundled: Any, pictures: list[Image.Image]) -> Non
         (["describe"], "must be a mapping"),
         ([{"role": "user"}], "'role' and 'content'"),
         ([{"role": "user", "content": [{"type": "video", "video": "a"}]}], "'image' or 'text'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "'text' with a text"),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], "'text' with a text"),
+        ([{"role": "user", "content": None}], "a text or a list of parts"),
+        ([{"role": None, "content": "Why?"}], "needs a role"),
+        ([{"role": "user", "content": "What does <image> mean?"}], "holds '<image>'"),
         (_chat("nowhere.png"), "no image file"),
         (_chat(None), "image"),
         (_chat(b"not an image"), "not an image"),
@@ -219,3 +232,90 @@ def test_an_error_in_a_method_leaves_the_next_call_alone(
         with pytest.raises(vlmfix.BadInput, match=r"vlmfix\.generate"):
             bundled[0].generate(torch.ones(1, 3, dtype=torch.long))
         assert _ask(bundled, _chat(pictures[0]))
+
+
+# -- how long an answer may be ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "expected"),
+    [
+        ({}, {}, 512),
+        ({"max_new_tokens": 9}, {}, None),
+        ({"max_length": 900}, {}, None),
+        ({}, {"max_new_tokens": 7}, 7),
+        ({}, {"max_length": 300}, None),
+        ({}, {"generation_config": GenerationConfig(max_new_tokens=3)}, None),
+        ({}, {"generation_config": GenerationConfig(num_beams=1)}, 512),
+    ],
+)
+def test_a_length_where_nothing_sets_one(
+    bundled: Any, monkeypatch: pytest.MonkeyPatch, own: Any, given: Any, expected: int | None
+) -> None:
+    model, processor = bundled
+    seen: dict[str, Any] = {}
+
+    def generate(**kwargs: Any) -> torch.Tensor:
+        seen.update(kwargs)
+        ids: torch.Tensor = kwargs["input_ids"]
+        return ids
+
+    monkeypatch.setattr(model, "generate", generate)
+    config = GenerationConfig(eos_token_id=2, **own)
+    monkeypatch.setattr(model, "generation_config", config)
+    vlmfix.generate(model, processor, [{"role": "user", "content": "Why?"}], **given)
+    assert seen.get("max_new_tokens") == expected
+
+
+# -- processors ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def paligemma() -> tuple[Any, Any]:
+    """A processor without a chat template, which returns labels with every prompt."""
+    images = SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    images.image_seq_length = 16
+    return tiny.build("paligemma").model, PaliGemmaProcessor(images, tiny_folders.tokenizer())
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # its labels
+def test_a_model_that_takes_one_request(paligemma: Any, pictures: list[Image.Image]) -> None:
+    model, processor = paligemma
+    inputs = encode_chats(processor, [_chat(pictures[0], text="is there a dog ?")])
+    own = processor(text="<image>is there a dog ?", images=pictures[0], return_tensors="pt")
+    labels = own.pop("labels")
+    assert inputs.keys() == own.keys()
+    assert all(torch.equal(inputs[name], value) for name, value in own.items())
+    settings = {"do_sample": False, "max_new_tokens": 4}
+    plain = model.generate(**own, **settings)
+    chats = [_chat(pictures[0], text="is there a dog ?"), _chat(pictures[1], text="a ?")]
+    answers = vlmfix.generate(model, processor, chats, **settings)
+    new = plain[:, own["input_ids"].shape[1] :]
+    assert answers[0] == processor.batch_decode(new, skip_special_tokens=True)[0].strip()
+    with pytest.raises(vlmfix.BadInput, match="takes one request"):
+        vlmfix.generate(model, processor, [{"role": "system", "content": "a"}, *chats[0]])
+    with pytest.raises(vlmfix.BadInput, match=r"images: none.*`images` are expected"):
+        vlmfix.generate(model, processor, [{"role": "user", "content": "is there a dog ?"}])
+    # What the processor returns goes into a wrapped model as it is.
+    with_labels = {**own, "labels": labels}
+    for method in ("pai", "hiprune", "gift"):
+        with vlmfix.wrapped(model, method):
+            tokens = model.generate(**with_labels, **settings)
+            assert torch.equal(tokens, model.generate(**own, **settings))
+    (kept,), (expected,) = (
+        vlmfix.visual_tokens(model, given, "hiprune") for given in (with_labels, own)
+    )
+    assert torch.equal(kept[0].index, expected[0].index)
+    (maps,), (expected,) = (vlmfix.attention_map(model, given) for given in (with_labels, own))
+    assert torch.equal(maps[0].weights, expected[0].weights)
+
+
+def test_what_a_processor_refuses_is_bad_input(pictures: list[Image.Image]) -> None:
+    processor = tiny_folders.processor()
+    processor.image_processor = Qwen2VLImageProcessorPil()
+    with pytest.raises(vlmfix.BadInput, match=r"images: 3 x 900\): absolute aspect ratio"):
+        encode_chats(processor, [_chat(pictures[0].resize((3, 900)))])
+    processor = tiny_folders.processor()
+    processor.patch_size = None
+    with pytest.raises(vlmfix.BadInput, match=r"patch_size.*vlmfix\.load"):
+        encode_chats(processor, [_chat(pictures[0])])

@@ -17,6 +17,7 @@ import tiny_folders
 import torch
 import transformers
 from PIL import Image
+from transformers import AutoProcessor
 
 from vlmfix.errors import BadInput, MissingDependency, UnsupportedModel
 from vlmfix.images import formats
@@ -88,6 +89,52 @@ def test_a_processor_that_needs_torchvision_says_so(tmp_path: Path) -> None:
 def test_a_folder_without_image_processor(copy: Path) -> None:
     (copy / "processor_config.json").unlink()
     with pytest.raises(BadInput, match="processor.save_pretrained"):
+        load(copy)
+
+
+@pytest.mark.parametrize("lost", [("patch_size", "class token"), ("class token",)])
+def test_a_folder_from_before_the_processor_had_a_file(copy: Path, lost: tuple[str, ...]) -> None:
+    """Old folders say nothing of patches, some later ones nothing of the class token."""
+    settings = json.loads((copy / "processor_config.json").read_text())
+    expected = AutoProcessor.from_pretrained(copy)
+    (copy / "processor_config.json").unlink()
+    (copy / "preprocessor_config.json").write_text(json.dumps(settings.pop("image_processor")))
+    (copy / "chat_template.jinja").write_text(expected.chat_template)
+    if "patch_size" not in lost:
+        settings.pop("num_additional_image_tokens")
+        (copy / "processor_config.json").write_text(json.dumps(settings))
+    model, processor = load(copy, device="cpu")
+    assert processor.num_additional_image_tokens == expected.num_additional_image_tokens == 1
+    given = {"text": "user <image> ?", "images": Image.new("RGB", (20, 30)), "return_tensors": "pt"}
+    ids = processor(**given)["input_ids"]
+    assert torch.equal(ids, expected(**given)["input_ids"])
+    assert (ids == model.config.image_token_id).sum() == 16
+
+
+def test_a_patch_size_that_nothing_tells(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["vision_config"]["model_type"] = "dinov2"
+    (copy / "config.json").write_text(json.dumps(config))
+    settings = json.loads((copy / "processor_config.json").read_text())
+    (copy / "processor_config.json").write_text(json.dumps(settings | {"patch_size": None}))
+    with pytest.raises(BadInput, match="processor_kwargs"):
+        load(copy)
+
+
+def test_options_of_the_processor(llava: Path) -> None:
+    _, processor = load(llava, device="cpu", processor_kwargs={"patch_size": 8})
+    assert processor.patch_size == 8
+    for name, options in (
+        (llava, {"trust_remote_code": True}),
+        ("emoji", {"patch_size": 8}),
+    ):
+        with pytest.raises(BadInput, match="processor_kwargs="):
+            load(name, processor_kwargs=options)
+
+
+def test_a_damaged_tokenizer(copy: Path) -> None:
+    (copy / "tokenizer.json").write_text('{"version": "1.0", "model": 7}')
+    with pytest.raises(BadInput, match="no usable processor .* went wrong: "):
         load(copy)
 
 

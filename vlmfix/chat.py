@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,12 +13,25 @@ from vlmfix.engine.session import SESSION, Session
 from vlmfix.errors import BadInput, StateError
 from vlmfix.families.inner import generating_module
 from vlmfix.families.placement import computing_device
+from vlmfix.families.template import render_chat
+from vlmfix.images import one_line
 from vlmfix.loading import load_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Answer", "chat_inputs", "encode_chats", "end_tokens", "generate", "split_chat"]
+__all__ = [
+    "Answer",
+    "chat_inputs",
+    "chat_text",
+    "encode_chats",
+    "end_tokens",
+    "generate",
+    "split_chat",
+]
+
+#: Longest answer where nothing sets one; transformers would stop at 20 tokens.
+MAX_NEW_TOKENS = 512
 
 Message = Mapping[str, Any]
 Chat = Sequence[Message]
@@ -56,7 +69,8 @@ def generate(
             is the beginning of the answer: the model continues it, and the text returned does not
             repeat it.
         return_details: whether to return a list of `Answer` instead of text.
-        generate_kwargs: arguments of model.generate().
+        generate_kwargs: arguments of model.generate(). Without a length among them, in a
+            generation_config or in that of the checkpoint, an answer has at most 512 tokens.
 
     Returns:
         The answer's text; a list of texts for a batch; a list of `Answer` with details. With
@@ -72,6 +86,8 @@ def generate(
     if session is not None:
         chats, block = session.before_chats(processor, chats)
         generate_kwargs["processor"] = processor  # only a wrapped model knows this argument
+    if not _has_length(model, generate_kwargs):
+        generate_kwargs["max_new_tokens"] = MAX_NEW_TOKENS
     with block:
         inputs = chat_inputs(model, processor, chats)
         output = model.generate(**inputs, **generate_kwargs)
@@ -80,6 +96,16 @@ def generate(
     if return_details:
         return answers
     return answers[0].text if single and len(answers) == 1 else [a.text for a in answers]
+
+
+def _has_length(model: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the caller or the checkpoint says how long an answer may be."""
+    configs = (kwargs.get("generation_config"), model.generation_config)
+    names = ("max_new_tokens", "max_length")
+    return any(
+        kwargs.get(name) is not None or any(getattr(c, name, None) is not None for c in configs)
+        for name in names
+    )
 
 
 def chat_inputs(model: Any, processor: Any, chats: Sequence[Chat]) -> Any:
@@ -107,30 +133,41 @@ def encode_chats(processor: Any, chats: Sequence[Chat]) -> Any:
     if not chats:
         raise BadInput("no messages were given; pass one chat or a list of chats.")
     images, plain = zip(*(split_chat(chat) for chat in chats), strict=True)
-    prompts = [_prompt(processor, chat) for chat in plain]
+    prompts = [chat_text(processor, chat) for chat in plain]
+    if getattr(processor, "patch_size", 0) is None:
+        raise BadInput(
+            f"this {type(processor).__name__} does not know its patch_size: it comes from an old "
+            "folder without processor_config.json. vlmfix.load(NAME) reads it off config.json."
+        )
     tokenizer = getattr(processor, "tokenizer", processor)
     start = getattr(tokenizer, "bos_token", None)
     # A template that writes the first token itself must not get a second one.
     special = not (start and prompts[0].startswith(start))
-    return processor(
-        text=prompts,
-        images=[list(row) for row in images] if any(images) else None,
-        padding=True,
-        padding_side="left",
-        add_special_tokens=special,
-        return_tensors="pt",
-    )
+    try:
+        inputs = processor(
+            text=prompts,
+            images=[list(row) for row in images] if any(images) else None,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=special,
+            return_tensors="pt",
+        )
+    except ValueError as error:
+        sizes = ", ".join(f"{image.width} x {image.height}" for row in images for image in row)
+        raise BadInput(
+            f"{type(processor).__name__} takes no such prompt (images: {sizes or 'none'}): "
+            f"{one_line(error)}."
+        ) from error
+    inputs.pop("labels", None)  # PaliGemma's processor returns them; they are for training
+    return inputs
 
 
-def _prompt(processor: Any, chat: list[dict[str, Any]]) -> str:
-    """The chat as its template writes it, up to the first token of the model."""
-    begun = bool(chat) and chat[-1]["role"] == "assistant"
-    if begun and not any(part.get("text") for part in chat[-1]["content"]):
+def chat_text(processor: Any, plain: list[dict[str, Any]]) -> str:
+    """A chat without its images (see `split_chat`) as text, up to the first token of the model."""
+    begun = bool(plain) and plain[-1]["role"] == "assistant"
+    if begun and not any(part.get("text") for part in plain[-1]["content"]):
         raise BadInput("the answer that the chat begins is empty: leave the last message out.")
-    text: str = processor.apply_chat_template(
-        chat, add_generation_prompt=not begun, continue_final_message=begun, tokenize=False
-    )
-    return text
+    return render_chat(processor, plain)
 
 
 def end_tokens(model: Any, generate_kwargs: Mapping[str, Any]) -> set[int]:
@@ -152,7 +189,12 @@ def split_chat(chat: Chat) -> tuple[list[Image], list[dict[str, Any]]]:
             raise BadInput(
                 f"a message must be a mapping with 'role' and 'content', not {message!r}."
             )
-        content = message["content"]
+        role, content = message["role"], message["content"]
+        if not isinstance(role, str) or not isinstance(content, Iterable):
+            raise BadInput(
+                f"a message needs a role, and a text or a list of parts as its content, not "
+                f"{role!r} and {content!r}."
+            )
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         kept = []
         for part in parts:
@@ -161,11 +203,13 @@ def split_chat(chat: Chat) -> tuple[list[Image], list[dict[str, Any]]]:
                 source: Any = next((part[k] for k in ("image", "path", "url") if k in part), None)
                 images.append(load_image(source))
                 kept.append({"type": "image"})
-            elif kind == "text":
+            elif kind == "text" and part.get("text") is not None:
                 kept.append({"type": "text", "text": str(part["text"])})
             else:
-                raise BadInput(f"a content part must be of type 'image' or 'text', not {part!r}.")
-        plain.append({"role": message["role"], "content": kept})
+                raise BadInput(
+                    f"a content part must be of type 'image' or 'text' with a text, not {part!r}."
+                )
+        plain.append({"role": role, "content": kept})
     return images, plain
 
 

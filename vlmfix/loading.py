@@ -7,6 +7,7 @@ network.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ def load(
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    processor_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any]:
     """Load a vision-language model in eval mode, and its processor.
 
@@ -42,6 +44,8 @@ def load(
         dtype: bfloat16, float16 or float32, as a torch dtype or by name; default: the
             checkpoint's own.
         device: device of the model; default: a CUDA device if there is one.
+        processor_kwargs: options of the processor's from_pretrained(), such as
+            {"fix_mistral_regex": True}, or {"max_pixels": 401408} for the images of Qwen-VL.
 
     Returns:
         The model and its processor.
@@ -52,11 +56,17 @@ def load(
         MissingDependency: the processor needs a package that is not installed.
     """
     text = os.fspath(name)
+    options = dict(processor_kwargs or {})
+    if "trust_remote_code" in options or (options and text == "emoji"):
+        raise BadInput(
+            f"processor_kwargs={options}: the bundled model's processor takes no options, and no "
+            "other may run code of its checkpoint (trust_remote_code)"
+        )
     if text == "emoji":
         return _bundled(dtype, device)
     # The processor is small and fails more often, so it is loaded before the weights.
     config = _config(text)
-    processor = _processor(text, config)
+    processor = _processor(text, config, options)
     return _weights(text, dtype, device), processor
 
 
@@ -137,12 +147,12 @@ def _weights(name: str, dtype: Any, device: Any) -> Any:
     return model.eval().to(as_device(device))
 
 
-def _processor(name: str, config: Any) -> Any:
+def _processor(name: str, config: Any, options: dict[str, Any]) -> Any:
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(_place(name), trust_remote_code=False)
-    except (ImportError, ValueError, OSError) as error:
+        processor = AutoProcessor.from_pretrained(_place(name), trust_remote_code=False, **options)
+    except Exception as error:  # damaged files raise anything, a tokenizer's even bare Exceptions
         if "torchvision" in str(error).lower():
             raise MissingDependency(
                 f"the processor of {name} ({config.model_type}) needs torchvision, in the build "
@@ -154,11 +164,11 @@ def _processor(name: str, config: Any) -> Any:
             raise MissingDependency(
                 f"the processor of {name} needs a package: {one_line(error)}"
             ) from error
-        if Path(name).is_dir():
+        if Path(name).expanduser().is_dir():
             raise BadInput(
                 f"no usable processor in the folder {name} (processor_config.json or "
                 "preprocessor_config.json, and the tokenizer's files): save it there with "
-                "processor.save_pretrained(folder)"
+                f"processor.save_pretrained(folder). What went wrong: {one_line(error)}"
             ) from error
         raise _explained(name, error) from error
     if getattr(processor, "image_processor", None) is None:
@@ -166,7 +176,33 @@ def _processor(name: str, config: Any) -> Any:
             f"{name} has a tokenizer but no image processor: save the model's own processor there "
             "with processor.save_pretrained(folder)"
         )
+    _complete(name, processor, config)
     return processor
+
+
+#: Tokens of a vision tower besides those of its patches.
+_CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+
+
+def _complete(name: str, processor: Any, config: Any) -> None:
+    """Tell a LLaVA's processor what its model says of the image, where an old folder does not.
+
+    Folders from before processor_config.json lack all of it, some later ones the class token.
+    """
+    vision = getattr(config, "vision_config", None)
+    class_tokens = _CLASS_TOKENS.get(str(getattr(vision, "model_type", None)))
+    if getattr(processor, "patch_size", 0) is None:
+        patch = getattr(vision, "patch_size", None)
+        strategy = getattr(config, "vision_feature_select_strategy", None)
+        if None in (patch, strategy, class_tokens):
+            raise BadInput(
+                f"the processor of {name} does not know its patch_size, and config.json does not "
+                "tell: pass patch_size, vision_feature_select_strategy and "
+                "num_additional_image_tokens as processor_kwargs"
+            )
+        processor.patch_size, processor.vision_feature_select_strategy = patch, strategy
+    if getattr(processor, "num_additional_image_tokens", None) == 0 and class_tokens:
+        processor.num_additional_image_tokens = class_tokens
 
 
 def _explained(name: str, error: Exception) -> VlmfixError:

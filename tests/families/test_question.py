@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tiny_templates import SHAPES
+from tiny_templates import VISUAL as PLACEHOLDER
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from vlmfix.families import ModelInfo, describe_model
-from vlmfix.families.question import STOP_WORDS, find_question
+from vlmfix.families.question import STOP_WORDS, _content, _Reader, find_question
+from vlmfix.families.template import render_chat
 from vlmfix.loading import load
 
 VISUAL = 64  # visual tokens of an image of the bundled model
@@ -88,11 +94,85 @@ def test_a_processor_without_a_template(bundled: Any) -> None:
 
 
 def test_pieces_of_a_word_share_its_fate() -> None:
-    from vlmfix.families.question import _content
-
-    class Pieces:
-        def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
-            return [("▁The", "▁zeb", "ra", "▁is", "▁he", "re", "▁it", "em", "?")[i] for i in ids]
-
+    pieces = ("▁The", "▁zeb", "ra", "▁is", "▁he", "re", "▁it", "em", "?")
+    words = Tokenizer(models.WordLevel({piece: at for at, piece in enumerate(pieces)}, "?"))
+    words.decoder = decoders.Metaspace()
+    units = _Reader(PreTrainedTokenizerFast(tokenizer_object=words)).read(list(range(9)))
     expected = [False, True, True, False, False, False, True, True, False]
-    assert _content(list(range(9)), Pieces()) == expected
+    assert [at in _content(units) for at in range(9)] == expected
+
+
+# -- templates in the shape of published ones ------------------------------------------------------
+
+QUESTION = "Is there a red bicycle next to the dog in this picture?"
+CONTENT = "redbicyclenextdogpicture"  # some words are several tokens
+IMAGE = {"type": "image"}
+
+
+def _said(role: str, *parts: Any) -> dict[str, Any]:
+    texts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    return {"role": role, "content": texts}
+
+
+ANSWERED = [_said("user", IMAGE, "What is shown?"), _said("assistant", "A red dog.")]
+CHATS = {
+    "one": [_said("user", IMAGE, QUESTION)],
+    "system": [_said("system", "Answer briefly."), _said("user", IMAGE, QUESTION)],
+    "second turn": [*ANSWERED, _said("user", QUESTION)],
+    "third turn": [*ANSWERED, *ANSWERED, _said("user", QUESTION)],
+    "new image": [*ANSWERED, _said("user", IMAGE, QUESTION)],
+    "begun": [_said("user", IMAGE, QUESTION), _said("assistant", "Yes, there is a")],
+    "text first": [_said("user", QUESTION, IMAGE)],
+    "text first, again": [*ANSWERED, _said("user", QUESTION, IMAGE)],
+}
+
+
+def _marked(shape: str, chat: Any) -> tuple[str, list[str]]:
+    """The question, and the content words' tokens, in a prompt as the processor expands it."""
+    tokenizer = SHAPES[shape].tokenizer()
+    text = render_chat(tokenizer, chat).replace(SHAPES[shape].image, SHAPES[shape].expanded)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    visual = tokenizer.convert_tokens_to_ids(PLACEHOLDER)
+    info = SimpleNamespace(image_token_ids=(visual,), video_token_ids=())
+    row = torch.tensor([ids])
+    question, content = find_question(tokenizer, info, row)
+    words = [tokenizer.decode([token]).strip() for token in row[content].tolist()]
+    return tokenizer.decode(row[question]), words
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chat", CHATS)
+def test_the_last_turn_of_the_user_is_the_question(shape: str, chat: str) -> None:
+    question, content = _marked(shape, CHATS[chat])
+    assert question.strip() == QUESTION  # "?\n\n" may be one token
+    assert "".join(content) == CONTENT
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_newlines_and_marks_are_no_content_and_separate_words(shape: str) -> None:
+    text = "Is it red?\nDescribe the image.\n\nIs there a dög?"
+    question, content = _marked(shape, [_said("user", IMAGE, text)])
+    assert question.strip() == text
+    assert "".join(content).replace("\ufffd", "") in ("redDescribeimagedg", "redDescribeimagedög")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_turn_without_text_has_no_question(shape: str) -> None:
+    chat = [_said("user", IMAGE, "What is shown?"), _said("assistant", "Yes"), _said("user", IMAGE)]
+    assert _marked(shape, chat) == ("", [])
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("What's the dog's colour?", "dog's colour"),
+        ("Don't describe, isn't it red?", "describe red"),
+        ("Is it 3 p.m.?", "3 p m"),
+    ],
+)
+def test_words_with_apostrophes(bundled: Any, text: str, content: str) -> None:
+    processor, _ = bundled
+    units = _Reader(processor.tokenizer).read(_ids(processor, text)[1:])
+    tokens = set(_content(units))
+    found = "".join(unit.text if unit.first in tokens else " " for unit in units)
+    assert " ".join(found.split()) == content

@@ -126,6 +126,7 @@ def attention_map(
         )
     with session_of(model) as session:
         info = session.host.info
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
         chosen_layers = _layers(info, layers)
         chosen_heads = _heads(info, chosen_layers, heads)
         ledger = _ledger(info, inputs, ids)

@@ -25,7 +25,7 @@ from vlmfix.analysis.maps import (
     placed_images,
     traceable_tower,
 )
-from vlmfix.chat import chat_inputs, end_tokens, split_chat
+from vlmfix.chat import chat_inputs, chat_text, end_tokens, split_chat
 from vlmfix.engine.call import Call
 from vlmfix.engine.ledger import Ledger
 from vlmfix.engine.observe import internal_pass
@@ -209,7 +209,7 @@ def _identity(processor: Any, chat: Any) -> tuple[tuple[Any, ...], str]:
     """The identity of a chat: the pixels of its images, and its text."""
     images, plain = split_chat(chat)
     pixels = tuple((image.size, hashlib.sha256(image.tobytes()).digest()) for image in images)
-    return pixels, processor.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
+    return pixels, chat_text(processor, plain)
 
 
 def _prompts(info: ModelInfo, inputs: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:

@@ -102,6 +102,7 @@ def visual_tokens(
         raise BadInput(
             "visual_tokens reads whole prompts: pass input_ids (B, L), and no past_key_values."
         )
+    inputs = {name: value for name, value in inputs.items() if name != "labels"}
     with _session(model, method) as session:
         pruning = _pruning(session)
         placeholders = torch.isin(ids, ids.new_tensor(session.host.info.image_token_ids))

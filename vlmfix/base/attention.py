@@ -31,8 +31,8 @@ class Keys:
         num_heads: its query heads.
         kinds: (B, K) uint8 of families/kinds.py.
         flags: (B, K) bool, what `flag_tokens` noted at this layer; None without it.
-        question: (B, K) bool, text of the user's question: after the last visual token, without
-            the chat template's tail where the processor is known (`vlmfix.generate`).
+        question: (B, K) bool, text of the user's question: after the last visual token. Where the
+            processor is known (`vlmfix.generate`): see `question.find_question`.
         content: (B, K) bool, tokens of the question that carry content; all of it where the
             processor is not known.
         seen: what the observer of `probe_pass` kept, by layer.

@@ -200,11 +200,13 @@ def _relevance(
         return None
     model: Any = host.model
     length = placeholders.shape[1]
-    asked = ledger.question[:, :length]
+    # A question before the image sees none of it.
+    behind = placeholders.flip(1).cumsum(1).flip(1) == 0
+    asked = ledger.question[:, :length] & behind
     if not bool(asked.any(1)[placeholders.any(1)].all()):
         raise BadInput(
-            f"{method.name} weighs visual tokens by the question, and a prompt has no text behind "
-            "its image. Put the question behind the image."
+            f"{method.name} weighs visual tokens by the question, and that of a prompt has no "
+            "text behind its image. Put the question behind the image."
         )
     # Hooks of accelerate move weights back after each layer; an interrupted forward would not.
     stop = not any(hasattr(module, "_hf_hook") for module in model.modules())

@@ -137,6 +137,7 @@ class Session:
         stack, state, own = self.stack, self._state, self.host.model_method("generate")
         if not stack.methods:
             return own(*args, **kwargs)
+        kwargs.pop("labels", None)  # some processors add them; an answer has no loss
         names = inspect.signature(own).parameters
         named = {**dict(zip(names, args, strict=False)), **kwargs}
         ids = named.get("input_ids", named.pop("inputs", None))

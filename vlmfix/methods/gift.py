@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch.nn.functional import pad
 
 from vlmfix.analysis.calibrate import load_calibration
 from vlmfix.base.attention import AttentionMethod, Keys, Plan, ProbePass
@@ -92,6 +93,7 @@ def fuse(
 class GazeObserver(Observer):
     """Sums the jumps of attention at the question's content words, per head and visual token.
 
+    A question before the image sees none of it: there all text behind the image is read instead.
     seen[layer] is (B, H, K) float32.
     """
 
@@ -101,6 +103,11 @@ class GazeObserver(Observer):
         layer, weights, position = rows.layer, rows.weights, rows.position
         # A question without a content word counts in full.
         content = rows.content | (rows.question & ~rows.content.any(1, keepdim=True))
+        room = content.shape[1] - rows.first_key
+        visual = pad(rows.visual, (rows.first_key, room - rows.visual.shape[1]))
+        behind = visual.cumsum(1) > 0
+        content = content & behind
+        content |= behind & ~visual & ~content.any(1, keepdim=True)
         read = content[:, position + 1 : position + weights.shape[2]]
         rises = (weights[:, :, 1:] - weights[:, :, :-1]).clamp_min(0) * read[:, None, :, None]
         total = rises.sum(2) * rows.visual[:, None]
@@ -215,7 +222,7 @@ class GazeShiftFusion(AttentionMethod):
                     "cache."
                 )
             rises = keys.seen[self.saliency_layer]
-            rises = torch.nn.functional.pad(rises, (0, visual.shape[1] - rises.shape[2]))
+            rises = pad(rises, (0, visual.shape[1] - rises.shape[2]))
             lift = torch.expm1(self.alpha * gaze_map(rises, visual, self.head_share))
         live = lift.any(1) | (question.any(1) if self.beta != 1 else False)
         tensors = {"visual": visual.float(), "lift": lift, "question": question.float()}
