@@ -187,3 +187,17 @@ def test_a_prompt_that_asks_nothing_behind_its_image() -> None:
         pytest.raises(BadInput, match="probe weighs .* no text behind its image"),
     ):
         tiny.model(**inputs)
+
+
+def test_a_question_before_its_image_sees_none_of_it() -> None:
+    tiny = family("llava")
+    inputs = tiny.inputs(batch=1)
+    before = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    before[:, 1] = True
+    assert (inputs["input_ids"] == IMAGE).nonzero()[0, 1] > 1
+    probe = Probe(layer=1)
+    with (
+        vlmfix.wrapped(tiny.model, probe),
+        pytest.raises(BadInput, match="probe weighs .* no text behind its image"),
+    ):
+        shorten(tiny.model.__dict__[SESSION].host, probe, inputs, (before, before))

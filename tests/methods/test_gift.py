@@ -227,6 +227,35 @@ def test_a_map_that_was_never_read_is_an_error_and_no_image_is_none() -> None:
     assert torch.equal(edited, weights) and not changed.any()
 
 
+@pytest.mark.parametrize("first_key", [0, 1])
+def test_a_question_before_the_image_gives_its_place_to_the_text_behind(first_key: int) -> None:
+    weights = torch.rand(2, 1, 7, 7, generator=torch.Generator().manual_seed(0))
+    visual = torch.tensor([[0, 0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 0, 0, 0]], dtype=torch.bool)
+    question = torch.tensor([[0, 1, 1, 0, 0, 0, 0], [0, 1, 0, 0, 0, 1, 0]], dtype=torch.bool)
+    observer = GazeObserver((1,))
+    keys = (visual[:, first_key:], weights[..., first_key:])
+    observer.see_weights(SeenRows(1, keys[1], 0, first_key, keys[0], question, question))
+    rises = (weights[:, 0, 1:] - weights[:, 0, :-1]).clamp_min(0)
+    rows = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 0]])  # each with the row before it
+    expected = torch.einsum("brk,br->bk", rises, rows.float()) * visual
+    assert torch.allclose(observer.seen[1][:, 0], expected[:, first_key:])
+
+
+def test_a_question_before_the_image_edits_rows() -> None:
+    model, processor = vlmfix.load("emoji", device="cpu")
+    processor.chat_template = (
+        "{% for m in messages %}USER: {% for p in m['content'] %}"
+        "{{ '<image>' if p['type'] == 'image' else p['text'] + '\\n' }}{% endfor %}"
+        "{% endfor %} ASSISTANT:"
+    )
+    image = {"type": "image", "image": vlmfix.load_image("emoji:1")}
+    content = [{"type": "text", "text": "Is there a dog in the image?"}, image]
+    chat = [{"role": "user", "content": content}]
+    with vlmfix.wrapped(model, "gift"):
+        vlmfix.generate(model, processor, chat, max_new_tokens=3, do_sample=False)
+        assert vlmfix.last_call(model).edited_rows > 0
+
+
 def test_question_without_content_words_counts_in_full() -> None:
     content = torch.zeros(2, 7, dtype=torch.bool)
     content[1, 3] = True

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 
+from vlmfix.chat import encode_chats
 from vlmfix.errors import BadInput
 from vlmfix.families import describe_model
 from vlmfix.loading import as_device, as_dtype, load, load_image
@@ -210,11 +211,11 @@ def _bundled(
     where: torch.device, dtype: torch.dtype, batch: int
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     model, processor = load("emoji", dtype=dtype, device=where)
-    content = [{"type": "image"}, {"type": "text", "text": "Describe the image."}]
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True
-    )
-    inputs = dict(processor(text=text, images=load_image("emoji:1"), return_tensors="pt"))
+    content = [
+        {"type": "image", "image": load_image("emoji:1")},
+        {"type": "text", "text": "Describe the image."},
+    ]
+    inputs = encode_chats(processor, [[{"role": "user", "content": content}]])
     return model, {k: v.repeat(batch, *[1] * (v.ndim - 1)) for k, v in inputs.items()}
 
 
