@@ -56,7 +56,7 @@ def test_dtype_by_name(llava: Path) -> None:
         load_model(llava, dtype="int3")
 
 
-@pytest.mark.parametrize("device", ["toaster", "cuda"])
+@pytest.mark.parametrize("device", ["toaster", "cuda", "cuda:99", "meta", "xpu", "hpu"])
 def test_a_device_that_is_not_there(llava: Path, device: str) -> None:
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")

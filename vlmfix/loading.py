@@ -277,4 +277,12 @@ def as_device(device: Any) -> Any:
         raise BadInput(
             f"device {device!r} is not available, because torch sees no CUDA device: use cpu"
         )
+    if chosen.type == "meta":
+        raise BadInput(f"device {device!r} holds no weights, so the model could not run: use cpu")
+    try:
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(
+            f"device {device!r} is not available ({one_line(error)}): use cpu"
+        ) from error
     return chosen

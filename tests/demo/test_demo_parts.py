@@ -6,6 +6,7 @@ import dataclasses
 import threading
 import time
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 
@@ -259,3 +260,29 @@ def test_answers_that_somebody_stopped_are_not_said_to_be_written() -> None:
     written, stopped = Pane(None, done=True), Pane(None, done=True, error=STOPPED)
     assert ending([written, Pane(None, done=True, error="too long")]) == "All answers are written."
     assert ending([written, stopped]) == "Stopped."
+
+
+def test_further_names_of_the_server_are_its_own() -> None:
+    pytest.importorskip("gradio")
+    from starlette.responses import PlainTextResponse
+    from starlette.testclient import TestClient
+
+    from vlmfix.demo.hosts import OwnHosts
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await PlainTextResponse("page")(scope, receive, send)
+
+    client = TestClient(OwnHosts(app, ["Demo.example"]), base_url="http://demo.example")
+    assert client.get("/").text == "page"
+    assert client.get("/", headers={"Origin": "https://demo.example"}).text == "page"
+    assert client.get("/", headers={"Host": "other.example"}).status_code == 403
+    assert client.get("/", headers={"Origin": "http://other.example"}).status_code == 403
+
+
+@pytest.mark.parametrize("host", ["999.1.1.1", "203.0.113.7", "no such host", ""])
+def test_an_address_of_another_machine_is_refused_at_once(host: str) -> None:
+    pytest.importorskip("gradio")
+    from vlmfix.demo.app import serve
+
+    with pytest.raises(BadInput, match="address of this machine"):
+        serve("no model is loaded", host=host)

@@ -79,3 +79,43 @@ def test_large_files_are_refused(client: httpx.Client) -> None:
 
 def test_nothing_is_offered_as_an_interface(client: httpx.Client) -> None:
     assert client.get("gradio_api/info").json() == {"named_endpoints": {}, "unnamed_endpoints": {}}
+
+
+STRANGER = "evil.example"
+
+
+def test_a_page_of_another_name_cannot_use_the_demo(client: httpx.Client) -> None:
+    """DNS rebinding: the name of a web site leads to this machine."""
+    port = client.base_url.port
+    for host in (f"{STRANGER}:{port}", STRANGER, "127.0.0.1.evil.example", "", "[::1"):
+        for path in ("", "config", "gradio_api/upload_progress"):
+            answer = client.get(path, headers={"Host": host})
+            assert answer.status_code in (400, 403), (host, path)
+            assert "gradio" not in answer.text
+    headers = {"Host": f"{STRANGER}:{port}", "Origin": f"http://{STRANGER}:{port}"}
+    answer = client.post("gradio_api/queue/join", json={}, headers=headers)
+    assert (answer.status_code, "--allow-host" in answer.text) == (403, True)
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+    for host in (f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}", "192.168.1.7"):
+        assert client.get("config", headers={"Host": host}).status_code == 200
+
+
+def test_a_page_of_another_site_cannot_use_the_demo(client: httpx.Client) -> None:
+    own = f"127.0.0.1:{client.base_url.port}"
+    strangers = (
+        f"http://{STRANGER}",
+        "http://192.168.1.7",
+        "null",
+        "http://127.0.0.1.evil.example",
+    )
+    for origin in strangers:
+        for method in ("POST", "OPTIONS"):
+            headers = {
+                "Origin": origin,
+                "Access-Control-Request-Method": "POST",
+                "Access-Control-Request-Headers": "content-type",
+            }
+            answer = client.request(method, "gradio_api/queue/join", headers=headers)
+            assert answer.status_code == 403
+            assert not [name for name in answer.headers if name.startswith("access-control")]
+    assert client.get("config", headers={"Origin": f"http://{own}"}).status_code == 200

@@ -22,7 +22,7 @@ Methods = Annotated[
 Json = Annotated[bool, Option("--json", help="Print one JSON document, nothing else.")]
 Dtype = Annotated[str | None, Option(help="bfloat16, float16 or float32.")]
 Device = Annotated[str | None, Option(help="cpu, cuda, cuda:1; CUDA if there is one.")]
-Threads = Annotated[int | None, Option(min=1, help="Torch threads on the CPU.")]
+Threads = Annotated[int | None, Option(min=1, max=1024, help="Torch threads on the CPU.")]
 
 MethodName = Annotated[str | None, Argument(metavar="[NAME]", help="One method, in full.")]
 Save = Annotated[bool, Option(help="Keep it in the cache folder for later runs.")]
@@ -142,10 +142,16 @@ Rounds = Annotated[int, Option(min=1, help="Timed turns of every arm.")]
 BenchTokens = Annotated[int, Option("--new-tokens", min=4, help="Tokens per turn.")]
 CsvFile = Annotated[Path | None, Option("--output", help="Append the rows to this csv file.")]
 Quick = Annotated[bool, Option("--quick", help="Small and short; the numbers mean little.")]
-BenchThreads = Annotated[int, Option(min=1, help="Torch threads on the CPU.")]
+BenchThreads = Annotated[int, Option(min=1, max=1024, help="Torch threads on the CPU.")]
 
 Host = Annotated[str, Option(help="Address to listen on; beyond loopback others can use it.")]
 Port = Annotated[int | None, Option(min=1, max=65535, help="The first free one from 7860.")]
+AllowHost = Annotated[
+    list[str] | None,
+    Option(
+        metavar="NAME", help="A further host name of the server, such as a proxy's; repeatable."
+    ),
+]
 AllowModelChoice = Annotated[
     bool, Option("--allow-model-choice", help="Visitors may load models; on loopback only.")
 ]

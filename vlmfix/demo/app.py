@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from vlmfix.demo.attention import MEAN, Attention, heads, layers
 from vlmfix.demo.compare import Compare
 from vlmfix.demo.desk import QUIET, Desk
 from vlmfix.demo.engine import Engine
+from vlmfix.demo.hosts import OwnHosts
 from vlmfix.demo.measure import Measure
 from vlmfix.demo.tokens import Tokens
 from vlmfix.errors import BadInput
@@ -109,6 +112,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int | None = None,
+    hosts: Sequence[str] = (),
     allow_model_choice: bool = False,
     open_browser: bool = False,
     dtype: str | None = None,
@@ -122,6 +126,8 @@ def serve(
         model: "emoji", a local folder or a hub id. No code of a checkpoint is ever run.
         host: the address to listen on; beyond loopback everyone in the network can use the model.
         port: the port to listen on; default: the first free one from 7860.
+        hosts: further names under which browsers reach it, such as that of a proxy. Requests to
+            other names, and from pages of other sites, are refused (hosts.py).
         allow_model_choice: whether visitors may load other models; on loopback only.
         open_browser: whether to open the page in the browser of this machine.
         dtype: dtype of the model.
@@ -139,13 +145,23 @@ def serve(
             "machine download and load models. It works on 127.0.0.1 only; name the model on the "
             "command line instead: vlmfix demo MODEL --host ..."
         )
+    _check_address(host)
+
+    @asynccontextmanager
+    async def guarded(app: Any) -> AsyncIterator[None]:
+        # Around all that gradio put there, its headers for other sites included, before the first
+        # request.
+        app.middleware_stack = OwnHosts(app.middleware_stack, (host, *hosts))
+        yield
+
     torch.manual_seed(0)  # seed of the methods' noise: the same answers after a restart
     page = build(Engine(model, dtype=dtype, device=device), allow_model_choice)
     plain = [gr.themes.Font(name) for name in ("system-ui", "sans-serif")]
     mono = [gr.themes.Font(name) for name in ("ui-monospace", "monospace")]
     try:
         _, url, _ = page.launch(
-            server_name=host,
+            server_name=f"[{host}]" if ":" in host else host,
+            app_kwargs={"lifespan": guarded},
             server_port=port,
             share=False,
             quiet=True,
@@ -168,6 +184,19 @@ def serve(
     if block:
         page.block_thread()
     return page
+
+
+def _check_address(host: str) -> None:
+    """Refuse at once what cannot be listened on: gradio would try a hundred ports."""
+    try:
+        kind, _, _, _, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(kind) as probe:
+            probe.bind(place)
+    except (OSError, UnicodeError) as error:
+        raise BadInput(
+            f"cannot listen on {host} ({error}): give an address of this machine, such as "
+            "127.0.0.1, or 0.0.0.0 for all of them."
+        ) from error
 
 
 def _is_loopback(host: str) -> bool:
