@@ -281,7 +281,7 @@ def as_device(device: Any) -> Any:
         raise BadInput(f"device {device!r} holds no weights, so the model could not run: use cpu")
     try:
         torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise BadInput(
             f"device {device!r} is not available ({one_line(error)}): use cpu"
         ) from error
