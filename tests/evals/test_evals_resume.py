@@ -229,7 +229,10 @@ def test_resume_starts_a_run_where_there_is_none(world: Path, tmp_path: Path) ->
 
 def line(number: int, draw: int | None = None, error: str | None = None, text: str = "a") -> str:
     record = {"sampling_seed": draw, "sample_id": f"s{number}", "index": number, "error": error}
-    return json.dumps({**record, "response": text}) + "\n"
+    names = {"config": "c", "run_id": "r", "finish": "eos", "response": text, "p_yes": None}
+    counts = ("rank", "batch", "halvings", "n_prompt_tokens", "n_new_tokens")
+    numbers = {**dict.fromkeys(counts, 1), "passes": 1.5, "latency_s": 0.5}
+    return json.dumps({**record, **names, **numbers}) + "\n"
 
 
 def test_only_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
@@ -243,6 +246,39 @@ def test_only_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
         read_records(path)
     path.write_bytes(b"\xff\n")
     with pytest.raises(BadInput, match="line 1 is not a record"):
+        read_records(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sample_id", ["s0"]),
+        ("index", "3"),
+        ("index", True),
+        ("response", 5),
+        ("error", {}),
+        ("sampling_seed", "0"),
+        ("p_yes", float("nan")),
+        ("passes", None),
+        ("config", None),
+    ],
+)
+def test_a_record_with_a_strange_value_says_where(tmp_path: Path, name: str, value: Any) -> None:
+    path = tmp_path / "a.jsonl"
+    record = json.loads(line(1))
+    path.write_text(line(0) + json.dumps({**record, name: value}) + "\n")
+    with pytest.raises(BadInput, match=rf"a\.jsonl, line 2 is not a record \(its {name} is"):
+        read_records(path)
+    del record[name]
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(BadInput, match=rf"line 1 is not a record \(its {name} is None"):
+        read_records(path)
+    path.write_text(line(0).replace('"index": 0', '"index": 0, "index": 1'))
+    with pytest.raises(BadInput, match="line 1 is not a record .*'index' twice"):
+        read_records(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(BadInput, match=r"cannot read .*a\.jsonl"):
         read_records(path)
 
 

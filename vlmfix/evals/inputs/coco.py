@@ -13,7 +13,6 @@ Source of the format: https://cocodataset.org/#format-data
 from __future__ import annotations
 
 import hashlib
-import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +22,8 @@ from typing import Any, NamedTuple
 
 from vlmfix.errors import BadInput
 from vlmfix.evals.inputs.folder import ImageFolder
-from vlmfix.evals.inputs.pictures import Pictures, only_one
+from vlmfix.evals.inputs.pictures import UNREADABLE, Pictures, only_one
+from vlmfix.evals.inputs.rows import decode_text, parse_json
 
 __all__ = ["Box", "CocoData"]
 
@@ -131,11 +131,10 @@ class CocoData(Pictures):
     def _json(self, name: str, *keys: str) -> dict[str, Any]:
         where = f"{self.source}: {name}"
         try:
-            content = json.loads(self._bytes(name))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BadInput(
-                f"{where} is not valid JSON ({error}): fetch or write it again"
-            ) from None
+            text = decode_text(self._bytes(name), where, "COCO annotations")
+        except UNREADABLE as error:
+            raise BadInput(f"{where} cannot be read ({error}): fetch or write it again") from None
+        content = parse_json(text, where, "fetch or write it again")
         missing = [key for key in keys if not isinstance(content, dict) or key not in content]
         if missing:
             raise BadInput(f"{where} has no {', '.join(missing)}: it is not a COCO-format file")

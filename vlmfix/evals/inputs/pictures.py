@@ -15,7 +15,11 @@ from vlmfix.images import load_image
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Pictures", "only_one"]
+__all__ = ["UNREADABLE", "Pictures", "only_one"]
+
+#: What reading a file raises; the last three: members of a .zip that are damaged, encrypted or
+#: packed in an odd way.
+UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, RuntimeError)
 
 
 def only_one(
@@ -85,6 +89,5 @@ class Pictures(ABC):
         self.require_images([name])
         try:
             return load_image(self.content(name))
-        # The last four: members of a .zip that are damaged, encrypted or packed in an odd way.
-        except (BadInput, OSError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+        except (BadInput, *UNREADABLE) as error:
             raise BadInput(f"{self.place}: {name} is not a readable image ({error})") from None

@@ -22,7 +22,17 @@ from vlmfix.errors import BadInput
 #: An answer longer than this was written by no model, and some rules would take minutes to read it.
 LONGEST_ANSWER = 200_000
 
-__all__ = ["Row", "few", "read_object", "read_rows", "read_text", "refuse_repeats", "short"]
+__all__ = [
+    "Row",
+    "decode_text",
+    "few",
+    "parse_json",
+    "read_object",
+    "read_rows",
+    "read_text",
+    "refuse_repeats",
+    "short",
+]
 
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
@@ -105,8 +115,8 @@ def read_rows(path: str | Path, what: str) -> list[Row]:
         what: what it holds, for messages: "POPE answers".
 
     Raises:
-        BadInput: a file that cannot be read, is empty, is not UTF-8 or not JSON, or a row that is
-            no object; the message names the line.
+        BadInput: a file that cannot be read, is empty, is not UTF-8 or not JSON, a row that is no
+            object, or an object that has a key twice; the message names the line.
     """
     path = Path(path)
     text = read_text(path, what)
@@ -116,13 +126,13 @@ def read_rows(path: str | Path, what: str) -> list[Row]:
     if path.suffix == ".tsv":
         rows = _table(path, text)
     elif start == "[":
-        whole = _json(text, f"{path}")
+        whole = parse_json(text, f"{path}")
         rows = [Row(f"{path}, item {n}", row) for n, row in enumerate(whole, start=1)]
     else:
         # Not splitlines(): it also breaks at characters that may stand inside a JSON string.
         lines = enumerate(text.split("\n"), start=1)
         places = ((f"{path}, line {n}", line) for n, line in lines if line.strip())
-        rows = [Row(where, _json(line, where)) for where, line in places]
+        rows = [Row(where, parse_json(line, where)) for where, line in places]
     for row in rows:
         if not isinstance(row.values, dict):
             raise BadInput(f"{row.where} is no JSON object but {short(row.values)}")
@@ -138,7 +148,7 @@ def read_object(path: str | Path, what: str) -> dict[str, Any]:
         BadInput: a file that cannot be read, is not UTF-8 or not JSON, or holds something else.
     """
     path = Path(path)
-    found = _json(read_text(path, what), f"{path}")
+    found = parse_json(read_text(path, what), f"{path}")
     if not isinstance(found, dict):
         raise BadInput(f"{what}: {path} holds no JSON object but {short(found)}")
     return found
@@ -154,32 +164,73 @@ def read_text(path: Path, what: str) -> str:
         content = path.read_bytes()
     except OSError as error:
         raise BadInput(f"{what}: cannot read {path} ({error.strerror})") from None
+    return decode_text(content, f"{path}", what)
+
+
+def decode_text(content: bytes, where: str, what: str) -> str:
+    """The text of the bytes of a UTF-8 file.
+
+    Args:
+        content: all bytes.
+        where: file, for messages.
+        what: what it holds, for messages.
+
+    Raises:
+        BadInput: they are not UTF-8; the message names the line.
+    """
     if encoding := _BYTE_ORDER_MARKS.get(content[:2]):
-        raise BadInput(f"{what}: {path} is {encoding}: save it as UTF-8")
+        raise BadInput(f"{what}: {where} is {encoding}: save it as UTF-8")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise BadInput(
-            f"{what}: {path}, line {line} is not UTF-8 (byte {content[error.start]:#04x}): save "
+            f"{what}: {where}, line {line} is not UTF-8 (byte {content[error.start]:#04x}): save "
             "the file as UTF-8"
         ) from None
 
 
-def _json(text: str, where: str) -> Any:
+class _Repeated(ValueError):
+    """An object of a JSON text has a key twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _Repeated(f"has {twice!r} twice in one object, {short(found)}")
+    return found
+
+
+#: Made once: json.loads makes one per call where it is given a hook.
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def parse_json(text: str, where: str, advice: str = "") -> Any:
+    """What a JSON text says.
+
+    Args:
+        text: all of it.
+        where: file and line, for messages.
+        advice: the way out; empty: that of a file of rows.
+
+    Raises:
+        BadInput: no JSON, an object with a key twice, numbers or nesting beyond Python's limits.
+    """
     try:
-        return json.loads(text)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         # Of a whole file the line in it; of one line of JSON Lines only the column is news.
         place = f"line {error.lineno} column {error.colno}" if "\n" in text else f"{error.colno}"
-        raise BadInput(
-            f"{where} is not JSON ({error.msg}, at {place}): write one JSON object per line, or a "
-            "list of them"
-        ) from None
+        advice = advice or "write one JSON object per line, or a list of them"
+        raise BadInput(f"{where} is not JSON ({error.msg}, at {place}): {advice}") from None
+    except _Repeated as error:
+        raise BadInput(f"{where} {error}: which of them holds is not said; keep one") from None
     except ValueError as error:
         raise BadInput(f"{where} is not usable JSON ({error})") from None
     except RecursionError:
-        raise BadInput(f"{where} is nested too deeply to be a row of answers") from None
+        raise BadInput(f"{where} is nested too deeply to be read") from None
 
 
 def _table(path: Path, text: str) -> list[Row]:

@@ -8,7 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["write_json", "write_lines", "write_text"]
+__all__ = ["HALVES", "write_json", "write_lines", "write_text"]
+
+#: How half a surrogate pair is written, which other people's JSON may hold: as JSON escapes it.
+HALVES = "backslashreplace"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -29,7 +32,7 @@ def write_text(path: Path, text: str) -> None:
 def _write(path: Path, pieces: Iterable[str]) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with draft.open("w", encoding="utf-8", newline="") as file:
+        with draft.open("w", encoding="utf-8", newline="", errors=HALVES) as file:
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())

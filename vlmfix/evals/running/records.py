@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from vlmfix.errors import BadInput
-from vlmfix.evals.running.files import write_lines
+from vlmfix.evals.inputs.rows import parse_json, short
+from vlmfix.evals.running.files import HALVES, write_lines
 from vlmfix.evals.tasks import Answer, Sample, Task
 
 __all__ = [
@@ -52,7 +53,7 @@ class Recorder:
         self._task, self._common = task, common
         self._positions = {sample.sample_id: i for i, sample in enumerate(task.samples)}
         self._unsynced = 0
-        self._file: IO[str] = path.open("a", encoding="utf-8", newline="\n")
+        self._file: IO[str] = path.open("a", encoding="utf-8", newline="\n", errors=HALVES)
 
     def __enter__(self) -> Recorder:
         return self
@@ -138,25 +139,45 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of one file; a last line that a crash tore is left out.
 
     Raises:
-        BadInput: another line is not a record; the message has its number.
+        BadInput: the file cannot be read, or another line is not a record; the message has its
+            number.
     """
-    records = []
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        # Without its newline a record may be torn even where it reads well: "passes": 1|2.
-        if number == len(lines):
-            break
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or "sample_id" not in record:
-                raise ValueError("no sample_id")
-        except ValueError as error:
-            raise BadInput(
-                f"{path}, line {number} is not a record ({error}): delete that line, or start "
-                "again with overwrite=True (--overwrite)"
-            ) from None
-        records.append(record)
-    return records
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise BadInput(f"cannot read {path} ({error.strerror}): it holds answers") from None
+    # Without its newline a record may be torn even where it reads well: "passes": 1|2.
+    return [_record(line, f"{path}, line {n}") for n, line in enumerate(lines[:-1], start=1)]
+
+
+#: What a run reads in its records.
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("sample_id", "config", "run_id", "finish"), (str,)),
+    **dict.fromkeys(("index", "rank", "batch", "halvings"), (int,)),
+    **dict.fromkeys(("n_prompt_tokens", "n_new_tokens"), (int,)),
+    **dict.fromkeys(("passes", "latency_s"), (int, float)),
+    **{name: (str, type(None)) for name in ("response", "error")},
+    **{"sampling_seed": (int, type(None)), "p_yes": (int, float, type(None))},
+}
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = parse_json(line.decode("utf-8"), where)
+        if not isinstance(record, dict):
+            raise BadInput(f"it holds {short(record)}")
+        for name, kinds in _KINDS.items():
+            value = record.get(name)
+            if name not in record or isinstance(value, bool) or not isinstance(value, kinds):
+                raise BadInput(f"its {name} is {short(value)}")
+        if record["p_yes"] is not None and not 0 <= record["p_yes"] <= 1:
+            raise BadInput(f"its p_yes is {record['p_yes']}")
+    except ValueError as error:
+        raise BadInput(
+            f"{where} is not a record ({error}): delete that line, or start again with "
+            "overwrite=True (--overwrite)"
+        ) from None
+    return dict(record)
 
 
 def merge(folder: Path, stem: str, retry: bool = False) -> list[dict[str, Any]]:
