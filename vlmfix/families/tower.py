@@ -139,22 +139,20 @@ _FAMILIES: dict[str, _Family] = {
 }
 
 
-_MIXED = "a Q-Former or the like mixes all patches into each visual token"
+_MIXED = "a Q-Former mixes all patches into each visual token"
 _BLOCKS = "its tower encodes all images of a batch as one sequence, behind a block mask"
 _CONVOLUTIONS = "its tower is a convolutional network, or ends in one"
 _NO_TOWER = "its images do not pass through a vision tower with attention"
 
 _REFUSED: dict[str, str] = {
     "llava_onevision": "it interpolates the features of large images between patches",
-    "blip-2": "a Q-Former mixes all patches into each visual token",
-    "instructblip": "a Q-Former mixes all patches into each visual token",
     "idefics2": "a perceiver mixes all patches into each visual token",
     "aria": _MIXED,
     "blip-2": _MIXED,
     "instructblip": _MIXED,
     "instructblipvideo": _MIXED,
     "granite4_vision": _MIXED,
-    "molmo2": _MIXED,
+    "molmo2": "attention mixes the patches of a square into each visual token",
     "mistral3": _BLOCKS,
     "mistral_large4": _BLOCKS,
     "lighton_ocr": _BLOCKS,
