@@ -467,6 +467,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "in_boxes": in_boxes,
     "models": model_table.table,
     "models_counted": model_table.count,
+    "models_short": model_table.short,
     "models_refused": model_table.reasons,
 }
 

@@ -207,6 +207,32 @@ def count() -> str:
     )
 
 
+def short() -> str:
+    """The model types by how many methods run on them."""
+    total = len(_columns())
+    groups: dict[str, list[str]] = {}
+    for name, facts in read().items():
+        right = sum(cell[0] == "right" for cell in facts["cells"].values())
+        share = right / total
+        label = (
+            "every method" if right == total
+            else "nearly every method" if share >= 0.9
+            else "most methods" if share >= 0.5
+            else "some methods" if right
+            else "refused, with the reason"
+        )  # fmt: skip
+        groups.setdefault(label, []).append(_title(name, facts))
+    order = (
+        "every method",
+        "nearly every method",
+        "most methods",
+        "some methods",
+        "refused, with the reason",
+    )
+    rows = [f"| {label} | {_ticked(groups[label])} |" for label in order if label in groups]
+    return "\n".join(["| | model types |", "|---|---|", *rows]) + "\n"
+
+
 def reasons() -> str:
     """Why cells are refused: each reason once, with the families and methods."""
     found: dict[str, dict[str, list[str]]] = {}

@@ -139,7 +139,7 @@ _FAMILIES: dict[str, _Family] = {
 }
 
 
-_MIXED = "a Q-Former mixes all patches into each visual token"
+_MIXED = "learned queries (a Q-Former or the like) mix all patches into each visual token"
 _BLOCKS = "its tower encodes all images of a batch as one sequence, behind a block mask"
 _CONVOLUTIONS = "its tower is a convolutional network, or ends in one"
 _NO_TOWER = "its images do not pass through a vision tower with attention"
