@@ -29,6 +29,7 @@ from vlmfix.engine.observe import LastRow
 from vlmfix.engine.prefill import (
     DecoderPositions,
     decoder_hook,
+    first_layer_hook,
     following_position,
     padded_left,
     prefill_branch,
@@ -106,6 +107,7 @@ class ContrastStage(Stage):
     def reach(self, host: Host) -> None:
         decoder = host.model.get_decoder()
         host.add_hook("decoder", decoder, decoder_hook(host.state), pre=True)
+        host.add_hook("embeddings", host.info.layers[0], first_layer_hook(host.state), pre=True)
         # The rows of a decode step are faster in two products on a CPU, see attention.py.
         layers = host.info.attention
         host.reach_attention(at for at in layers if host.device(at).type == "cpu")
@@ -126,7 +128,7 @@ class ContrastStage(Stage):
             raise BadInput(f"{method.name} combines logits by name: leave return_dict=False out.")
         behind_prompt = bool(frame.past) and notes.pieces is None
         if behind_prompt:
-            _check_cache(method, notes, branches, kwargs)
+            _check_cache(method, notes, branches, frame, kwargs)
         if not method.streams():
             return
         if behind_prompt:
@@ -168,7 +170,11 @@ class ContrastStage(Stage):
 
 
 def _check_cache(
-    method: ContrastMethod, notes: _Notes, branches: Branches | None, kwargs: Mapping[str, Any]
+    method: ContrastMethod,
+    notes: _Notes,
+    branches: Branches | None,
+    frame: Frame,
+    kwargs: Mapping[str, Any],
 ) -> None:
     """Refuse tokens behind a prompt whose branches are not there, are others, or cannot follow."""
     if method.streams() and notes.method is None:
@@ -182,7 +188,8 @@ def _check_cache(
             f"{method.spec()!r}. Go on with the same method and options, or start from the prompt "
             "without this cache."
         )
-    if method.streams() and carries_vision(kwargs):
+    # Some models hand the pixels of the prompt to every step of an answer, too (Phi-4 multimodal).
+    if method.streams() and not frame.decoding and carries_vision(kwargs):
         raise StateError(
             f"{method.name} cannot take images in a later turn: its branches have gone their "
             "own way. Generate from the whole conversation, without past_key_values."

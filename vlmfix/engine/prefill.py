@@ -24,6 +24,7 @@ __all__ = [
     "DecoderPositions",
     "PrefilledBranch",
     "decoder_hook",
+    "first_layer_hook",
     "following_position",
     "padded_left",
     "prefill_branch",
@@ -42,11 +43,15 @@ class DecoderPositions:
     ids: torch.Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Filling:
-    """Says that the forwards of this thread are a branch whose embeddings are replaced."""
+    """Says that the forwards of this thread are a branch whose embeddings are replaced.
+
+    `done` says that the decoder was given embeddings, so that they have been.
+    """
 
     branch: Branch
+    done: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,12 +160,42 @@ def decoder_hook(state: State) -> Any:
     def enter(args: Any, kwargs: dict[str, Any]) -> Any:
         filling = state.thread.get(_Filling)
         if filling is not None:
-            return args, _replace_embeddings(filling.branch, kwargs)
+            filling.done = kwargs.get("inputs_embeds") is not None
+            return (args, _replace_embeddings(filling.branch, kwargs)) if filling.done else None
         if state.frame is not None:
             state.frame.keep(DecoderPositions(kwargs.get("position_ids")))
         return None
 
     return hook
+
+
+def first_layer_hook(state: State) -> Any:
+    """A forward pre-hook of the first layer, for decoders that embed token ids themselves."""
+
+    def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        return None if state.prepared is not None else enter(args, kwargs)
+
+    @in_python
+    def enter(args: Any, kwargs: dict[str, Any]) -> Any:
+        filling = state.thread.get(_Filling)
+        if filling is None or filling.done:
+            return None
+        if args:
+            return (_filled(filling.branch, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": _filled(filling.branch, kwargs["hidden_states"])}
+
+    return hook
+
+
+def _filled(branch: Branch, embeddings: torch.Tensor) -> torch.Tensor:
+    """Embeddings (B, Q, D) with those of some visual tokens replaced."""
+    assert branch.filled is not None
+    extra = embeddings.shape[1] - branch.filled.shape[1]  # tokens behind the prompt
+    place = torch.nn.functional.pad(branch.filled, (0, extra)).to(embeddings.device)
+    fill = torch.as_tensor(branch.fill).to(embeddings)
+    if fill.ndim:
+        fill = torch.nn.functional.pad(fill, (0, 0, 0, extra))
+    return torch.where(place[..., None], fill, embeddings)
 
 
 def _replace_embeddings(branch: Branch, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,12 +205,9 @@ def _replace_embeddings(branch: Branch, kwargs: Mapping[str, Any]) -> dict[str, 
     """
     embeddings, filled = kwargs["inputs_embeds"], branch.filled
     assert filled is not None
-    extra = embeddings.shape[1] - filled.shape[1]  # tokens behind the prompt
-    place = torch.nn.functional.pad(filled, (0, extra)).to(embeddings.device)
-    fill = torch.as_tensor(branch.fill).to(embeddings)
-    if fill.ndim:
-        fill = torch.nn.functional.pad(fill, (0, 0, 0, extra))
-    changed = {**kwargs, "inputs_embeds": torch.where(place[..., None], fill, embeddings)}
+    changed = {**kwargs, "inputs_embeds": _filled(branch, embeddings)}
+    behind = embeddings.shape[1] - filled.shape[1]
+    place = torch.nn.functional.pad(filled, (0, behind)).to(embeddings.device)
     for name, where in _DEEP.items():
         deep = kwargs.get(name)
         if deep is None:
