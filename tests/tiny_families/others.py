@@ -310,10 +310,14 @@ def blip_2() -> Any:
     return hf.Blip2ForConditionalGeneration(c)
 
 
-@family(Layout(1, picture(64, 3), (96,), (97,)))
+# As got_ocr2: 128 x 128 pixels become 2 x 2 tokens.
+@family(Layout(4, picture(128, 3), (96,), (97,)))
 def pp_chart2table() -> Any:
     c = config(
-        "pp_chart2table", vision_config=SAM, text_config=decoder("qwen2"), image_token_index=IMAGE
+        "pp_chart2table",
+        vision_config={**SAM, "image_size": 128},
+        text_config=decoder("qwen2"),
+        image_token_index=IMAGE,
     )
     return hf.GotOcr2ForConditionalGeneration(c)
 

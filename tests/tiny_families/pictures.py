@@ -245,12 +245,12 @@ def ovis2() -> Any:
     return hf.Ovis2ForConditionalGeneration(c)
 
 
-# The tower sees 64 x 64 pixels, 4 x 4 patches, and two convolutions leave one token.
-@family(Layout(1, picture(64, 3), (96,), (97,)))
+# The tower sees 128 x 128 pixels, 8 x 8 patches, and two convolutions leave 2 x 2 tokens.
+@family(Layout(4, picture(128, 3), (96,), (97,)))
 def got_ocr2() -> Any:
     c = config(
         "got_ocr2",
-        vision_config=SAM,
+        vision_config={**SAM, "image_size": 128},
         text_config=decoder("qwen2"),
         image_token_index=IMAGE,
     )
