@@ -150,7 +150,7 @@ def test_the_source_of_an_attention_module_is_read() -> None:
     assert arguments_of_attention(unreadable) == set() and norms_of_heads(unreadable) == []
 
 
-# -- layers that differ ----------------------------------------------------------------------------
+# -- layers that differ --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gemma4", "gemma4_moe", "gemma4_unified", "step3p7"])
@@ -178,7 +178,7 @@ def test_heads_are_counted_layer_by_layer() -> None:
         head_list([f"{few}.{counts[few]}"], info, "x")
 
 
-# -- keys of an earlier layer ------------------------------------------------------------------------
+# -- keys of an earlier layer --------------------------------------------------------------------
 
 
 def test_layers_that_share_keys_are_known() -> None:
@@ -221,7 +221,7 @@ def test_rows_that_need_no_logits_stay_out_of_shared_layers(method: Any) -> None
         assert torch.equal(_steps(tiny.model, inputs), plain)
 
 
-# -- several streams -----------------------------------------------------------------------------------
+# -- several streams -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gemma3n", "glm5_next", "qwen4_exp"])
@@ -237,7 +237,7 @@ def test_several_residual_streams_have_no_sinks_and_no_direction(name: str) -> N
         vlmfix.wrap(model, Steer(vectors=vectors, strength=1.0, site="layer"))
 
 
-# -- where the positions are ----------------------------------------------------------------------------
+# -- where the positions are ---------------------------------------------------------------------
 
 
 class _Expanding(hf.LlavaForConditionalGeneration):
@@ -278,7 +278,7 @@ def test_rows_that_attention_does_not_know_are_refused() -> None:
         inputs.check(0, (5, 5))
 
 
-# -- reasons -----------------------------------------------------------------------------------------
+# -- reasons -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_own_attention_in_the_decoders_file_is_refused_at_wrap() -> None:
         vlmfix.wrap(tiny.model, PAI)
 
 
-# -- families ------------------------------------------------------------------------------------------
+# -- families ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["phi4_multimodal", "chameleon", "got_ocr2", "pp_chart2table"])
