@@ -344,3 +344,15 @@ def test_families_without_a_text_configuration(name: str, strong: Any, null: Any
     assert torch.allclose(edited[0], forward, atol=2e-3)
     assert torch.allclose(edited, uncached, atol=5e-3)
     assert torch.allclose(edited, torch.cat(alone, dim=1), atol=5e-3)
+
+
+@pytest.mark.parametrize("name", ["exaone4_5", "hyperclovax_vision_v2"])
+def test_positions_that_generate_drops_cannot_be_kept(name: str) -> None:
+    tiny = build(name)
+    with pytest.raises(UnsupportedModel, match="positions=original cannot be kept"):
+        vlmfix.wrap(tiny.model, "divprune:ratio=0.5;positions=original")
+    with vlmfix.wrapped(tiny.model, "divprune:ratio=0.5"):
+        _steps(tiny.model, tiny.inputs(2))
+        assert changed(tiny.model) > 0
+    with vlmfix.wrapped(family("llava").model, "divprune:ratio=0.5;positions=original"):
+        pass

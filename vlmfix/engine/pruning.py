@@ -26,6 +26,7 @@ from vlmfix.engine.stage import Forward, Generation, Stage
 from vlmfix.engine.state import Implementation
 from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
 from vlmfix.families import ModelInfo, vision_arguments
+from vlmfix.families.source import drops_positions
 from vlmfix.families.surgeon import TOKEN_TYPES, compact, real_tokens
 from vlmfix.families.tower import describe_tower
 
@@ -62,6 +63,15 @@ class PruningStage(Stage):
             raise CompositionError(
                 f"{' and '.join(own)} both prune visual tokens, and which of them would see what "
                 "the other left is not defined. Keep one of them."
+            )
+
+    def examine(self, model: Any, info: ModelInfo) -> None:
+        own = hasattr(model.base_model, "get_rope_index")  # it counts without being told
+        if self.method.positions == "original" and not own and drops_positions(model):
+            raise UnsupportedModel(
+                f"{self.method.name}: positions=original cannot be kept on model type "
+                f"{info.model_type!r}, whose generate() drops the positions it is given. Leave "
+                "positions=contiguous."
             )
 
     @property

@@ -1,8 +1,8 @@
-"""What the source of an attention module says of it: nothing is run to find out.
+"""What the source of a model says of it where no configuration does: nothing is run to find out.
 
-Two things decide whether an edit of attention is exact, and no configuration names them: what the
-module hands to its attention function beside queries, keys and values, and what it does with the
-result before the output projection.
+Two things of an attention module decide whether an edit is exact: what it hands to its attention
+function beside queries, keys and values, and what it does with the result before the output
+projection.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 __all__ = [
     "arguments_of_attention",
     "asks_for_implementation",
+    "drops_positions",
     "norms_of_heads",
     "uses_interface",
 ]
@@ -42,7 +43,7 @@ def arguments_of_attention(module: Any) -> frozenset[str]:
     Empty where its source cannot be read.
     """
     found = set()
-    for call in _calls_of_attention(_forward(module)):
+    for call in _calls_of_attention(_function(module.forward)):
         for keyword in call.keywords:
             value = keyword.value
             own = isinstance(value, ast.Attribute) and ast.unparse(value.value) == "self"
@@ -64,12 +65,23 @@ def asks_for_implementation(module: torch.nn.Module) -> bool:
     )
 
 
+def drops_positions(model: Any) -> bool:
+    """Whether generate() of a model gives its forward no positions, not even those it was given."""
+    tree = _function(model.prepare_inputs_for_generation)
+    return tree is not None and any(
+        isinstance(node, ast.Assign)
+        and ast.unparse(node.value) == "None"
+        and any(ast.unparse(target).endswith("['position_ids']") for target in node.targets)
+        for node in ast.walk(tree)
+    )
+
+
 def norms_of_heads(module: Any) -> list[str]:
     """Names of the norms that the module puts on the head outputs, one head at a time.
 
     They come between the attention function and the reshape that joins the heads.
     """
-    tree = _forward(module)
+    tree = _function(module.forward)
     last = max((call.end_lineno or 0 for call in _calls_of_attention(tree)), default=None)
     if tree is None or last is None:
         return []
@@ -103,8 +115,8 @@ def _calls_of_attention(tree: ast.AST | None) -> Iterator[ast.Call]:
             yield node
 
 
-def _forward(module: Any) -> ast.AST | None:
-    function = inspect.unwrap(module.forward)
+def _function(method: Any) -> ast.AST | None:
+    function = inspect.unwrap(method)
     return _parsed(getattr(function, "__func__", function))
 
 
