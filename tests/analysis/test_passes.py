@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -189,6 +190,11 @@ def test_positions_behind_an_image_must_be_known() -> None:
 
 def test_a_prompt_that_ends_with_its_image_is_refused() -> None:
     model, processor = tiny_model("llava"), TinyProcessor(family("llava"))
-    processor.apply_chat_template = lambda chat, **kwargs: "w3 <image>"
+    processor.chat_template = (
+        "{% for m in messages %}{{ m['content'][-1]['text'] }} <image>{% endfor %}"
+    )
+    processor.apply_chat_template = partial(
+        processor.tokenizer.apply_chat_template, chat_template=processor.chat_template
+    )
     with vlmfix.wrapped(model, None), pytest.raises(BadInput, match="ends with its image"):
         look(model, processor, CHATS[:1], LAYERS, 3)

@@ -129,14 +129,17 @@ def measure_gaze(
     info = describe_model(model)
     forced = answer_greedily(model, prompt, max_new_tokens)
     ids = forced.inputs["input_ids"]
-    masks = find_question(processor, info, ids[:, : forced.prompt_length])
+    prompts = ids[:, : forced.prompt_length]
+    asked, words = find_question(processor, info, prompts)
+    visual = torch.isin(prompts, prompts.new_tensor([*info.image_token_ids, *info.video_token_ids]))
+    words &= visual.cumsum(1) > 0  # a question before the image sees none of it
     width = ids.shape[1] - forced.prompt_length
-    if not bool(masks[1].any()):
+    if not bool(words.any()):
         raise UnsupportedModel(
             f"no text of a question follows the image in the prompts of {type(model).__name__}, so "
             "there is no gaze to measure. Calibrate the rest with `--only sinks,heads`."
         )
-    question, content = (torch.nn.functional.pad(mask, (0, width)) for mask in masks)
+    question, content = (torch.nn.functional.pad(mask, (0, width)) for mask in (asked, words))
     answer = forced.inputs["attention_mask"].bool().clone()
     answer[:, : forced.prompt_length] = False
     layers = tuple(sorted(info.attention))
