@@ -14,7 +14,9 @@ import tiny_folders
 import torch
 from PIL import Image, ImageOps
 from transformers import (
+    BlipImageProcessorPil,
     GenerationConfig,
+    InstructBlipProcessor,
     PaliGemmaProcessor,
     Qwen2VLImageProcessorPil,
     SiglipImageProcessorPil,
@@ -27,6 +29,7 @@ from vlmfix.base.pixels import PixelMethod
 from vlmfix.chat import Answer, encode_chats, split_chat
 
 PROMPT = "Describe the image."
+SMALL = {"height": 16, "width": 16}
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +276,7 @@ def test_a_length_where_nothing_sets_one(
 @pytest.fixture(scope="module")
 def paligemma() -> tuple[Any, Any]:
     """A processor without a chat template, which returns labels with every prompt."""
-    images = SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    images = SiglipImageProcessorPil(size=SMALL)
     images.image_seq_length = 16
     return tiny.build("paligemma").model, PaliGemmaProcessor(images, tiny_folders.tokenizer())
 
@@ -308,6 +311,31 @@ def test_a_model_that_takes_one_request(paligemma: Any, pictures: list[Image.Ima
     assert torch.equal(kept[0].index, expected[0].index)
     (maps,), (expected,) = (vlmfix.attention_map(model, given) for given in (with_labels, own))
     assert torch.equal(maps[0].weights, expected[0].weights)
+
+
+def test_a_processor_that_puts_the_image_in_itself(pictures: list[Image.Image]) -> None:
+    """InstructBLIP's, whose questions also go to its Q-Former."""
+    model, images = tiny.build("instructblip").model, BlipImageProcessorPil(size=SMALL)
+    texts = tiny_folders.tokenizer(), tiny_folders.tokenizer()
+    processor = InstructBlipProcessor(images, *texts, num_query_tokens=4)
+    chats = [_chat(pictures[0], text="is there a dog ?"), _chat(pictures[1], text="a ?")]
+    settings = {"do_sample": False, "max_new_tokens": 4}
+    own = processor(text="is there a dog ?", images=pictures[0], return_tensors="pt")
+    plain = processor.batch_decode(model.generate(**own, **settings), skip_special_tokens=True)
+    alone = [vlmfix.generate(model, processor, chat, **settings) for chat in chats]
+    assert "is there a dog ? " + alone[0] == plain[0]
+    assert vlmfix.generate(model, processor, chats, **settings) == alone
+    assert [len(text.split()) for text in alone] != [0, 0]
+
+
+def test_the_end_of_an_answer_by_a_configuration(bundled: Any, pictures: list[Image.Image]) -> None:
+    whole = _ask(bundled, _chat(pictures[0]), return_details=True)[0]
+    second = bundled[1].tokenizer(whole.text, add_special_tokens=False)["input_ids"][1]
+    config = GenerationConfig(eos_token_id=second, max_new_tokens=9, do_sample=False)
+    cut = vlmfix.generate(
+        *bundled, _chat(pictures[0]), return_details=True, generation_config=config
+    )[0]
+    assert (cut.finish, cut.new_tokens) == ("eos", 2) and whole.text.startswith(cut.text)
 
 
 def test_what_a_processor_refuses_is_bad_input(pictures: list[Image.Image]) -> None:

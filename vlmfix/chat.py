@@ -100,12 +100,18 @@ def generate(
 
 def _has_length(model: Any, kwargs: Mapping[str, Any]) -> bool:
     """Whether the caller or the checkpoint says how long an answer may be."""
-    configs = (kwargs.get("generation_config"), model.generation_config)
-    names = ("max_new_tokens", "max_length")
     return any(
-        kwargs.get(name) is not None or any(getattr(c, name, None) is not None for c in configs)
-        for name in names
+        _setting(model, kwargs, name) is not None for name in ("max_new_tokens", "max_length")
     )
+
+
+def _setting(model: Any, kwargs: Mapping[str, Any], name: str) -> Any:
+    """An option of generate(): as an argument, by the configuration given, by the model's own."""
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    configs = (kwargs.get("generation_config"), generating_module(model).generation_config)
+    found = (getattr(config, name, None) for config in configs)
+    return next((value for value in found if value is not None), None)
 
 
 def chat_inputs(model: Any, processor: Any, chats: Sequence[Chat]) -> Any:
@@ -159,6 +165,11 @@ def encode_chats(processor: Any, chats: Sequence[Chat]) -> Any:
             f"{one_line(error)}."
         ) from error
     inputs.pop("labels", None)  # PaliGemma's processor returns them; they are for training
+    mask = inputs.get("qformer_attention_mask")
+    if mask is not None:  # a Q-Former numbers positions from the first column: pad on its right
+        order = mask.argsort(dim=1, descending=True, stable=True)
+        for name in ("qformer_input_ids", "qformer_attention_mask"):
+            inputs[name] = inputs[name].gather(1, order)
     return inputs
 
 
@@ -172,8 +183,7 @@ def chat_text(processor: Any, plain: list[dict[str, Any]]) -> str:
 
 def end_tokens(model: Any, generate_kwargs: Mapping[str, Any]) -> set[int]:
     """The ids that end an answer of the model under these arguments of generate()."""
-    config = generating_module(model).generation_config
-    ends = generate_kwargs.get("eos_token_id", config.eos_token_id)
+    ends = _setting(model, generate_kwargs, "eos_token_id")
     return {ends} if isinstance(ends, int) else set(ends or ())
 
 

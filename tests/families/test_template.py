@@ -132,8 +132,15 @@ class Fork(InstructBlipProcessor):
 @pytest.mark.parametrize(("kind", "mark"), [(PaliGemmaProcessor, "<image>"), (Fork, "")])
 def test_models_that_take_one_request(kind: Any, mark: str) -> None:
     assert render_chat(kind(), [ASKED]) == f"{mark}What is shown?"
-    late = {"role": "user", "content": [{"type": "text", "text": "What?"}, IMAGE, IMAGE]}
-    assert render_chat(kind(), [late]) == f"{mark}{mark}What?"
+    late = {"role": "user", "content": [{"type": "text", "text": "What?"}, IMAGE]}
+    assert render_chat(kind(), [late]) == f"{mark}What?"
+    for count in (0, 2):
+        request = [said("user", "What?", images=count)]
+        if mark:
+            assert render_chat(kind(), request) == mark * count + "What?"
+        else:
+            with pytest.raises(BadInput, match=f"takes one image, and this request has {count}"):
+                render_chat(kind(), request)
     for chat in ([SYSTEM, ASKED], [ASKED, ANSWERED, AGAIN], [ASKED, ANSWERED], []):
         with pytest.raises(BadInput, match="takes one request"):
             render_chat(kind(), chat)

@@ -162,9 +162,11 @@ def _request(processor: Any, chat: Plain) -> str:
             "pass one message of the user, without system message, earlier turns or the beginning "
             "of an answer."
         )
-    parts = chat[0]["content"]
-    images: str = mark * sum(part["type"] == "image" for part in parts)
-    return images + "".join(part["text"] for part in parts if part["type"] == "text")
+    texts = [part["text"] for part in chat[0]["content"] if part["type"] == "text"]
+    images = len(chat[0]["content"]) - len(texts)
+    if not mark and images != 1:
+        raise BadInput(f"the model of a {kinds[0]} takes one image, and this request has {images}.")
+    return mark * images + "".join(texts)
 
 
 def _refuse_placeholders(processor: Any, chat: Plain) -> None:
