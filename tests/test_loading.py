@@ -6,6 +6,7 @@ import base64
 import importlib.util
 import json
 import os
+import re
 import shutil
 import warnings
 from io import BytesIO
@@ -54,6 +55,22 @@ def test_dtype_by_name(llava: Path) -> None:
     assert load_model(llava, dtype=torch.float16, device="cpu").dtype == torch.float16
     with pytest.raises(BadInput, match="float32"):
         load_model(llava, dtype="int3")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", "null"),
+        ("config.json", "[" * 100_000),
+        ("config.json", '{"model_type": "llava", "image_token_index": "x"}'),
+        ("config.json", '{"model_type": "llava", "vision_config": 5}'),
+        ("generation_config.json", "[1]"),
+    ],
+)
+def test_a_damaged_file_of_the_model_is_one_message(copy: Path, file: str, content: str) -> None:
+    (copy / file).write_text(content)
+    with pytest.raises(BadInput, match=f"cannot load {re.escape(str(copy))}: "):
+        load_model(copy)
 
 
 @pytest.mark.parametrize("device", ["toaster", "cuda", "cuda:99", "meta", "xpu", "hpu"])

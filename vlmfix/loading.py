@@ -110,7 +110,7 @@ def _config(name: str) -> Any:
         raise BadInput(f"no folder {name}; {_WAY_OUT}")
     try:
         config = AutoConfig.from_pretrained(_place(name), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what is in a file decides what transformers raises
         raise _explained(name, error) from error
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         kind = "a text-only model" if getattr(config, "vision_config", None) is None else "a model"
@@ -136,7 +136,7 @@ def _weights(name: str, dtype: Any, device: Any) -> Any:
         raise BadInput(
             f"the weights of {name} are damaged: {one_line(error)}; download them again"
         ) from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # as with the configuration
         raise _explained(name, error) from error
     missing = sorted(info["missing_keys"])
     if missing:
