@@ -249,6 +249,89 @@ def test_folders_that_hold_nothing_to_report(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
+def changed(results: dict[str, Any], place: str, value: Any) -> str:
+    """results.json with another value at a place; ... takes it out."""
+    copy = json.loads(json.dumps(results))
+    *path, last = place.split("/")
+    inner = copy
+    for name in path:
+        inner = inner[name]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    return json.dumps(copy)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("tasks", [], r"tasks is \[\], not dict"),
+        ("tasks/pope", {}, "tasks.pope has no arms"),
+        ("tasks/pope/arms", {}, "tasks.pope.arms is empty"),
+        ("tasks/nosuch", {"arms": {}, "partial": False, "n_images": 1}, "arms is empty"),
+        ("config", None, "config is None, not dict"),
+        ("tasks/pope/n_images", "<script>", "n_images is '<script>', not int"),
+        ("tasks/pope/partial", "no", "partial is 'no', not bool"),
+        ("tasks/pope/arms/base/scores/pooled/f1/value", "x", "f1.value is 'x', not int or float"),
+        ("tasks/pope/arms/base/scores/pooled/f1/ci", [1], r"f1.ci is \[1\], not 2 values"),
+        ("tasks/pope/arms/var/delta/pooled/f1", ..., "arms.var.delta.pooled has no f1"),
+        ("tasks/pope/arms/var/delta/pooled/mcnemar", {}, "mcnemar has no p"),
+        ("tasks/pope/arms/var/counts/pooled", {}, "counts.pooled has no n"),
+        ("tasks/pope/arms/base/cost", {}, "cost has no new_tokens"),
+        ("tasks/pope/arms/base/warnings", [1], r"warnings\[0\] is 1, not str"),
+        ("tasks/pope/gen_kwargs/do_sample", True, "gen_kwargs has no temperature"),
+        ("tasks/chair/arms/base/scores/caption/recall", ..., "not both chair_i and recall"),
+    ],
+)
+def test_broken_results_are_refused_by_place(
+    both: tuple[Path, dict[str, Any]], tmp_path: Path, place: str, value: Any, message: str
+) -> None:
+    (tmp_path / "results.json").write_text(changed(both[1], place, value))
+    with pytest.raises(BadInput, match=rf"results\.json: .*{message}"):
+        report(tmp_path, plots=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, "\xff", '{"a": 1, "a": 2}', "{", ""])
+def test_results_that_are_no_json_are_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "results.json").write_text(content, encoding="latin-1")
+    with pytest.raises(BadInput, match=r"results\.json"):
+        report(tmp_path, plots=False)
+
+
+def test_names_in_a_card_are_text(both: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """A results.json may be anybody's, and a viewer of Markdown shows HTML."""
+    evil = "x\n# Heading\n<script>alert(1)</script> [a](javascript:b)|&lt;b&gt;"
+    results = json.loads(json.dumps(both[1]))
+    results["config"]["model"] = evil
+    entry = results["tasks"]["pope"]
+    entry["data"] = evil
+    entry["arms"][evil] = {**entry["arms"]["var"], "warnings": [evil]}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    text = report(tmp_path, plots=False)[0].read_text()
+    table = vlmfix.evals.to_markdown(results)
+    for shown in (text, table):
+        assert evil.split("\n")[2] not in shown and "<script" not in shown
+        assert "&lt;script>alert(1)&lt;/script>" in shown
+        assert "](" not in shown and "&lt;b" not in shown.replace("&amp;lt;b", "")
+        assert not [line for line in shown.split("\n") if line.startswith("# Heading")]
+    row = next(line for line in text.split("\n") if line.startswith("| x # Heading"))
+    assert (
+        row.replace("\\|", "").count("|") == text.split("\n| base")[1].split("\n")[0].count("|") + 1
+    )
+
+
+def test_half_a_surrogate_pair_is_written_as_json_escapes_it(
+    both: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    results = {**both[1], "config": {**both[1]["config"], "model": "\ud800"}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    files = report(tmp_path, plots=False)
+    assert json.loads(files[1].read_text())["tables"][0]["title"].startswith("\ud800")
+    assert "\\ud800" in files[0].read_text()
+
+
 def test_the_table_compares_with_greedy_too(world: Path, tmp_path: Path) -> None:
     sampled = {"temperature": 1.0, "seeds": 2, "greedy_too": True}
     results = run(world, tmp_path / "run", ["var"], tasks=["pope"], splits=["random"], **sampled)

@@ -69,6 +69,14 @@ def test_the_whole_name_chooses_the_picture(tmp_path: Path, packed: bool) -> Non
 
 
 @pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("name", ["9" * 400, "", ".", "..", "/etc/hostname", "\0.png", "../d.zip"])
+def test_a_name_that_is_no_name_names_nothing(tmp_path: Path, packed: bool, name: str) -> None:
+    source = data(tmp_path, ["1.png"], {"images/1.png": png(RED)}, packed)
+    with pytest.raises(BadInput, match="lacks 1 of 1 images"):
+        source.require_images([name])
+
+
+@pytest.mark.parametrize("packed", [True, False])
 def test_a_name_that_fits_several_pictures_is_refused(tmp_path: Path, packed: bool) -> None:
     both = {"images/1.png": png(RED), "depth/1.png": png(BLACK)}
     source = data(tmp_path, ["1.png", "images/1.png"], both, packed)

@@ -356,7 +356,7 @@ def test_splits_are_chosen(tmp_path: Path) -> None:
 
 def test_small_needs_boxes_and_something_small(tmp_path: Path) -> None:
     options = Options(n_images=None, splits=("small",))
-    with pytest.raises(BadInput, match=r"instances\.json has a row .*`bbox` in every annotation"):
+    with pytest.raises(BadInput, match=r"instances\.json, annotations, item 1 .*`bbox` in every"):
         Pope(CocoData(write_world(tmp_path / "w")), options)
     world = write_small_world(tmp_path / "s")
     path = world / "annotations" / "instances.json"

@@ -301,6 +301,34 @@ def test_a_misspelt_method_fails_before_the_model_loads(
     assert not (tmp_path / "out").exists()
 
 
+def coco(**changes: Any) -> str:
+    """A COCO file of one image, with other lists."""
+    lists: dict[str, Any] = {
+        "images": [{"id": 1, "file_name": "1.png"}],
+        "categories": [{"id": 1, "name": "dog"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1}],
+    }
+    return json.dumps({**lists, **changes})
+
+
+COCO_ROWS = [
+    (coco(images=None), "images is None, which is no list"),
+    (coco(images={}), "images is {}, which is no list"),
+    (coco(annotations=["x"]), "annotations, item 1 is 'x', which is no object"),
+    (coco(images=[{"id": 1, "file_name": None}]), "images, item 1: the text under file_name is"),
+    (coco(images=[{"id": 1.9, "file_name": "1.png"}]), "images, item 1: id is 1.9, which is no"),
+    (coco(images=[{"id": True, "file_name": "1.png"}]), "images, item 1: id is True, which is no"),
+    (coco(images=[{"id": 1e400, "file_name": "1.png"}]), "images, item 1: id is inf, which is no"),
+    (coco(images=[{"id": 1, "file_name": "a"}] * 2), "images: id: 1 repeated: 1"),
+    (coco(categories=[{"id": 1, "name": None}]), "categories, item 1: the text under name is null"),
+    (coco(categories=[{"id": 1, "name": "a"}] * 2), "categories: id: 1 repeated: 1"),
+    (coco(annotations=[{"id": 1, "image_id": [1], "category_id": 1}]), r"image_id is \[1\], which"),
+    (coco().replace('"id": 1, "file', '"id": 2, "id": 1, "file'), "has 'id' twice in one object"),
+    ("[" * 200_000, "is nested too deeply"),
+    ('{"images": ' + "9" * 5000, "is not usable JSON"),
+]
+
+
 def test_data_that_cannot_be_used(world: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no data at"):
         CocoData(tmp_path / "absent")
@@ -321,8 +349,9 @@ def test_data_that_cannot_be_used(world: Path, tmp_path: Path) -> None:
         CocoData(world).image("../annotations/instances.json")
     for content, message in [
         ("[]", "has no images, annotations, categories"),
-        ("{", "is not valid JSON"),
-        ('{"images": [{}], "annotations": [], "categories": []}', "without a usable 'id'"),
+        ("{", r"instances\.json is not JSON \(Expecting property name .* at 2\): fetch or write"),
+        ('{"images": [{}], "annotations": [], "categories": []}', "images, item 1: id is None"),
+        *COCO_ROWS,
         (
             '{"images": [], "annotations": [{"id": 1, "image_id": 2, "category_id": 3}], '
             '"categories": []}',

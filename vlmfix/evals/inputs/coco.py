@@ -15,17 +15,21 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import cached_property
+from math import isfinite
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from vlmfix.errors import BadInput
 from vlmfix.evals.inputs.folder import ImageFolder
 from vlmfix.evals.inputs.pictures import UNREADABLE, Pictures, only_one
-from vlmfix.evals.inputs.rows import decode_text, parse_json
+from vlmfix.evals.inputs.rows import Row, decode_text, parse_json, refuse_repeats, short
 
 __all__ = ["Box", "CocoData"]
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 
 class Box(NamedTuple):
@@ -140,23 +144,33 @@ class CocoData(Pictures):
             raise BadInput(f"{where} has no {', '.join(missing)}: it is not a COCO-format file")
         return dict(content)
 
+    def _rows(self, name: str, key: str, content: Mapping[str, Any]) -> list[Row]:
+        """The objects of one list of a COCO file, each with its place."""
+        where = f"{self.source}: {name}, {key}"
+        rows = content[key]
+        if not isinstance(rows, list):
+            raise BadInput(f"{where} is {short(rows)}, which is no list: repair the file")
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row, dict):
+                raise BadInput(f"{where}, item {number} is {short(row)}, which is no object")
+        return [Row(f"{where}, item {number}", row) for number, row in enumerate(rows, start=1)]
+
     def _read_instances(self) -> None:
-        content = self._json(self.instances_name, "images", "annotations", "categories")
-        where = f"{self.source}: {self.instances_name}"
-        try:
-            self.categories: dict[int, str] = {
-                int(row["id"]): str(row["name"]) for row in content["categories"]
-            }
-            self.files: dict[int, str] = {
-                int(row["id"]): str(row["file_name"])
-                for row in sorted(content["images"], key=lambda row: int(row["id"]))
-            }
-            rows = sorted(
-                (int(row["image_id"]), int(row["id"]), int(row["category_id"]))
-                for row in content["annotations"]
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"{where} has a row without a usable {error}: repair the file") from None
+        name = self.instances_name
+        content = self._json(name, "images", "annotations", "categories")
+        kinds = self._rows(name, "categories", content)
+        images = self._rows(name, "images", content)
+        where = f"{self.source}: {name}"
+        refuse_repeats([row.number("id") for row in kinds], f"{where}, categories: id")
+        refuse_repeats([row.number("id") for row in images], f"{where}, images: id")
+        self.categories: dict[int, str] = {row.number("id"): row.text("name") for row in kinds}
+        self.files: dict[int, str] = dict(
+            sorted((row.number("id"), row.text("file_name")) for row in images)
+        )
+        rows = sorted(
+            (row.number("image_id"), row.number("id"), row.number("category_id"))
+            for row in self._rows(name, "annotations", content)
+        )
         unknown = sorted({image for image, _, _ in rows} - set(self.files))
         if unknown:
             raise BadInput(f"{where} annotates images it does not list: {unknown[:10]}")
@@ -166,9 +180,9 @@ class CocoData(Pictures):
         # Order of first occurrence matters: POPE asks about the first objects of an image.
         self.objects: dict[int, list[str]] = {image: [] for image in self.files}
         for image, _, category in rows:
-            name = self.categories[category]
-            if name not in self.objects[image]:
-                self.objects[image].append(name)
+            kind = self.categories[category]
+            if kind not in self.objects[image]:
+                self.objects[image].append(kind)
 
     @cached_property
     def captions(self) -> dict[int, list[str]]:
@@ -177,12 +191,8 @@ class CocoData(Pictures):
             return {}
         content = self._json(self.captions_name, "annotations")
         captions: dict[int, list[str]] = {}
-        try:
-            for row in content["annotations"]:
-                captions.setdefault(int(row["image_id"]), []).append(str(row["caption"]))
-        except (KeyError, TypeError, ValueError) as error:
-            where = f"{self.source}: {self.captions_name}"
-            raise BadInput(f"{where} has a row without a usable {error}: repair the file") from None
+        for row in self._rows(self.captions_name, "annotations", content):
+            captions.setdefault(row.number("image_id"), []).append(row.text("caption"))
         return captions
 
     @cached_property
@@ -192,13 +202,20 @@ class CocoData(Pictures):
         Raises:
             BadInput: an annotation without a box.
         """
-        content = self._json(self.instances_name, "annotations")
+        name = self.instances_name
+        content = self._json(name, "annotations")
         found: dict[int, list[Box]] = {image: [] for image in self.objects}
-        with self._usable("box", "`bbox` in every annotation"):
-            for row in sorted(content["annotations"], key=lambda row: int(row["id"])):
-                left, top, width, height = map(float, row["bbox"])
-                name = self.categories[int(row["category_id"])]
-                found[int(row["image_id"])].append(Box(name, left, top, width, height, row))
+        rows = self._rows(name, "annotations", content)
+        for row in sorted(rows, key=lambda row: row.number("id")):
+            sides = row.first("bbox")
+            if not isinstance(sides, list) or len(sides) != 4 or not all(map(_is_length, sides)):
+                raise BadInput(
+                    f"{row.where} is without a usable box (`bbox` is {short(sides)}): what is "
+                    "asked here needs `bbox` in every annotation"
+                )
+            kind, (left, top, width, height) = row.number("category_id"), map(float, sides)
+            box = Box(self.categories[kind], left, top, width, height, row.values)
+            found[row.number("image_id")].append(box)
         return found
 
     @cached_property
@@ -210,27 +227,22 @@ class CocoData(Pictures):
         Raises:
             BadInput: an annotation without a box, or an image without its size.
         """
+        boxes_of = self.boxes
         content = self._json(self.instances_name, "images")
         shares = {image: dict.fromkeys(names, 0.0) for image, names in self.objects.items()}
-        boxes_of = self.boxes
-        with self._usable("size", "`width` and `height` in every image"):
-            sizes = {int(row["id"]): row["width"] * row["height"] for row in content["images"]}
-            for image, boxes in boxes_of.items():
-                for box in boxes:
-                    share = box.width * box.height / sizes[image]
-                    shares[image][box.name] = max(shares[image][box.name], share)
+        sizes = {}
+        for row in self._rows(self.instances_name, "images", content):
+            size = [row.first(side) for side in ("width", "height")]
+            if not all(_is_length(side) and side > 0 for side in size):
+                raise BadInput(
+                    f"{row.where} is without a usable size ({short(size)}): what is asked here "
+                    "needs `width` and `height` in every image"
+                )
+            sizes[row.number("id")] = size[0] * size[1]
+        for image, boxes in boxes_of.items():
+            for box in boxes:
+                shares[image][box.name] = max(shares[image][box.name], box.area / sizes[image])
         return shares
-
-    @contextmanager
-    def _usable(self, what: str, needs: str) -> Iterator[None]:
-        """Turn the errors of a broken row into one that names the file."""
-        try:
-            yield
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise BadInput(
-                f"{self.source}: {self.instances_name} has a row without a usable {what} "
-                f"({error}): what is asked here needs {needs}"
-            ) from None
 
     @cached_property
     def sha256(self) -> str:

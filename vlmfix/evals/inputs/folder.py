@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from functools import cached_property
+from os.path import isfile
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, ClassVar
 
@@ -88,10 +89,11 @@ class ImageFolder(Pictures):
     def find(self, name: str) -> Path | None:
         """Where the picture of that name lies, if it does; raises BadInput where several fit."""
         relative = PurePosixPath(name)
-        if relative.is_absolute() or ".." in relative.parts or "\0" in name:
+        if relative.is_absolute() or ".." in relative.parts:
             return None
         files = (folder / relative for folder in self._folders)
-        places = [file.relative_to(self.root).as_posix() for file in files if file.is_file()]
+        # Not Path.is_file: it raises on names that are too long.
+        places = [file.relative_to(self.root).as_posix() for file in files if isfile(file)]
         place = only_one(name, places, lambda at: (self.root / at).read_bytes(), self.root)
         return None if place is None else self.root / place
 

@@ -52,7 +52,10 @@ class Row(NamedTuple):
 
     def first(self, *keys: str) -> Any:
         """The value under the first of these keys that the row has; None without any."""
-        return next((self.values[key] for key in keys if key in self.values), None)
+        for key in keys:
+            if key in self.values:
+                return self.values[key]
+        return None
 
     def answer(self, *keys: str) -> str | None:
         """The text under the first of these keys that the row has; null reads as no answer.
@@ -96,6 +99,8 @@ class Row(NamedTuple):
             BadInput: none of the keys, or no whole number.
         """
         value = self.first(*keys)
+        if type(value) is int:  # nearly always
+            return value
         if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value.strip()):
             return int(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:

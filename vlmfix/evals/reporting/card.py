@@ -7,7 +7,6 @@ tasks: it would add up percentages of different things.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from vlmfix.errors import BadInput
 from vlmfix.evals.reporting.report import headline
+from vlmfix.evals.reporting.results import read_results
 from vlmfix.evals.scoring.stats import holm
 from vlmfix.evals.tasks import Column, get_task
 
@@ -135,18 +135,15 @@ def read_runs(folder: str | Path) -> dict[str, dict[str, Any]]:
     """Name of the run -> results, of every results.json in the folder and below.
 
     Raises:
-        BadInput: no such folder, no results in it, or a file that holds none.
+        BadInput: no such folder, no results in it, or a file that is broken.
     """
     root = Path(folder)
     if not root.is_dir():
         raise BadInput(f"report: {root} is no folder: name the folder of a run, or of several")
     found = {}
     for path in sorted(root.rglob("results.json")):
-        try:
-            results = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise BadInput(f"report: {path} is not JSON ({error})") from None
-        if not isinstance(results, dict) or not {"tasks", "config"} <= set(results):
+        results = read_results(path)
+        if results is None:
             continue  # of another command, such as attribute
         name = path.parent.relative_to(root).as_posix()
         found[root.resolve().name if name == "." else name] = results

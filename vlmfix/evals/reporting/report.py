@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ __all__ = [
     "decoding",
     "headline",
     "markdown_line",
+    "markdown_text",
     "p_text",
     "render",
     "to_markdown",
@@ -60,7 +62,8 @@ class _TaskTable:
 
         table = _rich_table(*_table(self._name, self._entry, stacked))
         table.title = Text(_title(self._results, self._name, self._entry))
-        table.caption = Text(_caption(self._results, self._name, self._entry), justify="left")
+        caption = "\n".join(_caption(self._results, self._name, self._entry))
+        table.caption = Text(caption, justify="left")
         return table
 
 
@@ -95,9 +98,9 @@ def to_markdown(results: Mapping[str, Any]) -> str:
     blocks = []
     for name, entry in results["tasks"].items():
         blocks += [
-            f"**{_title(results, name, entry)}**",
+            f"**{markdown_text(_title(results, name, entry))}**",
             _markdown_table(*_table(name, entry)),
-            _caption(results, name, entry),
+            "\n".join(map(markdown_text, _caption(results, name, entry))),
         ]
         if "parsers" in entry:
             blocks += [f"**{_PARSERS_TITLE}**", _markdown_table(*_parser_table(entry))]
@@ -112,7 +115,21 @@ def _markdown_table(headings: list[str], sections: list[list[list[str]]]) -> str
 
 
 def markdown_line(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    """A row of a Markdown table, with the cells as text."""
+    return "| " + " | ".join(markdown_text(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def markdown_text(text: str) -> str:
+    """The text as one line of Markdown that shows it: no tags, no links, no heading.
+
+    Names of models, methods and files are anybody's.
+    """
+    line = " ".join(text.split()).replace("&", "&amp;").replace("](", "]\\(")
+    return _TAG.sub("&lt;", line)
+
+
+#: What may begin a tag or a link; "<.001" is neither.
+_TAG = re.compile(r"<(?=[A-Za-z/!?])")
 
 
 def _title(results: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> str:
@@ -127,7 +144,8 @@ def _title(results: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> s
     return ", ".join([*facts, f"{entry['n_images']} images", f"{entry['n_samples']} items"])
 
 
-def _caption(results: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> str:
+def _caption(results: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> list[str]:
+    """What stands below a table, line by line."""
     arms = entry["arms"]
     facts = [f"{key.replace('_', ' ')} {entry[key]}" for key in _FACTS if entry.get(key)]
     if "gen_kwargs" in entry:
@@ -165,7 +183,7 @@ def _caption(results: Mapping[str, Any], name: str, entry: Mapping[str, Any]) ->
         notes += [f"WARNING {warning}" for warning in scored.get("warnings", ())]
         if notes:
             lines.append(f"{arm}: {', '.join(notes)}")
-    return "\n".join(filter(None, lines))
+    return list(filter(None, lines))
 
 
 def _first(arms: Mapping[str, Any]) -> Mapping[str, Any]:

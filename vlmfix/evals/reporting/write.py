@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmfix.evals.reporting.card import Block, Card, Cell, Table, columns, make_card, read_runs
-from vlmfix.evals.reporting.report import decoding, markdown_line, p_text
+from vlmfix.evals.reporting.report import decoding, markdown_line, markdown_text, p_text
 from vlmfix.evals.running.files import write_json, write_text
 
 __all__ = ["report", "to_csv", "to_json", "to_markdown", "write_card"]
@@ -42,7 +42,7 @@ def to_markdown(card: Card, pictures: Mapping[int, Sequence[str]] | None = None)
             cells += ["" if ratio is None else f"{ratio:.2f}x" for ratio in ratios]
             lines.append(markdown_line([row.method, *cells]))
         title = f"{'PARTIAL: ' if table.partial else ''}{table.title}"
-        parts += [f"## {title}", "\n".join(lines), _legend(table, bool(costs))]
+        parts += [f"## {markdown_text(title)}", "\n".join(lines), _legend(table, bool(costs))]
         parts += [f"![]({picture})" for picture in (pictures or {}).get(number, ())]
     return "\n\n".join(parts) + "\n"
 
@@ -80,7 +80,7 @@ def _legend(table: Table, costs: bool) -> str:
     lines += [
         f"WARNING {row.method}: {'; '.join(row.warnings)}" for row in table.rows if row.warnings
     ]
-    return "\n".join(f"- {line}" for line in lines)
+    return "\n".join(f"- {markdown_text(line)}" for line in lines)
 
 
 def _settings(block: Block) -> str:

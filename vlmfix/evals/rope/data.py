@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.resources import files
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,6 +157,8 @@ def _prompts(path: Path) -> dict[str, str]:
 
 def _entry(row: Row, split: str, seen: str) -> RopeEntry:
     picture, source = row.text("folder").lstrip("/"), row.text("data_source")
+    if not Path(picture).name:
+        raise BadInput(f"{row.where}: `folder` is {short(picture)}, which names no picture")
     lists = _class_lists()[seen]
     if source not in lists:
         raise BadInput(f"{row.where}: data_source {short(source)} is none of {', '.join(lists)}")
@@ -172,13 +175,13 @@ def _object(thing: Any, where: str) -> RopeObject:
         left, top, right, bottom = (
             float(thing["bndbox"][side]) for side in ("xmin", "ymin", "xmax", "ymax")
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise BadInput(
             f"{where} has no usable {error}: expected `name` and `bndbox` with xmin, ymin, xmax, "
             "ymax"
         ) from None
-    if not (left < right and top < bottom):
-        raise BadInput(f"{where}: the box {(left, top, right, bottom)} is empty")
+    if not (-inf < left < right < inf and -inf < top < bottom < inf):
+        raise BadInput(f"{where}: the box {(left, top, right, bottom)} is empty, or without end")
     return RopeObject(name, (left, top, right, bottom))
 
 
