@@ -394,10 +394,29 @@ def test_broken_vocabulary_and_queries(tmp_path: Path) -> None:
     folder = write(tmp_path / "c")
     path = folder / "data" / "query" / "query_generative.json"
     path.write_text('[{"id": 1, "image": "AMBER_9.jpg", "query": "Describe this image."}]')
+    whole = path.with_name("query_all.json")
+    kept = whole.read_text()
+    whole.rename(path.with_name("query_more.json"))
     with pytest.raises(BadInput, match="item 1: id 1 asks something else in another file"):
         AmberData.open(folder)
+    whole.write_text(kept)
+    whole.with_name("query_more.json").unlink()
     path.write_text('[{"id": 77, "image": "AMBER_9.jpg", "query": "Describe this image."}]')
     with pytest.raises(BadInput, match="item 1: id 77 is not among the annotations"):
+        AmberData.open(folder)
+
+
+def test_the_whole_query_file_holds(tmp_path: Path) -> None:
+    """The official files disagree about one question: query_all.json is the one that was asked."""
+    folder = write(tmp_path)
+    path = folder / "data" / "query" / "query_discriminative.json"
+    rows = [{"id": n, "image": "AMBER_1.jpg", "query": "Is it so?"} for n in (3, 4)]
+    path.write_text(json.dumps(rows))
+    with pytest.warns(UserWarning, match="query_discriminative.json asks .* at id 3, 4: query_all"):
+        data = AmberData.open(folder)
+    assert data.queries[3] == ("AMBER_2.jpg", "Is 3?") and data.queries[4][1] == "Is 4?"
+    path.write_text(json.dumps(rows + rows[:1]))
+    with pytest.raises(BadInput, match=r"query_discriminative\.json: id: 1 repeated: 3"):
         AmberData.open(folder)
 
 

@@ -129,3 +129,11 @@ def test_selection(tmp_path: Path) -> None:
         Chair(data, Options())
     with pytest.raises(BadInput, match="'none' or 'sentence'"):
         Chair(data, Options(n_images=None, truncate="words"))
+
+
+def test_the_seat_of_a_toilet_counts_as_a_token() -> None:
+    """The official code takes the length of a caption before it drops the seat."""
+    with_toilet, without = "A seat near a toilet", "A seat near a table"
+    assert mentions(with_toilet).objects == ("toilet",)
+    assert mentions(with_toilet).tokens == mentions(without).tokens == 5
+    assert mentions("The toilet seat").tokens == 2  # a pair is one token

@@ -138,6 +138,19 @@ def test_without_its_data_the_message_says_what_to_download(
             use()
 
 
+def test_a_wordnet_that_lacks_a_file_is_missing(
+    fake_nltk: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NLTK opens WordNet's parts by their paths, and a copy may lack `lexnames`."""
+
+    def torn(words: list[str]) -> list[tuple[str, str]]:
+        raise FileNotFoundError(2, "No such file or directory", "corpora/wordnet/lexnames")
+
+    monkeypatch.setattr(sys.modules["nltk"], "pos_tag", torn)
+    with pytest.raises(MissingDependency, match=r"lexnames.*nltk.downloader .*wordnet"):
+        require_engine("nltk")
+
+
 def test_unknown_engines_and_modes_list_the_choices(tmp_path: Path) -> None:
     data = CocoData(write_world(tmp_path / "w", 2))
     with pytest.raises(BadInput, match="engine 'spacy', mode 'compat': choose builtin or nltk"):

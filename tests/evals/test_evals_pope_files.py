@@ -27,6 +27,7 @@ from vlmfix.evals.pope.files import (
 )
 from vlmfix.evals.pope.tables import QuestionTable, open_images, question_source
 from vlmfix.evals.pope.task import Pope, score_answers
+from vlmfix.evals.score import score
 from vlmfix.evals.tasks import DataSource, Options
 
 SPLITS = ("random", "popular", "adversarial")
@@ -134,6 +135,29 @@ def test_answers_of_the_official_code_fit_by_order_if_they_repeat_the_questions(
         pair_answers(questions, Pope.load_answers(write_lines(tmp_path / "answers.json", rows)))
     with pytest.raises(BadInput, match="neither image and question nor question_id"):
         pair_answers(questions, [{"answer": "yes"}] * 12)
+
+
+def test_answers_of_pai_fit_by_order(tmp_path: Path) -> None:
+    """`query`, `ans`, `label` (1 or 0), no picture; `question` is the chat so far."""
+    texts = ["Is there a dog in the image?", "Is there a cat in the image?"]
+    asked = [
+        {"chat_id": n, "image": f"{n}.jpg", "text": texts, "label": ["yes", "no"]} for n in (1, 2)
+    ]
+    questions = write_lines(tmp_path / "chat.json", asked)
+    chat = f"USER: <ImageHere> {texts[0]} ASSISTANT:"
+    rows = [
+        {"query": text, "label": truth, "ans": said, "question": chat, "file_path": "x"}
+        for text, truth, said in [(texts[0], 1, "Yes"), (texts[1], 0, "No")] * 2
+    ]
+    answers = write_lines(tmp_path / "a.jsonl", rows)
+    entry = score("pope", {"": answers}, questions={"chat": questions})["tasks"]["pope"]
+    assert entry["arms"]["answers"]["counts"]["chat"]["correct"] == 4
+    with pytest.raises(BadInput, match="4 answers do not say of which picture their label is true"):
+        score("pope", {"": answers})
+    rows[2]["label"] = 0
+    write_lines(answers, rows)
+    with pytest.raises(BadInput, match=r"line 3: the label is no, and that of the question .* yes"):
+        score("pope", {"": answers}, questions={"chat": questions})
 
 
 def test_an_answer_file_of_several_splits(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -86,3 +86,32 @@ def test_refusals(arguments: tuple[Any, ...], says: str) -> None:
     code, out, err = command(*arguments)
     assert code == 2 and out == ""
     assert says in err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_encoding_of_stdout(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """Tables have a delta sign, and file names may have any character, half ones too."""
+    named = tmp_path / "\u4f60\xe9.jsonl"
+    named.write_bytes(files["method"].read_bytes())
+    both = ["--answers", named, "--baseline", files["base"], "--questions", files["questions"]]
+    for more in ([], ["--json"]):
+        stdout = TextIOWrapper(BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setattr(sys, "argv", ["vlmfix", "score", "pope", *map(str, [*both, *more])])
+        monkeypatch.setenv("COLUMNS", "120")
+        main_ends()
+        stdout.flush()
+        text = stdout.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+        if more:
+            assert json.loads(text)["config"]["answers"]["method"] == named.name
+        else:
+            assert (named.name if encoding == "utf-8" else "\\u4f60") in text
+
+
+def main_ends() -> None:
+    try:
+        main()
+    except SystemExit as stop:
+        assert not stop.code

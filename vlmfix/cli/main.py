@@ -13,6 +13,7 @@ import typer
 
 from vlmfix._version import __version__
 from vlmfix.cli import evaluation, models, tools
+from vlmfix.cli.start import print_anything
 from vlmfix.errors import VlmfixError
 
 __all__ = ["app", "main"]
@@ -28,6 +29,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; an error made on purpose is one message and exit code 2."""
+    print_anything()
     try:
         app()
     except VlmfixError as error:

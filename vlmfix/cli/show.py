@@ -38,7 +38,9 @@ __all__ = [
 def report(as_json: bool, data: Any, shown: RenderableType) -> None:
     """Print `data` as JSON, or what is to be seen of it."""
     if as_json:
-        print(to_json(data))
+        text = to_json(data)
+        # An escape that is JSON's own, where stdout's encoding lacks a character.
+        print(text if _fits(text) else to_json(data, ascii=True))
     else:
         Console().print(shown, markup=False, highlight=False)
 
@@ -50,9 +52,17 @@ def only_stderr(active: bool) -> Iterator[None]:
         yield
 
 
-def to_json(value: Any) -> str:
+def _fits(text: str) -> bool:
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def to_json(value: Any, ascii: bool = False) -> str:
     """One JSON document: dataclasses as objects, numbers that are not finite as null."""
-    return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_plain(value), indent=2, ensure_ascii=ascii, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:

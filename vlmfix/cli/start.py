@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import sys
 
-__all__ = ["quiet_transformers", "set_threads"]
+__all__ = ["print_anything", "quiet_transformers", "set_threads"]
+
+
+def print_anything() -> None:
+    """Let stdout and stderr take every text: what their encoding lacks is written as an escape.
+
+    Answers are in any language, tables have signs, and a terminal or a pipe may be in latin-1.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's or a test's may be another object
+            stream.reconfigure(errors="backslashreplace")
 
 
 def set_threads(threads: int | None) -> None:

@@ -88,7 +88,8 @@ class Mentions:
     Args:
         words: the words as written (lemma, pairs merged) that stand for an object, in order.
         objects: their categories, in the same order, repeats kept.
-        tokens: length of the caption after merging, punctuation included.
+        tokens: length of the caption after merging, punctuation included, and the "seat" that is
+            no chair beside a toilet, as in the official count.
         spans: (start, stop) of each word in the lower-cased caption, in characters.
     """
 
@@ -167,6 +168,7 @@ def mentions(caption: str | None, engine: str = "builtin", mode: str = "compat")
         word = _MERGED.get(pair, first.lemma)
         merged.append(_Token(first.text, word, first.start, found[last].stop))
         position = last + 1
+    tokens = len(merged)
     if {"toilet", "seat"} <= {token.lemma for token in merged}:
         # The seat of a toilet is no chair.
         merged = [token for token in merged if token.lemma != "seat"]
@@ -176,7 +178,7 @@ def mentions(caption: str | None, engine: str = "builtin", mode: str = "compat")
     return Mentions(
         tuple(word for word, _ in named),
         tuple(categories[word] for word, _ in named),
-        len(merged),
+        tokens,
         tuple((token.start, token.stop) for _, token in named),
     )
 

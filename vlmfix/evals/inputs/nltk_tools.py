@@ -36,7 +36,7 @@ def _tools() -> tuple[Callable[[str], list[tuple[str, str]]], Callable[[str, str
     try:
         tag("Two dogs.")
         lemmatise("dogs", "n")
-    except LookupError as error:
+    except (LookupError, OSError) as error:  # OSError: a resource without one of its files
         missing = str(error).strip().strip("*").strip().split("\n")[0]
         raise MissingDependency(
             f"NLTK {nltk.__version__} lacks a resource ({missing}): python -m nltk.downloader "

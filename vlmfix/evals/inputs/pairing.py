@@ -11,8 +11,8 @@ from vlmfix.evals.inputs.rows import Row, few, refuse_repeats
 __all__ = ["answer_text", "located", "pair"]
 
 #: Under which keys an answer stands: in our records, in POPE's and LLaVA's files, OPERA's captions,
-#: HallusionBench's.
-ANSWER_KEYS = ("response", "answer", "text", "caption", "model_prediction")
+#: HallusionBench's, PAI's.
+ANSWER_KEYS = ("response", "answer", "text", "caption", "model_prediction", "ans")
 
 
 def answer_text(row: Row) -> str:

@@ -40,6 +40,8 @@ _VARIANTS = {
     9000: "three full splits in one",
     8910: "OPERA/LLaVA: three splits in one, the random one without 90 of its 'no' rows",
 }
+#: Under which keys an answer repeats its question.
+_ASKED = ("query", "question", "prompt")
 _OBJECT = re.compile(r"\bis there (?:an? )?(.{1,80}?) in the (?:image|imange|picture|photo)\b")
 _COCO_NAME = re.compile(r"COCO_(?:train|val)2014_\d{12}")
 
@@ -212,22 +214,23 @@ def pair_rows(
 
     Args:
         questions: of one split.
-        answers: rows; the answer under `answer`, `response` or `text`, the question under
-            `question` or `prompt`, with or without a suffix.
+        answers: rows; the answer under `answer`, `response`, `text` or `ans`, the question under
+            `query`, `question` or `prompt`, with or without a suffix. Next to a `query`, PAI's
+            `question` is the whole chat. A `label`, where there is one, has to be the question's.
 
     Raises:
         BadInput: answers that are missing, repeated, or to other questions; the message lists them.
     """
     what = "POPE answers"
     rows = located(answers, what)
-    asked = [row.first("question", "prompt") for row in rows]
+    asked = [row.first(*_ASKED) for row in rows]
     images = [row.first("image") for row in rows]
     by_content = [(_stem(q.image), asked_object(q.text)) for q in questions]
     if _texts(asked) and _texts(images) and len(set(by_content)) == len(questions):
         paired = pair(
             by_content,
             rows,
-            lambda row: (_stem(row.first("image")), asked_object(row.text("question", "prompt"))),
+            lambda row: (_stem(row.first("image")), asked_object(row.text(*_ASKED))),
             what,
         )
     elif all("question_id" in row.values for row in rows):
@@ -241,6 +244,7 @@ def pair_rows(
             f"{len(rows)} answers to {len(questions)} questions say neither image and question "
             "nor question_id: write one of these with every answer"
         )
+    _refuse_other_truths(questions, paired)
     return paired
 
 
@@ -255,9 +259,19 @@ def _stem(image: object) -> str:
 def _refuse_other_questions(questions: Sequence[Question], rows: Sequence[Row]) -> None:
     """Raise BadInput if an answer repeats another question than the one that it stands for."""
     for question, row in zip(questions, rows, strict=True):
-        text = row.first("question", "prompt")
+        text = row.first(*_ASKED)
         if isinstance(text, str) and asked_object(text) != asked_object(question.text):
             raise BadInput(
                 f"{row.where} answers {short(text)}, but the question there is "
                 f"{short(question.text)}: these answers were made for another question file"
+            )
+
+
+def _refuse_other_truths(questions: Sequence[Question], rows: Sequence[Row]) -> None:
+    """Raise BadInput if an answer repeats another truth than that of its question."""
+    for question, row in zip(questions, rows, strict=True):
+        if "label" in row.values and (said := _label(row.values["label"], row)) != question.label:
+            raise BadInput(
+                f"{row.where}: the label is {said}, and that of the question {short(question.text)}"
+                f" is {question.label}: these answers were made for another question file"
             )

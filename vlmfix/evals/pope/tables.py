@@ -163,9 +163,12 @@ class OwnQuestions(QuestionTable):
 
     def __init__(self, rows: Sequence[Row], name: str) -> None:
         self.name, self._pictures = name, {}
-        if without := [row.where for row in rows if "target" not in row.values]:
+        if without := [row for row in rows if "target" not in row.values]:
+            first = without[0]
+            # PAI's rows have a label and no picture.
+            lack = "of which picture their label" if "label" in first.values else "what"
             raise BadInput(
-                f"{len(without)} answers do not say what is true, first {without[0]}: name the "
+                f"{len(without)} answers do not say {lack} is true, first {first.where}: name the "
                 "POPE file that they answer (--questions FILE)"
             )
         questions = [
