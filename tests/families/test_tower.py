@@ -247,7 +247,7 @@ def test_layers_that_attend_to_the_whole_image() -> None:
 
 
 def test_what_the_table_leaves_out_is_refused() -> None:
-    reasons = {"llama4": "was never checked", "aria": "mixes all patches", "fuyu": "do not pass"}
+    reasons = {"llama4": "was never checked", "aria": "mix all patches", "fuyu": "do not pass"}
     for name, reason in reasons.items():
         tiny = family(name)
         with pytest.raises(UnsupportedModel, match=reason):
