@@ -23,6 +23,15 @@ from vlmfix.families import ModelInfo
 _NAME = "vlmfix_oracle"
 
 
+class _Eager(str):
+    """The oracle's name, equal to "eager" as well: sparse attention asks before it hides keys."""
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) or other == "eager"
+
+    __hash__ = str.__hash__
+
+
 @dataclass
 class Edit:
     """What the oracle does to a forward without a cache.
@@ -125,7 +134,7 @@ def oracle(model: Any, info: ModelInfo, edit: Edit) -> Iterator[None]:
     text._attn_implementation_internal = "eager"
     for module in info.attention.values():
         own = copy.copy(module.config)
-        own._attn_implementation_internal = _NAME  # type: ignore[union-attr]
+        own._attn_implementation_internal = _Eager(_NAME)  # type: ignore[union-attr]
         module.config = own  # type: ignore[assignment]
     _current = edit
     try:
