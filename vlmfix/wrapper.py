@@ -13,7 +13,7 @@ import torch
 from vlmfix.engine.call import CallReport
 from vlmfix.engine.session import SESSION, Session
 from vlmfix.engine.stack import Stack
-from vlmfix.engine.stages import fitted_stack
+from vlmfix.engine.stages import fitted_stack, idle
 from vlmfix.engine.state import Implementation
 from vlmfix.errors import BadInput, StateError
 from vlmfix.families import ModelInfo, describe_model
@@ -144,7 +144,7 @@ def _stack(
 ) -> Stack:
     stack = fitted_stack(model, info, methods, impl)
     for method in stack.methods:
-        if reason := method.idle():
+        if reason := idle(method, info):
             warnings.warn(f"{method.name} will change nothing: {reason}.", stacklevel=3)
     return stack
 

@@ -54,3 +54,12 @@ def test_doctor_and_wrap_give_the_same_reason(monkeypatch: pytest.MonkeyPatch) -
         vlmfix.wrap(model, "pai")
     with vlmfix.wrapped(model, None), pytest.raises(UnsupportedModel), vlmfix.using(model, "pai"):
         pass
+
+
+def test_layers_without_attention_are_idle() -> None:
+    model = build("glm5_next").model  # one of its four layers has softmax attention
+    fits = {row["name"]: row for row in examine(model)["methods"]}
+    assert "has softmax attention" in fits["vaf"]["why"] and not fits["vaf"]["fits"]
+    assert fits["vhr"]["fits"]
+    with pytest.warns(UserWarning, match="none of its layers .* has softmax attention"):
+        vlmfix.wrap(model, "vaf")

@@ -356,3 +356,11 @@ def test_positions_that_generate_drops_cannot_be_kept(name: str) -> None:
         assert changed(tiny.model) > 0
     with vlmfix.wrapped(family("llava").model, "divprune:ratio=0.5;positions=original"):
         pass
+
+
+def test_positions_may_be_fractions() -> None:
+    tiny = build("qwen3_omni_moe_thinker")
+    inputs = tiny.inputs(2)
+    plain = logits(tiny.model, inputs)
+    with vlmfix.wrapped(tiny.model, PAI):
+        assert (_steps(tiny.model, inputs)[0] - plain).abs().max() > 1e-3

@@ -8,7 +8,7 @@ import torch
 from transformers.utils import is_torchvision_available
 
 from vlmfix.analysis.calibrate import load_calibration
-from vlmfix.engine.stages import fitted_stack
+from vlmfix.engine.stages import fitted_stack, idle
 from vlmfix.errors import VlmfixError
 from vlmfix.families import describe_model
 from vlmfix.registry import list_methods
@@ -66,7 +66,7 @@ def _fit(name: str, info: Any, model: torch.nn.Module) -> dict[str, Any]:
         (prepared,) = fitted_stack(model, info, name).methods
     except VlmfixError as error:
         return {"name": name, "fits": False, "why": str(error)}
-    if reason := prepared.idle():
+    if reason := idle(prepared, info):
         return {"name": name, "fits": False, "why": f"would change nothing: {reason}"}
     return {"name": name, "fits": True, "why": f"runs as {prepared.spec()}"}
 

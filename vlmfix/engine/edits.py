@@ -78,7 +78,8 @@ class Inputs(NamedTuple):
         return sorted(
             name
             for name, value in self.kwargs.items()
-            if isinstance(value, torch.Tensor)
+            if name not in READ_ARGUMENTS
+            and isinstance(value, torch.Tensor)
             and (value.is_floating_point() or value.dtype == torch.bool)
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from vlmfix.base.attention import AttentionMethod
 from vlmfix.base.method import Method
 from vlmfix.engine.attention_stage import AttentionStage
 from vlmfix.engine.contrast import ContrastStage
@@ -20,7 +21,7 @@ from vlmfix.errors import CompositionError
 from vlmfix.families import ModelInfo
 from vlmfix.registry import MethodSpec, build_stack
 
-__all__ = ["STAGES", "fitted_stack", "make_stack"]
+__all__ = ["STAGES", "fitted_stack", "idle", "make_stack"]
 
 STAGES: tuple[type[Stage], ...] = (
     PixelStage,
@@ -71,3 +72,13 @@ def fitted_stack(
     for stage in stack.stages:
         stage.examine(model, info)
     return stack
+
+
+def idle(method: Method, info: ModelInfo) -> str | None:
+    """Why a prepared method can change nothing on a model; None if it can."""
+    reason = method.idle()
+    if reason is None and isinstance(method, AttentionMethod):
+        layers = set(method.layers(info))
+        if not layers & set(info.attention):
+            reason = f"none of its layers {sorted(layers)} has softmax attention in this model"
+    return reason
