@@ -364,3 +364,16 @@ def test_positions_may_be_fractions() -> None:
     plain = logits(tiny.model, inputs)
     with vlmfix.wrapped(tiny.model, PAI):
         assert (_steps(tiny.model, inputs)[0] - plain).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_a_decoder_without_a_text_configuration_leaves_flex_attention() -> None:
+    tiny = build("phi4_multimodal")
+    tiny.model.set_attn_implementation({"": "flex_attention"})
+    with (
+        pytest.warns(UserWarning, match="runs 'flex_attention' attention"),
+        vlmfix.wrapped(tiny.model, PAI),
+    ):
+        assert tiny.model.config._attn_implementation == "sdpa"
+        logits(tiny.model, tiny.inputs(1))
+    assert tiny.model.config._attn_implementation == "flex_attention"

@@ -194,7 +194,8 @@ class Host:
         if text._attn_implementation in ("sdpa", "eager", None):
             return
         before = text._attn_implementation
-        key = next(k for k in model.config.sub_configs if getattr(model.config, k, None) is text)
+        own = (k for k in model.config.sub_configs if getattr(model.config, k, None) is text)
+        key = next(own, "")  # "" is the configuration itself, where the decoder has no other
         warnings.warn(
             f"the decoder runs {before!r} attention, whose masks vlmfix cannot read; it runs SDPA "
             "until vlmfix.unwrap(model).",
