@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from tiny import TinyFamily
+from tiny import PER_POSITION, TinyFamily
 from tiny_configs import IMAGE
 from torch import Tensor
 
@@ -23,7 +23,9 @@ from vlmfix.base.pruning import Kept, TokenMethod, VisualTokens
 Inputs = dict[str, Any]
 Indices = Sequence[Sequence[int]]
 
-PIXELS = ("pixel_values", "image_sizes", "image_grid_thw")
+PIXELS = (
+    "pixel_values", "pixel_values_images", "image_sizes", "image_grid_thw", "image_position_ids",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -128,10 +130,12 @@ def cut_by_hand(
             return [w @ part for w, part in zip(weights, parts, strict=True)]
         return [part[list(own)] for own, part in zip(kept, parts, strict=True)]
 
-    sizes = [len(part) for part in output.pooler_output]
-    features = left(output.pooler_output)
-    as_tensor = isinstance(output.pooler_output, Tensor)
-    output.pooler_output = torch.stack(features) if as_tensor else features
+    # Llama 4 and Fuyu read this, and pool nothing.
+    name = "last_hidden_state" if output.get("pooler_output") is None else "pooler_output"
+    sizes = [len(part) for part in output[name]]
+    features = left(output[name])
+    as_tensor = isinstance(output[name], Tensor)
+    setattr(output, name, torch.stack(features) if as_tensor else features)
     if output.get("deepstack_features") is not None:
         output.deepstack_features = [left(level) for level in output.deepstack_features]
     rows = stays(inputs, kept, sizes)
@@ -144,16 +148,14 @@ def cut_by_hand(
             closed.append([fill] * (width - len(short)) + short)
         return torch.tensor(closed)
 
-    short: Inputs = {
-        name: cut(inputs[name], 0)
-        for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-        if name in inputs
-    }
+    short: Inputs = {name: cut(inputs[name], 0) for name in PER_POSITION if name in inputs}
     short["mm_encoder_outputs"] = {"image": output}
     positions = whole_positions(tiny, inputs)
     if positions.ndim == 3:
         text = (short["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        short["position_ids"] = torch.stack([text, *(cut(axis, 0) for axis in positions)])
+        axes = [cut(axis, 0) for axis in positions]
+        # Four axes at most: HunYuan's own are four, without that of the text.
+        short["position_ids"] = torch.stack(axes if len(axes) == 4 else [text, *axes])
     elif gaps:
         short["position_ids"] = cut(positions, 0)
     return short

@@ -35,6 +35,7 @@ from transformers import CompileConfig, DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 import vlmfix
+from vlmfix.analysis.doctor import examine
 from vlmfix.base.attention import AttentionMethod, Keys, Plan, lift_scores
 from vlmfix.base.contrast import Branch, ContrastMethod, Prompt
 from vlmfix.base.pruning import Kept, TokenMethod, VisualTokens
@@ -691,8 +692,16 @@ def test_features_given_beforehand_pass_through(name: str) -> None:
     inputs = tiny.inputs(batch=2)
     everything = [range(tiny.image_tokens)] * 2
     plain = generate(tiny.model, inputs)
+    features = cut_by_hand(tiny, inputs, everything)
+    warned = "random drops no visual token here: these images are features"
     with vlmfix.wrapped(tiny.model, RandomTokens(ratio=0.5)):
-        given = generate(tiny.model, cut_by_hand(tiny, inputs, everything))
+        with pytest.warns(UserWarning, match=warned):
+            given = tiny.model.generate(
+                **features,
+                **generate_kwargs(output_logits=True, return_dict_in_generate=True),
+            )
+        with pytest.warns(UserWarning, match=warned), torch.no_grad():
+            tiny.model(**cut_by_hand(tiny, inputs, everything))
     assert torch.equal(given.sequences, plain.sequences)
     assert torch.allclose(torch.stack(given.logits), torch.stack(plain.logits), atol=1e-6)
 
@@ -782,10 +791,34 @@ def test_a_model_that_takes_no_features_is_refused(monkeypatch: pytest.MonkeyPat
     def forward(input_ids: Any = None, pixel_values: Any = None, **kwargs: Any) -> Any:
         pytest.fail("the model ran")
 
-    with vlmfix.wrapped(tiny.model, RandomTokens(ratio=0.5)):
-        monkeypatch.setattr(tiny.model, "forward", forward)
-        with pytest.raises(UnsupportedModel, match=r"transformers 5\.21"):
-            tiny.model.generate(**tiny.inputs(), **generate_kwargs())
+    monkeypatch.setattr(tiny.model, "forward", forward)
+    with pytest.raises(UnsupportedModel, match=r"transformers 5\.21"):
+        vlmfix.wrap(tiny.model, RandomTokens(ratio=0.5))
+
+
+def test_a_model_whose_features_enter_at_many_layers_is_refused_by_wrap_and_doctor() -> None:
+    tiny = build("granite4_vision")
+    with pytest.raises(UnsupportedModel, match="divprune .* enter at many decoder layers"):
+        vlmfix.wrap(tiny.model, "divprune")
+    fits = {row["name"]: row for row in examine(tiny.model)["methods"]}
+    assert "enter at many decoder layers" in fits["divprune"]["why"]
+    assert not fits["divprune"]["fits"] and fits["pai"]["fits"]
+
+
+def test_a_share_that_drops_nothing_says_so() -> None:
+    """A ratio that rounds to the whole image; a number of tokens means at most so many."""
+    tiny = family("qwen2_5_vl")
+    inputs = tiny.inputs(batch=2)
+    for method, share in (("random", 0.9), ("fastv", 0.95)):
+        with (
+            vlmfix.wrapped(tiny.model, f"{method}:ratio={share}"),
+            pytest.warns(UserWarning, match=f"{method} drops none of the 8 visual tokens"),
+            torch.no_grad(),
+        ):
+            tiny.model(**inputs)
+    for spec in ("random:tokens=9", "fastv:tokens=9", "random:ratio=1"):
+        with vlmfix.wrapped(tiny.model, spec), torch.no_grad():
+            tiny.model(**inputs)  # a warning would be an error
 
 
 @pytest.mark.parametrize("name", FOUR)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from matrix import family
@@ -13,6 +15,7 @@ from pruned import (
     check_text_only_is_untouched,
     same_answer,
 )
+from pruning_oracle import cut_by_hand
 from tiny import FAMILIES, build
 
 from vlmfix.base.pruning import VisualTokens
@@ -119,6 +122,38 @@ def test_the_tokens_of_a_model_are_those_picked(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_batch_equals_singles(name: str) -> None:
     check_batch_equals_singles(family(name), "divprune:ratio=0.5")
+
+
+@pytest.mark.parametrize("name", ["llama4", "fuyu", "video_llava", "ernie4_5_vl_moe", "hunyuan_vl"])
+def test_features_by_another_name_or_way(name: str) -> None:
+    """Projected behind the encoder, not pooled, other pixels, experts' types, four axes."""
+    tiny = family(name)
+    inputs = tiny.inputs(2)
+    pruned = answer(tiny, DivPrune(ratio=0.5), inputs)
+    assert [len(kept) for kept in pruned.kept] == [tiny.image_tokens // 2] * 2
+    with torch.no_grad():
+        by_hand = tiny.model(**cut_by_hand(tiny, inputs, pruned.kept)).logits[:, -1]
+    assert torch.allclose(pruned.logits[0], by_hand, atol=1e-5)
+    assert (pruned.logits[0] - answer(tiny, None, inputs).logits[0]).abs().max() > 1e-2
+
+
+def test_features_of_llama4_are_compared_as_its_language_model_gets_them() -> None:
+    tiny = family("llama4")
+    inputs = tiny.inputs(1)
+    model: Any = tiny.model
+    with torch.no_grad():
+        hidden = model.get_image_features(inputs["pixel_values"], return_dict=True)[0]
+        features = model.multi_modal_projector(hidden)[0]
+    expected = most_diverse(features, 2).sort().values.tolist()
+    assert answer(tiny, DivPrune(ratio=0.5), inputs).kept == [expected]
+
+
+def test_tokens_that_come_one_by_one_are_images_again() -> None:
+    """Inkling's encoder returns one image per token; a run of placeholders is one image."""
+    tiny = family("inkling")
+    check_batch_equals_singles(tiny, "divprune:ratio=0.5")
+    kept = answer(tiny, "divprune:ratio=0.5", tiny.inputs(2)).kept
+    assert [len(own) for own in kept] == [2, 2]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -11,7 +11,9 @@ import torch
 from fused_rows import both_forms
 from made_keys import make_keys
 from matrix import family, logits, prompt
-from tiny import build
+from tiny import TinyFamily, build, generate_kwargs
+from tiny_configs import IMAGE as IMAGE_ID
+from tiny_configs import VIDEO as VIDEO_ID
 
 import vlmfix
 from vlmfix.base.attention import lift_scores
@@ -266,3 +268,53 @@ def test_features_encoded_before_the_call_are_refused() -> None:
         text = {name: value for name, value in inputs.items() if name != "pixel_values"}
         with pytest.raises(vlmfix.StateError, match="Pass all pixels"):
             tiny.model.generate(**text, mm_encoder_outputs={"image": features}, max_new_tokens=2)
+
+
+def video_of(tiny: TinyFamily, beside: bool) -> dict[str, Any]:
+    """Two prompts with a video each, or an image in the first and a video in the second."""
+    inputs = tiny.inputs(batch=2)
+    ids, rows = inputs["input_ids"], slice(1 if beside else 0, 2)
+    kind = IMAGE_ID if tiny.name == "glm4v" else VIDEO_ID  # GLM-4V's frames are image tokens
+    ids[rows] = torch.where(ids[rows] == IMAGE_ID, kind, ids[rows])
+    inputs["mm_token_type_ids"][rows] *= 2
+    patches, grids = inputs.pop("pixel_values"), inputs.pop("image_grid_thw")
+    half = len(patches) // 2
+    if beside:
+        inputs |= {"pixel_values": patches[:half], "image_grid_thw": grids[:1]}
+        patches, grids = patches[half:], grids[1:]
+    return {**inputs, "pixel_values_videos": patches, "video_grid_thw": grids}
+
+
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [
+        ("qwen2_5_vl", False),
+        ("qwen2_5_vl", True),
+        ("qwen3_vl", False),
+        ("qwen3_vl", True),
+        ("glm4v", False),
+    ],
+)
+def test_videos_are_refused_by_name(name: str, beside: bool) -> None:
+    tiny = build(name)
+    inputs = video_of(tiny, beside)
+    with vlmfix.wrapped(tiny.model, STRONG) as model:
+        with pytest.raises(BadInput, match="imba weighs .* not read for videos"):
+            model.generate(**inputs, **generate_kwargs())
+        with pytest.raises(BadInput, match="imba weighs .* not read for videos"), torch.no_grad():
+            model(**inputs)
+        image = tiny.inputs(batch=2)
+        with torch.no_grad():  # the video before it is forgotten
+            model(**image)
+        assert vlmfix.last_call(model).edited_rows > 0
+
+
+def test_images_too_small_for_a_share_are_said() -> None:
+    tiny = family("qwen2_5_vl")
+    spec = "imba:local_ratio=0.2;start_layer=0"  # of 4 tokens, of which none stands out
+    with (
+        vlmfix.wrapped(tiny.model, spec) as model,
+        pytest.warns(UserWarning, match="imba chooses none of the 8 visual tokens"),
+        torch.no_grad(),
+    ):
+        model(**tiny.inputs(batch=2))

@@ -14,6 +14,7 @@ import torch
 from vlmfix.base.method import Method, StageName, option
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import ModelInfo
+from vlmfix.families.surgeon import require_cuttable
 from vlmfix.families.tower import Received, Tile, Tower, describe_tower, require_readable
 
 __all__ = [
@@ -166,6 +167,7 @@ class TokenMethod(PruningMethod):
     whole_pictures: ClassVar[bool] = False
 
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> TokenMethod:
+        require_cuttable(self.name, info, model)
         if self.needs_tiles:
             try:
                 require_readable(describe_tower(model, info))

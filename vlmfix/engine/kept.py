@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,8 +17,8 @@ from vlmfix.engine.encoded import Reduction
 from vlmfix.engine.hooks import Host
 from vlmfix.engine.ledger import Ledger
 from vlmfix.engine.observe import internal_pass
-from vlmfix.errors import BadInput, UnsupportedModel
-from vlmfix.families import last_logits, vision_arguments
+from vlmfix.errors import BadInput
+from vlmfix.families import last_logits, pixel_names, vision_arguments
 from vlmfix.families.kinds import PAD
 from vlmfix.families.prompt import prompt_kinds
 from vlmfix.families.surgeon import TOKEN_TYPES, real_tokens
@@ -60,9 +59,9 @@ def ask(
     """
     model: Any = host.model
     vision = vision_arguments(model, kwargs)
-    if "pixel_values" not in vision and "pixel_values_videos" not in vision:
+    if not pixel_names(vision):
         return None
-    _check(method, model, kwargs)
+    _check(method, kwargs)
     ledger = _ledger(host, kwargs, question, prompt_length)
     ids = kwargs["input_ids"]
     output, features, images = _encode(host, vision)
@@ -76,7 +75,9 @@ def ask(
         )
     if method.whole_pictures:
         features, images = _pictures(host, placeholders, features, images)
-        counts = [len(part) for part in features]
+    if images is None and set(counts) == {1}:  # Inkling hands over every token by itself
+        features = list(torch.split(torch.cat(features), _runs(placeholders)))
+    counts = [len(part) for part in features]
     owners = _owners(placeholders, counts)
     questions = _questions(model, ids, ledger) if method.reads_question else None
     relevance = _relevance(host, method, kwargs, output, ledger, placeholders, counts)
@@ -106,16 +107,11 @@ def encode_reduced(
     return {"mm_encoder_outputs": {"image": with_features(output, features, reductions)}}
 
 
-def _check(method: TokenMethod, model: Any, kwargs: Mapping[str, Any]) -> None:
+def _check(method: TokenMethod, kwargs: Mapping[str, Any]) -> None:
     if kwargs.get("pixel_values_videos") is not None:
         raise BadInput(
             f"{method.name} prunes images, and this prompt holds a video. Ask about images, or run "
             "the plain model with vlmfix.using(model, None)."
-        )
-    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
-        raise UnsupportedModel(
-            f"{type(model).__name__} takes no encoded features in this version of transformers, so "
-            f"{method.name} cannot hand over fewer of them. Use transformers 5.21 or later."
         )
     if kwargs.get("labels") is not None:
         raise BadInput(f"{method.name} cuts the prompt, so labels would no longer fit it.")
@@ -128,10 +124,21 @@ def _encode(
     model: Any = host.model
     with torch.no_grad():
         output = model.base_model.get_image_features(**vision, return_dict=True)
-    features, images = list(output.pooler_output), host.take_images()
+    features, images = _features(model, output), host.take_images()
     if images is not None:  # SmolVLM and Idefics3 give those of all images of a prompt as one
         features = list(torch.split(torch.cat(features), [len(one.index) for one in images]))
     return output, features, images
+
+
+def _features(model: Any, output: Any) -> list[torch.Tensor]:
+    """(n, D) of each image, as the language model will get them."""
+    if output.get("pooler_output") is not None:
+        return list(output.pooler_output)
+    # Llama 4 projects them behind its encoder, each by itself; Fuyu has projected them already.
+    project = getattr(model.base_model, "multi_modal_projector", None)
+    hidden = output.last_hidden_state
+    with torch.no_grad():
+        return list(hidden if project is None else project(hidden))
 
 
 def _ledger(
@@ -232,10 +239,8 @@ def _pictures(
     tower = host.tower
     if images is None or tower is None or tower.whole is None or tower.layout != "tiles":
         return features, images
-    edges = torch.nn.functional.pad(placeholders.long(), (1, 1)).diff(dim=1)
-    runs = (edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]
     joined, pictures, at = [], [], 0
-    for run in runs.tolist():
+    for run in _runs(placeholders):
         count, held = 0, 0
         while held < run and at + count < len(features):
             held += len(features[at + count])
@@ -253,6 +258,14 @@ def _pictures(
         pictures.append(EncodedImage(tiles, index))
         at += count
     return joined, pictures
+
+
+def _runs(placeholders: torch.Tensor) -> list[int]:
+    """How long the runs of placeholders in (B, L) bool are."""
+    edges = torch.nn.functional.pad(placeholders.long(), (1, 1)).diff(dim=1)
+    runs = (edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]
+    found: list[int] = runs.tolist()
+    return found
 
 
 def _owners(placeholders: torch.Tensor, counts: Sequence[int]) -> list[int]:
@@ -357,15 +370,16 @@ def with_features(
         images = torch.split(torch.cat(list(parts)), counts)
         return [one.apply(part) for one, part in zip(reductions, images, strict=True)]
 
-    reduced = reduce(features)
+    name = "last_hidden_state" if output.get("pooler_output") is None else "pooler_output"
+    whole = output[name]
+    reduced = reduce(features if name == "pooler_output" else list(whole))
     changed = copy.copy(output)
-    if isinstance(output.pooler_output, torch.Tensor):
+    setattr(changed, name, reduced)
+    if isinstance(whole, torch.Tensor):
         alike = len({len(part) for part in reduced}) == 1
         # generate() copies features for beams by counting rows against placeholders; rows of one
         # token each fit the prompts of a batch that keep different numbers.
-        changed.pooler_output = torch.stack(reduced) if alike else torch.cat(reduced)[:, None]
-    else:
-        changed.pooler_output = reduced
+        setattr(changed, name, torch.stack(reduced) if alike else torch.cat(reduced)[:, None])
     deep = output.get("deepstack_features") if hasattr(output, "get") else None
     if deep is not None:
         changed.deepstack_features = [reduce(level) for level in deep]

@@ -7,6 +7,7 @@ these alone. The first layer's cache stays whole, and it is the one that transfo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -230,6 +231,12 @@ def _drop(
     call.visual_tokens = tuple(sizes[::copies])
     call.keep(KeptPlaceholders(kept[::copies]))
     if torch.equal(kept, visual):
+        if method.tokens is None:
+            warnings.warn(
+                f"{method.name} drops none of the {int(visual.sum())} visual tokens of these "
+                "prompts: so much of them is all. Give a smaller ratio, or larger images.",
+                stacklevel=2,
+            )
         return None
     keep = (ledger.kinds[:, :length] != PAD) & (kept | ~visual)
     width = int(keep.sum(1).max())

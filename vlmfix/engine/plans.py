@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -13,9 +14,9 @@ from vlmfix.engine.encoded import CallImages
 from vlmfix.engine.frame import Frame
 from vlmfix.engine.ledger import Memory
 from vlmfix.engine.recorder import VisionRecorder
-from vlmfix.errors import StateError
+from vlmfix.errors import BadInput, StateError
 from vlmfix.families import ModelInfo
-from vlmfix.families.kinds import IMAGE
+from vlmfix.families.kinds import IMAGE, VIDEO
 
 __all__ = ["AttentionNotes", "LayerMethods", "Plans"]
 
@@ -140,6 +141,12 @@ class Plans:
         images = call.of(CallImages)
         if images.recorded is None:
             images.recorded = recorder.take()
+        if recorder.took_video or bool((ledger.kinds == VIDEO).any()):
+            raise BadInput(
+                f"{method.name} weighs visual tokens by the vision tower's attention, which is not "
+                "read for videos, and this prompt holds one. Ask about images, or run the plain "
+                "model with vlmfix.using(model, None)."
+            )
         layers = method.encoder_layers(recorder.tower)
         pieces = []
         for image in images.recorded:
@@ -165,6 +172,12 @@ class Plans:
         values = torch.zeros(placeholders.shape, device=placeholders.device)
         if pieces:
             values[placeholders] = torch.cat(pieces)
+            if not bool(values.any()):
+                warnings.warn(
+                    f"{method.name} chooses none of the {count} visual tokens of these images, so "
+                    "it changes nothing here. Give larger images, or a larger share.",
+                    stacklevel=2,
+                )
         known[method] = values.repeat_interleave(copies, 0)
         return known[method]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,15 +26,13 @@ from vlmfix.engine.kept import ask, with_features
 from vlmfix.engine.stage import Forward, Generation, Stage
 from vlmfix.engine.state import Implementation
 from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
-from vlmfix.families import ModelInfo, vision_arguments
+from vlmfix.families import ModelInfo, pixel_names, vision_arguments
+from vlmfix.families.prompt import carries_vision
 from vlmfix.families.source import drops_positions
 from vlmfix.families.surgeon import TOKEN_TYPES, compact, real_tokens
 from vlmfix.families.tower import describe_tower
 
 __all__ = ["PruningStage", "Shortened", "put_back", "shorten"]
-
-#: Arguments of a forward that hold images or videos not yet encoded.
-_PIXELS = ("pixel_values", "pixel_values_videos")
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,7 @@ class PruningStage(Stage):
         _require_empty_cache(self.method, kwargs.get("past_key_values"))
         shortened = shorten(generation.host, self.method, kwargs, call.question)
         if shortened is None:
+            _say_features_stay(self.method, kwargs)
             return
         cut = shortened.kwargs
         positions = cut.get("position_ids")
@@ -114,8 +114,10 @@ class PruningStage(Stage):
         return output if cut is None else put_back(output, generation.ids, cut.length)
 
     def before_forward(self, forward: Forward) -> None:
-        kwargs = forward.kwargs  # in generate() features have replaced the pixels
-        if all(kwargs.get(name) is None for name in _PIXELS):
+        kwargs = forward.kwargs
+        if not pixel_names(kwargs):
+            if forward.host.state.call is None:  # in generate() features have replaced the pixels
+                _say_features_stay(self.method, kwargs)
             return
         _require_empty_cache(self.method, forward.cache)
         length = forward.prompt_length
@@ -125,6 +127,16 @@ class PruningStage(Stage):
         forward.kwargs = shortened.kwargs
         forward.prompt_length = None if length is None else length - shortened.removed
         _note(forward.frame.call, shortened)
+
+
+def _say_features_stay(method: TokenMethod, kwargs: Mapping[str, Any]) -> None:
+    """Warn where a user gives images as features, which are not cut."""
+    if carries_vision(kwargs) and not pixel_names(kwargs):
+        warnings.warn(
+            f"{method.name} drops no visual token here: these images are features that were "
+            "encoded before, and it prunes what it encodes itself. Pass pixels.",
+            stacklevel=2,
+        )
 
 
 def _require_empty_cache(method: TokenMethod, cache: Cache | None) -> None:
@@ -205,6 +217,12 @@ def shorten(
         kept[start + reduction.positions.cpu()] = True
         start += reduction.count
     if bool(kept.all()):
+        if len(kept) and method.tokens is None:
+            warnings.warn(
+                f"{method.name} drops none of the {len(kept)} visual tokens of these prompts: so "
+                "much of each image is all of it. Give a smaller ratio, or larger images.",
+                stacklevel=2,
+            )
         return None
     cut, vision = dict(kwargs), vision_arguments(host.model, kwargs)
     for name in vision:
@@ -240,8 +258,10 @@ def _cut_tokens(
     if positions is not None and positions.ndim == 3:
         places = shorter["position_ids"]
         text = (new_mask.cumsum(1) - 1).clamp(min=0)
-        # The first axis counts tokens: with gaps the masks of transformers would see two prompts.
-        shorter["position_ids"] = torch.cat([text[None], places])
+        # The first of four axes counts tokens: with gaps masks would see two prompts. HunYuan has
+        # four of its own, and looks at the mask alone.
+        whole = places if len(places) == 4 else torch.cat([text[None], places])
+        shorter["position_ids"] = whole
         # Added to the number of real tokens: models count by the mask, without the padding.
         following = places.amax(dim=(0, 2)) + 1 - new_mask.sum(1)
         for module in model.modules():
@@ -258,20 +278,27 @@ def _positions(
     real: torch.Tensor,
     method: TokenMethod,
 ) -> torch.Tensor | None:
-    """Positions of the whole prompts, (3, B, L) or (B, L), to be cut; None: count what is left."""
+    """Positions of the whole prompts, (axes, B, L) or (B, L), to be cut; None: count the rest."""
     given: torch.Tensor | None = cut.get("position_ids")
     index = getattr(model.base_model, "get_rope_index", None)
     if index is None:
         counted = (real.long().cumsum(1) - 1).clamp(min=0)
         return counted if given is None and method.positions == "original" else given
     if given is not None:
-        return given[-3:] if given.ndim == 3 else given.expand(3, *real.shape)
+        axes = _axes(model)
+        return given[-axes:] if given.ndim == 3 else given.expand(axes, *real.shape)
     offered = {**cut, **vision, "attention_mask": real.long()}
     wanted = {
         name: offered[name] for name in inspect.signature(index).parameters if name in offered
     }
     found: torch.Tensor = index(**wanted)[0]
     return found
+
+
+def _axes(model: Any) -> int:
+    """The axes of the model's positions, without that of the text."""
+    parameters = model.config.get_text_config(decoder=True).rope_parameters or {}
+    return len(parameters.get("mrope_section") or "thw")
 
 
 def put_back(output: Any, ids: torch.Tensor, length: int) -> Any:

@@ -184,7 +184,13 @@ class VisionRecorder:
     def take(self) -> list[EncodedImage]:
         """The images of this thread's last encoding, which is then forgotten; [] if none."""
         images: list[EncodedImage] = self._local.__dict__.pop("images", [])
+        self._local.took_video = self._local.__dict__.pop("encoded_video", False)
         return images
+
+    @property
+    def took_video(self) -> bool:
+        """Whether a video was encoded next to the images that this thread took last."""
+        return getattr(self._local, "took_video", False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise StateError(
@@ -226,7 +232,7 @@ class VisionRecorder:
 
         @functools.wraps(encode)
         def encode_unread(*args: Any, **kwargs: Any) -> Any:
-            self._local.video = True
+            self._local.video = self._local.encoded_video = True
             try:
                 return encode(*args, **kwargs)
             finally:

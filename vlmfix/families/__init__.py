@@ -22,6 +22,7 @@ __all__ = [
     "ModelInfo",
     "describe_model",
     "last_logits",
+    "pixel_names",
     "vision_arguments",
     "vision_names",
 ]
@@ -186,6 +187,11 @@ def vision_names(model: Any) -> frozenset[str]:
         if function is not None:
             names.update(inspect.signature(function).parameters)
     return frozenset(names - {"kwargs", "return_dict", "input_ids", "attention_mask"})
+
+
+def pixel_names(vision: Mapping[str, Any]) -> list[str]:
+    """Those of the arguments of a vision encoder that hold pixels, not sizes, masks or features."""
+    return [name for name, value in vision.items() if "pixel_values" in name and value is not None]
 
 
 def _token_ids(config: Any, name: str) -> tuple[int, ...]:

@@ -5,13 +5,14 @@ Everything here returns new tensors; what came in is never changed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from vlmfix.errors import BadInput
+from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import ModelInfo
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "module_state",
     "prompt_without_images",
     "real_tokens",
+    "require_cuttable",
 ]
 
 #: Names under which a model's configuration gives the ids that open and close a visual span. An
@@ -100,6 +102,36 @@ def prompt_without_images(
     kept, mask = compact(keep, tensors)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     return {**kept, "attention_mask": mask, "position_ids": positions}
+
+
+def require_cuttable(name: str, info: ModelInfo, model: torch.nn.Module) -> None:
+    """Refuse a model whose prompts cannot be cut to some of their visual tokens.
+
+    Args:
+        name: of the method that would.
+        info: structure of the model.
+        model: the model.
+
+    Raises:
+        UnsupportedModel: such a model.
+    """
+    host: Any = model
+    forward = inspect.signature(host.forward).parameters
+    if not hasattr(host.base_model, "get_image_features"):
+        reason = "it has no image encoder that can run by itself (get_image_features)"
+    elif "mm_encoder_outputs" not in forward:
+        reason = (
+            "its forward takes no encoded features, which those of transformers do from "
+            "transformers 5.21 on"
+        )
+    elif getattr(host.config, "deepstack_layer_map", None) is not None:
+        reason = "its image features enter at many decoder layers, and none of them is the token"
+    else:
+        return
+    raise UnsupportedModel(
+        f"{name} hands a language model fewer visual tokens, which it cannot do on model type "
+        f"{info.model_type!r}: {reason}. Use a method that keeps all of them (pai, vhr, m3id, ...)."
+    )
 
 
 def real_tokens(

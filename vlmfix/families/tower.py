@@ -81,6 +81,7 @@ _PLAIN_TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
 _QWEN = _Family("patches", _spatial_merge)
+_MUSE = _Family("patches", lambda config: int(config.vision_config.merge_size), order="rows")
 _INTERNVL = _Family("tiles", lambda config: round(1 / config.downsample_ratio), whole="last")
 _LLAVA_NEXT = _Family("packed", _one, _PLAIN_TOWERS, whole="first")
 _SHUFFLED = _Family("tiles", lambda config: int(config.downsample_factor), _PLAIN_TOWERS)
@@ -125,17 +126,13 @@ _FAMILIES: dict[str, _Family] = {
     "glm4v_moe": _QWEN,
     "glm_ocr": _QWEN,
     "glm5_next": _QWEN,
-    # Each image says how much it is merged: tile by tile in videos, not at all in still images.
+    # Each image says how its patches are merged, see square_sides().
     "video_llama_3": _Family("patches", _one),
     "kimi_k25": _Family(
-        "patches", lambda config: int(config.vision_config.merge_kernel_size[0]), order="rows"
+        "patches", lambda c: int(c.vision_config.merge_kernel_size[0]), order="rows"
     ),
-    "muse_glimmer": _Family(
-        "patches", lambda config: int(config.vision_config.merge_size), order="rows"
-    ),
-    "muse_spark": _Family(
-        "patches", lambda config: int(config.vision_config.merge_size), order="rows"
-    ),
+    "muse_glimmer": _MUSE,
+    "muse_spark": _MUSE,
 }
 
 

@@ -16,7 +16,7 @@ import torch
 
 from vlmfix.base.contrast import Prompt, noise_generator
 from vlmfix.errors import BadInput, UnsupportedModel
-from vlmfix.families import ModelInfo, vision_names
+from vlmfix.families import ModelInfo, pixel_names, vision_names
 
 __all__ = ["STEPS", "noise_weights", "noised", "require_pixels"]
 
@@ -68,7 +68,7 @@ def require_pixels(name: str, info: ModelInfo, model: torch.nn.Module) -> None:
         UnsupportedModel: such a model.
     """
     reason = _UNKNOWN.get(info.model_type)
-    if reason is None and not any(map(_holds_pixels, vision_names(model))):
+    if reason is None and not pixel_names(dict.fromkeys(vision_names(model), True)):
         reason = "its image encoder takes no argument that holds pixels"
     if reason is not None:
         raise UnsupportedModel(
@@ -111,8 +111,7 @@ def noised(prompt: Prompt, step: int, seed: int | None = None) -> dict[str, Any]
     Raises:
         BadInput: there are no pixels, they are in none of these forms, or all are padding.
     """
-    names = [name for name in prompt.vision if _holds_pixels(name)]
-    names = [name for name in names if prompt.vision[name] is not None]
+    names = pixel_names(prompt.vision)
     if not names:
         given = ", ".join(prompt.vision) or "none"
         raise BadInput(
@@ -145,10 +144,6 @@ def noised(prompt: Prompt, step: int, seed: int | None = None) -> dict[str, Any]
                 "that the model's processor returns."
             )
     return copy
-
-
-def _holds_pixels(name: str) -> bool:
-    return "pixel_values" in name
 
 
 #: A view of pixels, and the shape of the noise that is added to it.
