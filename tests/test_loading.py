@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -17,12 +18,13 @@ import tiny
 import tiny_folders
 import torch
 import transformers
+from packaging.requirements import Requirement
 from PIL import Image
 from transformers import AutoProcessor
 
 from vlmfix.errors import BadInput, MissingDependency, UnsupportedModel
 from vlmfix.images import formats
-from vlmfix.loading import load, load_image, load_model
+from vlmfix.loading import _torchvision_command, load, load_image, load_model
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +103,26 @@ def test_a_processor_that_needs_torchvision_says_so(tmp_path: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(kinds))
     with pytest.raises(MissingDependency, match="pip install torchvision torch==.*LLaVA-NeXT"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("version", "command"),
+    [
+        ("2.13.0", "pip install torchvision torch==2.13.0"),
+        ("2.13.0+cpu", "pip install torchvision torch==2.13.0+cpu --index-url INDEX"),
+        ("2.13.0+cu130", "pip install torchvision torch==2.13.0+cu130 --index-url INDEX"),
+    ],
+)
+def test_the_command_for_torchvision_leaves_torch_alone(
+    version: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    (said,) = re.findall("`(.*?)`", _torchvision_command())
+    assert said == command
+    requirement = Requirement(said.split()[3])
+    assert requirement.name == "torch"
+    assert [str(spec) for spec in requirement.specifier] == [f"=={version}"]
+    assert requirement.specifier.contains(version)
 
 
 def test_a_folder_without_image_processor(copy: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,9 +157,10 @@ def _processor(name: str, config: Any, options: dict[str, Any]) -> Any:
         if "torchvision" in str(error).lower():
             raise MissingDependency(
                 f"the processor of {name} ({config.model_type}) needs torchvision, in the build "
-                f"that belongs to your torch: `pip install torchvision torch=={_torch_version()}`. "
-                "Qwen-VL, GLM-V, InternVL, SmolVLM, Mistral 3 and LLaVA-OneVision need it; LLaVA, "
-                "LLaVA-NeXT, Gemma 3, PaliGemma, Idefics 3 and Aya Vision do not"
+                f"that belongs to your torch: {_torchvision_command()}. "
+                "Qwen-VL, GLM-V, InternVL, SmolVLM, Mistral 3, Pixtral and LLaVA-OneVision need "
+                "it; LLaVA with a CLIP tower, LLaVA-NeXT, Gemma 3, PaliGemma, Idefics 3 and Aya "
+                "Vision do not"
             ) from error
         if isinstance(error, ImportError):
             raise MissingDependency(
@@ -242,10 +244,19 @@ _SYMPTOMS: tuple[tuple[tuple[str, ...], type[VlmfixError], str], ...] = (
 )
 
 
-def _torch_version() -> str:
-    import torch
-
-    return torch.__version__.split("+")[0]
+def _torchvision_command() -> str:
+    """What installs the torchvision of this torch, and leaves torch alone."""
+    version = metadata.version("torch")
+    _, local, build = version.partition("+")
+    command = f"pip install torchvision torch=={version}"
+    if not local:
+        return f"`{command}`"
+    # The default index has no such builds: pip would take a torchvision whose operators are made
+    # for another one.
+    return (
+        f"`{command} --index-url INDEX`, INDEX being the index that your torch of build {build!r} "
+        "came from (pytorch.org, Get Started, names it)"
+    )
 
 
 def _place(name: str) -> str:

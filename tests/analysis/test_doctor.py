@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
+import transformers
 from matrix import family
 from tiny import FAMILIES, build
 
 import vlmfix
-from vlmfix.analysis.doctor import examine
+from vlmfix.analysis.doctor import _visual_tokens, examine
 from vlmfix.engine.attention_stage import AttentionStage
 from vlmfix.errors import UnsupportedModel
 from vlmfix.families import ModelInfo
@@ -37,8 +38,21 @@ def test_unsupported_models_get_the_reason(name: str, why: str) -> None:
 
 def test_visual_tokens_are_explained() -> None:
     said = {name: examine(family(name).model)["visual_tokens"] for name in FAMILIES}
-    assert said["gemma3"] == "4 per image"
+    assert said["gemma3"] == "4 per image, or per tile where the processor cuts images"
     assert "tiles" in said["llava_next"] and "placeholder" in said["qwen2_5_vl"]
+
+
+def test_visual_tokens_of_full_size_configurations() -> None:
+    sides = {"image_size": 336, "patch_size": 14}
+    clip = transformers.LlavaConfig(vision_config={"model_type": "clip_vision_model", **sides})
+    sides = {"image_size": 1024, "patch_size": 16}
+    pixtral = transformers.LlavaConfig(
+        vision_config={"model_type": "pixtral", **sides}, image_seq_length=1
+    )
+    tiles = transformers.InternVLConfig()
+    assert _visual_tokens(clip).startswith("576 per image")
+    assert _visual_tokens(pixtral).startswith("by image size")
+    assert "256 per image, or per tile" in _visual_tokens(tiles)
 
 
 def test_doctor_and_wrap_give_the_same_reason(monkeypatch: pytest.MonkeyPatch) -> None:

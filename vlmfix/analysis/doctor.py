@@ -71,6 +71,18 @@ def _fit(name: str, info: Any, model: torch.nn.Module) -> dict[str, Any]:
     return {"name": name, "fits": True, "why": f"runs as {prepared.spec()}"}
 
 
+def _is_a_grid(count: int, vision: Any) -> bool:
+    """Whether so many tokens are the tower's patches, up to 4 x 4 of them to a token.
+
+    Pixtral's checkpoints say 1: their images have as many tokens as their size makes.
+    """
+    size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    size, patch = (side[0] if isinstance(side, (list, tuple)) else side for side in (size, patch))
+    return bool(size and patch) and any(
+        count * merge**2 == (size // patch) ** 2 for merge in range(1, 5)
+    )
+
+
 def _visual_tokens(config: Any) -> str:
     """The number of placeholders per image, as far as the configuration tells it."""
     fixed = getattr(config, "image_seq_length", None) or getattr(
@@ -78,6 +90,6 @@ def _visual_tokens(config: Any) -> str:
     )
     if getattr(config, "image_grid_pinpoints", None):
         return "by image: a base grid, tiles by the image's shape, and newline tokens"
-    if fixed:
-        return f"{fixed} per image"
+    if fixed and _is_a_grid(fixed, getattr(config, "vision_config", None)):
+        return f"{fixed} per image, or per tile where the processor cuts images"
     return "by image size; counted from the prompt's placeholder ids"
