@@ -59,7 +59,7 @@ def test_kinds_of_controls() -> None:
     (steps,) = (c for c in controls_of("carve") if c.name == "steps")
     assert (steps.choices, steps.optional) == (("all", "first", "last"), True)
     (layer,) = (c for c in controls_of("fastv") if c.name == "layer")
-    assert (layer.kind, layer.default, layer.optional) == ("whole", 2, False)
+    assert (layer.kind, layer.default, layer.optional) == ("whole", None, True)
 
 
 def test_what_is_filled_in_becomes_the_method() -> None:

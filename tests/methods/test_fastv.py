@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from matrix import family
@@ -35,7 +37,7 @@ def test_the_largest_stay_in_their_order(
 
 
 def test_options() -> None:
-    assert build("fastv") == FastV(layer=2)
+    assert build("fastv") == FastV()
     assert build("fastv:layer=3;tokens=64") == FastV(layer=3, tokens=64)
     assert (FastV().budget(576), FastV(ratio=0.25).budget(576), FastV(tokens=9).budget(4)) == (
         288,
@@ -58,6 +60,28 @@ def test_its_layer_is_the_first_without_the_dropped() -> None:
             ).past_key_values
         held = [layer.get_seq_length() for layer in cache.layers]
         assert held == [24] * layer + [24 - 13] * (3 - layer)
+
+
+@pytest.mark.parametrize(("name", "layer"), [("llava", 2), ("qwen2_5_vl", 2), ("qwen3_vl", 2)])
+def test_the_default_layer_is_one_that_the_model_can_take(name: str, layer: int) -> None:
+    model = family(name).model
+    info = describe_model(model)
+    info = replace(info, num_layers=8, attention=dict.fromkeys(range(8), info.attention[1]))
+    assert FastV().prepared(info, model).layer == layer
+    assert FastV(layer=4).prepared(info, model).layer == 4
+    # Qwen3-VL of full size adds image features in layers 0 to 2.
+    indexes = getattr(model.config.vision_config, "deepstack_visual_indexes", None)
+    if indexes is not None:
+        model.config.vision_config.deepstack_visual_indexes = [0, 0, 0]
+        try:
+            assert FastV().prepared(info, model).layer == 3
+            with pytest.raises(BadInput, match="at least 3: image features enter"):
+                FastV(layer=2).prepared(info, model)
+        finally:
+            model.config.vision_config.deepstack_visual_indexes = indexes
+    # Where only some layers have attention, the one before it has to be one of them.
+    hybrid = replace(info, attention={3: info.attention[1], 7: info.attention[1]})
+    assert FastV().prepared(hybrid, model).layer == 4
 
 
 def test_the_layer_before_decides() -> None:

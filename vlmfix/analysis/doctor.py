@@ -76,11 +76,11 @@ def _is_a_grid(count: int, vision: Any) -> bool:
 
     Pixtral's checkpoints say 1: their images have as many tokens as their size makes.
     """
-    size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
-    size, patch = (side[0] if isinstance(side, (list, tuple)) else side for side in (size, patch))
-    return bool(size and patch) and any(
-        count * merge**2 == (size // patch) ** 2 for merge in range(1, 5)
-    )
+    sides = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
+    size, patch = (side[0] if isinstance(side, (list, tuple)) else side for side in sides)
+    if not size or not patch:
+        return False
+    return any(count * merge**2 == (size // patch) ** 2 for merge in range(1, 5))
 
 
 def _visual_tokens(config: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -32,8 +32,10 @@ class FastV(LayerTokenMethod):
     fixed span of image tokens; here every prompt of a batch has a budget of its own.
     """
 
-    layer: int = option(
-        2, "first decoder layer, counted from 0, that runs without the dropped tokens"
+    layer: int | None = option(
+        None,
+        "first decoder layer, counted from 0, that runs without the dropped tokens; default: 2, or "
+        "where image features have entered (Qwen3-VL: 3)",
     )
 
     name: ClassVar[str] = "fastv"
@@ -41,16 +43,20 @@ class FastV(LayerTokenMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layer < 1:
+        if self.layer is not None and self.layer < 1:
             raise BadInput(
                 f"fastv: layer={self.layer} leaves no layer to choose by; give 1 or more."
             )
 
     def prepared(self, info: ModelInfo, model: Any) -> FastV:
         entered = last_entry(model.config)
-        if not entered <= self.layer < info.num_layers:
+        layer = self.layer
+        if layer is None:  # the layer before has to have attention to choose by
+            late = (at + 1 for at in sorted(info.attention) if at + 1 >= max(2, entered))
+            layer = next(late, 2)
+        if not entered <= layer < info.num_layers:
             raise BadInput(
-                f"fastv: layer={self.layer} must be below {info.num_layers}, the layers of this "
+                f"fastv: layer={layer} must be below {info.num_layers}, the layers of this "
                 f"model, and at least {max(1, entered)}: image features enter before that."
             )
         text = model.config.get_text_config(decoder=True)
@@ -60,14 +66,15 @@ class FastV(LayerTokenMethod):
                 "layers do not keep all keys, so there are none to drop. Prune before the language "
                 "model instead (hiprune, divprune, ...)."
             )
-        if self.layer - 1 not in info.attention:
+        if layer - 1 not in info.attention:
             raise BadInput(
-                f"fastv: layer {self.layer - 1} of this model has no attention to choose by. "
+                f"fastv: layer {layer - 1} of this model has no attention to choose by. "
                 f"Choose layer so that layer - 1 is one of {sorted(info.attention)}."
             )
-        return self
+        return replace(self, layer=layer)
 
     def first_layer(self, info: ModelInfo) -> int:
+        assert self.layer is not None  # set by prepared()
         return self.layer
 
     def keep(self, attention: torch.Tensor, budget: int) -> torch.Tensor:
