@@ -127,8 +127,10 @@ def test_ties_are_all_kept() -> None:
 
 def test_components_of_the_code_and_the_paper() -> None:
     counts = (3, 10, 15, 20, 40)
-    assert [components_kept(count, None) for count in counts] == [3, 3, 3, 4, 8]
-    assert [components_kept(count, 2) for count in counts] == [2] * 5
+    assert [components_kept(count, None, 0.2) for count in counts] == [3, 3, 3, 4, 8]
+    # The share of regions is that of the pixels.
+    assert [components_kept(count, None, 0.4) for count in counts] == [3, 4, 6, 8, 16]
+    assert [components_kept(count, 2, 0.2) for count in counts] == [2] * 5
 
 
 def test_adding_on_the_tokens_equals_adding_resized_maps() -> None:
@@ -165,6 +167,8 @@ def test_scale_of_the_cut() -> None:
     assert np.array_equal(
         np.asarray(kept), np.asarray(image.crop(box).resize((100, 300), Image.Resampling.LANCZOS))
     )
+    # Ten thirds of 30 x 26 are 100 x 86.7: whole pixels, not rounded.
+    assert cut_out(image, mask, (20, 10, 50, 36), False).size == (100, 86)
     corner = np.asarray(black)[:5, :5].astype(int)
     assert corner.max() < np.asarray(kept)[:5, :5].max()
     inside = np.asarray(black)[100:, 50:]

@@ -80,9 +80,12 @@ def spread(tokens: torch.Tensor, views: Sequence[torch.Tensor], width: int, heig
     return total
 
 
-def components_kept(total: int, at_most: int | None) -> int:
-    """How many components of the mask are kept; None: by the rule of the authors' code."""
-    return max(3, int(0.2 * total)) if at_most is None else at_most
+def components_kept(total: int, at_most: int | None, p: float) -> int:
+    """How many components of the mask are kept; None: by the rule of the authors' code.
+
+    The code has one number for the share of pixels and that of components.
+    """
+    return max(3, int(total * p)) if at_most is None else at_most
 
 
 def relevant_mask(scores: Scores, p: float, at_most: int | None) -> Mask:
@@ -94,7 +97,7 @@ def relevant_mask(scores: Scores, p: float, at_most: int | None) -> Mask:
         return np.ones(scores.shape, dtype=bool)
     labels, count = ndimage.label(scores >= np.quantile(scores, 1 - p))
     sums = ndimage.sum_labels(scores, labels, range(1, count + 1))
-    best = 1 + np.argsort(-sums, kind="stable")[: components_kept(count, at_most)]
+    best = 1 + np.argsort(-sums, kind="stable")[: components_kept(count, at_most, p)]
     kept: Mask = np.isin(labels, best)
     return kept
 
@@ -108,7 +111,9 @@ def bounding_box(mask: Mask) -> Box:
 def cut_out(image: Image.Image, mask: Mask, box: Box, black: bool) -> Image.Image:
     """Crop a box of an image, and enlarge it until it covers the size of the image.
 
-    One factor enlarges both sides, so that one of them may become longer than the image's.
+    One factor enlarges both sides, so that one of them may become longer than the image's. Sides
+    are cut to whole pixels, as in the authors' code, where rounding of the factor may cost the last
+    one.
 
     Args:
         image: RGB.
@@ -121,7 +126,7 @@ def cut_out(image: Image.Image, mask: Mask, box: Box, black: bool) -> Image.Imag
         pixels = np.where(mask[..., None], pixels, np.uint8(0))
     crop = Image.fromarray(pixels).crop(box)
     scale = max(image.width / crop.width, image.height / crop.height)
-    size = (round(crop.width * scale), round(crop.height * scale))
+    size = (int(crop.width * scale), int(crop.height * scale))
     return crop if size == crop.size else crop.resize(size, Image.Resampling.LANCZOS)
 
 
@@ -172,7 +177,7 @@ class ContrastiveAttentionRefinement(PixelMethod):
     )
     components: int | None = option(
         None,
-        "most regions kept; default: a fifth of them, at least 3 (code), or 2 (paper)",
+        "most regions kept; default: the share p of them, at least 3 (code), or 2 (paper)",
         1,
         10_000,
     )
