@@ -18,6 +18,7 @@ from pruned import (
 from pruning_oracle import cut_by_hand
 from tiny import FAMILIES, build
 
+import vlmfix
 from vlmfix.base.pruning import VisualTokens
 from vlmfix.errors import BadInput
 from vlmfix.methods.divprune import DivPrune, most_diverse
@@ -117,6 +118,30 @@ def test_the_tokens_of_a_model_are_those_picked(name: str) -> None:
         count = len(features) // 2
         expected, method = most_diverse(features, count).sort().values.tolist(), DivPrune(ratio=0.5)
     assert answer(tiny, method, inputs).kept == [expected]
+
+
+def test_newlines_inside_the_budget_are_tokens_like_any_other() -> None:
+    tiny = family("llava_next")
+    inputs = tiny.inputs(2)
+    pixels = {name: inputs[name] for name in ("pixel_values", "image_sizes")}
+    with torch.no_grad():
+        features = tiny.model.get_image_features(**pixels, return_dict=True).pooler_output
+    expected = [most_diverse(one, 20).sort().values.tolist() for one in features]
+    ends = set(range(24, 88, 9))
+    assert all(0 < len(ends & set(own)) < 8 for own in expected)
+    inside = DivPrune(tokens=20, newlines="inside")
+    assert answer(tiny, inside, inputs).kept == expected
+    with vlmfix.wrapped(tiny.model, inside):
+        tiny.model.generate(**inputs, max_new_tokens=1, do_sample=False)
+        assert vlmfix.last_call(tiny.model).visual_tokens == ((20, 88), (20, 88))
+    (shown,), _ = vlmfix.visual_tokens(tiny.model, inputs, inside)
+    assert (len(shown.index), shown.budget) == (20 - len(ends & set(expected[0])), 20)
+    check_batch_equals_singles(tiny, "divprune:ratio=0.5;newlines=inside")
+    # Without newlines there is nothing to count.
+    plain = family("llava")
+    specs = ("divprune", "divprune:newlines=inside")
+    both = [answer(plain, spec, plain.inputs(1)) for spec in specs]
+    assert same_answer(*both)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -31,14 +31,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """The n visual tokens of one image, in the order of the prompt; newlines are not among them.
+    """The n visual tokens of one image, in the order of the prompt.
+
+    LLaVA-NeXT's newlines are not among them, unless the method counts them (`counts_newlines`).
 
     Attributes:
         features: (n, D) what the language model would get, in the model's dtype.
         tiles: what the vision tower saw as one image, one after the other; () for a
             family whose tokens cannot be traced to places.
         place: (n,) int64, where each token stands among the tokens of all tiles, put one after the
-            other and each row by row; None without tiles.
+            other and each row by row, -1 for a newline; None without tiles.
         relevance: (n,) float32, for methods with a `relevance_layer`: see there.
         question: (T, D) float32 embeddings of the tokens of the user's question; empty if the
             method does not read it.
@@ -178,6 +180,13 @@ class TokenMethod(PruningMethod):
     def encoder_layers(self, tower: Tower) -> tuple[int, ...]:
         """Layers of the vision tower whose received attention `keep` wants; needs `needs_tiles`."""
         return ()
+
+    def counts_newlines(self) -> bool:
+        """Whether newlines (LLaVA-NeXT) are tokens like any other, which the budget counts.
+
+        Otherwise a newline stays, on top of the budget, where something of its row does.
+        """
+        return False
 
     def relevance_layer(self, info: ModelInfo) -> int | None:
         """A decoder layer whose attention `keep` wants, from a look at the whole prompt.

@@ -298,7 +298,7 @@ def _reduce(
     count = len(features)
     place = None if image is None else image.index.to(features.device)
     real = torch.arange(count, device=features.device)
-    if place is not None:
+    if place is not None and not method.counts_newlines():
         real, place = real[place >= 0], place[place >= 0]
     visual = VisualTokens(
         features=features[real],
@@ -315,7 +315,8 @@ def _reduce(
         return Reduction(every, count, None, image, (len(real), len(real)))
     kept = _checked(method, method.keep(visual, budget), len(real), budget)
     chosen = real[kept.index.to(real.device)]
-    newlines = _newlines(image, chosen, count)
+    beside = None if method.counts_newlines() else image
+    newlines = _newlines(beside, chosen, count)
     positions, order = torch.cat([chosen, newlines]).sort()
     weights = None
     if kept.weights is not None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
+from vlmfix.base.method import option
 from vlmfix.base.pruning import Kept, TokenMethod, VisualTokens
 
 __all__ = ["DivPrune", "most_diverse"]
@@ -48,10 +49,21 @@ class DivPrune(TokenMethod):
     family.
 
     The authors' script keeps 9.8 % (`ratio=0.098`); the default here is that of all pruning
-    methods. Their code casts nothing; here distances are float32 in every dtype of the model.
+    methods. Their code casts nothing; here distances are float32 in every dtype of the model. It
+    also takes LLaVA-NeXT's newlines for tokens like any other (`newlines="inside"`); here each
+    stays with its row, on top of the budget, as under all pruning methods.
     """
 
+    newlines: Literal["beside", "inside"] = option(
+        "beside",
+        "newlines of LLaVA-NeXT: beside the budget, with the rows of which something stays, or "
+        "inside it, tokens like any other (authors' code)",
+    )
+
     name: ClassVar[str] = "divprune"
+
+    def counts_newlines(self) -> bool:
+        return self.newlines == "inside"
 
     def keep(self, visual: VisualTokens, budget: int) -> Kept:
         return Kept(most_diverse(visual.features, budget).sort().values)

@@ -34,8 +34,9 @@ class HeadPursuit(AttentionMethod):
     away, 5 brings them up. The paper controls concepts with it and does not measure hallucination.
 
     The edit is static: it does not depend on the image, so prompts without one are edited too.
-    The paper's text leaves open how explained variance is centred and how correlations are summed
-    over samples; see `vlmfix.analysis.pursuit.pursue`. The authors' code was not consulted.
+    The paper's text leaves open whether activations are centred before explained variance is taken
+    (here they are not; a port by others centres them) and how correlations are summed over samples;
+    see `vlmfix.analysis.pursuit.pursue`. The authors' code was not to be had.
     """
 
     heads: tuple[str, ...] | None = option(
