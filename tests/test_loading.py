@@ -171,8 +171,19 @@ def test_options_of_the_processor(llava: Path) -> None:
             load(name, processor_kwargs=options)
 
 
-def test_a_damaged_tokenizer(copy: Path) -> None:
-    (copy / "tokenizer.json").write_text('{"version": "1.0", "model": 7}')
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", '{"version": "1.0", "model": 7}'),
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", "[" * 100_000),
+        ("tokenizer_config.json", "[]"),
+        ("processor_config.json", "null"),
+    ],
+)
+def test_a_damaged_tokenizer(copy: Path, file: str, content: str) -> None:
+    (copy / file).write_text(content)
     with pytest.raises(BadInput, match="no usable processor .* went wrong: "):
         load(copy)
 
