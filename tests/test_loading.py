@@ -12,6 +12,7 @@ import shutil
 import warnings
 from io import BytesIO
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tiny
@@ -79,8 +80,12 @@ def test_a_damaged_file_of_the_model_is_one_message(copy: Path, file: str, conte
 def test_a_device_that_is_not_there(llava: Path, device: str) -> None:
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    with pytest.raises(BadInput, match="use cpu"):
-        load_model(llava, device=device)
+    for folder in (llava, "emoji"):
+        with (
+            mock.patch("transformers.PreTrainedModel.from_pretrained", side_effect=AssertionError),
+            pytest.raises(BadInput, match="^(unknown )?device .*use cpu"),
+        ):
+            load_model(folder, device=device)
 
 
 def test_a_model_without_processor_loads_alone(tmp_path: Path) -> None:

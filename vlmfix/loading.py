@@ -88,9 +88,9 @@ def load_model(
 def _bundled(dtype: Any, device: Any) -> tuple[Any, Any]:
     from vlmfix.emoji import load as load_bundled
 
-    kind = as_dtype(dtype)
+    kind, place = as_dtype(dtype), as_device(device)
     model, processor = load_bundled(kind) if kind else load_bundled()
-    return model.to(as_device(device)), processor
+    return model.to(place), processor
 
 
 def _config(name: str) -> Any:
@@ -126,10 +126,11 @@ def _weights(name: str, dtype: Any, device: Any) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
+    kind, place = as_dtype(dtype), as_device(device)  # a wrong one is told before the weights load
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             _place(name),
-            dtype=as_dtype(dtype) or "auto",
+            dtype=kind or "auto",
             trust_remote_code=False,
             output_loading_info=True,
         )
@@ -145,7 +146,7 @@ def _weights(name: str, dtype: Any, device: Any) -> Any:
             f"{name} lacks {len(missing)} of the model's weights ({missing[0]}, ...), which would "
             "be random: download it again"
         )
-    return model.eval().to(as_device(device))
+    return model.eval().to(place)
 
 
 def _processor(name: str, config: Any, options: dict[str, Any]) -> Any:
