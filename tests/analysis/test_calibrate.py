@@ -363,6 +363,7 @@ def test_offloaded_models_keep_their_calibration_and_answer(where: str, tmp_path
     for method in methods:
         torch.manual_seed(0)
         with vlmfix.wrapped(model, method):
+            assert model.__dict__["_vlmfix_session"].host.device(0).type == "cpu"
             assert vlmfix.generate(model, processor, chat, **greedy) == said[method], method
     found = calibrate(model, processor, only=("sinks",), save=False, allow_none=True)
     assert known is not None and found.largest == known.largest
