@@ -77,6 +77,7 @@ def score(
     ready = kind(data, chosen)
     samples = ready.samples
     draws, arms = _answers(ready, rows)
+    rows.clear()  # of millions, scoring needs the room
     repeated = [sample for _ in range(draws) for sample in samples]
     seeds = [draw for draw in range(draws) for _ in samples]
     scored = ready.score(repeated, arms, seeds)
@@ -126,6 +127,8 @@ def _answers(task: Task, rows: Mapping[str, Sequence[Row]]) -> tuple[int, dict[s
     for arm, found in rows.items():
         for row in found:
             seed = row.first("sampling_seed")
+            if seed is not None and type(seed) is not int:
+                raise BadInput(f"{row.where}: `sampling_seed` is {short(seed)}, no whole number")
             by_seed.setdefault(arm, {}).setdefault(seed, []).append(row)
     seeds = [sorted(one, key=str) for one in by_seed.values()]
     if any(one != seeds[0] for one in seeds):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from vlmfix.errors import BadInput, UnknownTask
@@ -69,7 +70,10 @@ class DataSource(Protocol):
         """The picture that samples call so, in RGB; raises BadInput if it cannot be read."""
 
 
-@dataclass(frozen=True)
+_NO_FACTS: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)  # a file may hold a million
 class Sample:
     """One item to answer.
 
@@ -100,14 +104,14 @@ class Sample:
     image_id: int | str
     prompt: str
     target: Any
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=lambda: _NO_FACTS)
     follows: str | None = None
     prefix: str = ""
     grow: bool = False
     until: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What a model said to one sample.
 

@@ -60,13 +60,19 @@ def count_answer(answer: str, label: str, parser: Parser) -> dict[str, float]:
 def read_answers(
     answers: Sequence[str], labels: Sequence[str], parser: Parser
 ) -> tuple[list[dict[str, float]], list[bool]]:
-    """The counts of every answer, and whether it is right."""
-    rows = [count_answer(a, label, parser) for a, label in zip(answers, labels, strict=True)]
+    """The counts of every answer, which equal ones share, and whether it is right."""
+    # Most answers are the same few words. So the rows are shared, and not to be changed.
+    known: dict[tuple[str, str], dict[str, float]] = {}
+    rows = []
+    for pair in zip(answers, labels, strict=True):
+        if pair not in known:
+            known[pair] = count_answer(*pair, parser)
+        rows.append(known[pair])
     return rows, [bool(row["correct"]) for row in rows]
 
 
 def count_groups(
-    rows: Sequence[dict[str, float]],
+    rows: list[dict[str, float]],
     draws: Sequence[int] | None,
     group_of: Callable[[int], Hashable | None],
     total: str,
@@ -87,7 +93,8 @@ def count_groups(
             if (group := group_of(i)) is not None:
                 groups.setdefault(group, []).append(i)
         for members in groups.values():
-            rows[members[0]] |= {total: 1, right: all(rows[i]["correct"] for i in members)}
+            counts = {total: 1, right: all(rows[i]["correct"] for i in members)}
+            rows[members[0]] = {**rows[members[0]], **counts}
 
 
 def complete(

@@ -19,20 +19,24 @@ _ID = re.compile(r"(\d{1,12})$")
 
 
 def last_captions(rows: Sequence[Row]) -> list[Row]:
-    """The last row of every image; a warning says how many others there were.
+    """The last row of every image and sampling seed; a warning says how many others there were.
 
     Scripts that append to their output write an image again when they are run again.
 
     Raises:
         BadInput: a row that names no image.
     """
-    images = [image_id_of(row.first("image_id", "image"), row.where) for row in rows]
-    last = dict(zip(images, rows, strict=True))
+    answered = [
+        (str(row.first("sampling_seed")), image_id_of(row.first("image_id", "image"), row.where))
+        for row in rows
+    ]
+    last = dict(zip(answered, rows, strict=True))
     if len(last) < len(rows):
-        counts = Counter(images)
-        again = [image for image in last if counts[image] > 1]
+        counts = Counter(answered)
+        again = {image for (_, image), count in counts.items() if count > 1}
+        images = {image for _, image in answered}
         warnings.warn(
-            f"CHAIR: {len(rows)} captions of {len(last)} images: only the last of each counts "
+            f"CHAIR: {len(rows)} captions of {len(images)} images: only the last of each counts "
             f"(images {few(sorted(again))})",
             stacklevel=2,
         )

@@ -37,6 +37,7 @@ __all__ = [
     "category_of",
     "ground_truth",
     "mentions",
+    "named_objects",
     "ordered_objects",
     "require_engine",
 ]
@@ -158,29 +159,79 @@ def mentions(caption: str | None, engine: str = "builtin", mode: str = "compat")
     Raises:
         MissingDependency: as `require_engine`.
     """
-    found = ENGINES[engine]((caption or "").lower())
-    merged: list[_Token] = []
-    position = 0
-    while position < len(found):
-        first = found[position]
-        pair = " ".join(token.lemma for token in found[position : position + 2])
-        last = position + (pair in _MERGED)
-        word = _MERGED.get(pair, first.lemma)
-        merged.append(_Token(first.text, word, first.start, found[last].stop))
-        position = last + 1
-    tokens = len(merged)
-    if {"toilet", "seat"} <= {token.lemma for token in merged}:
-        # The seat of a toilet is no chair.
-        merged = [token for token in merged if token.lemma != "seat"]
+    tokens = ENGINES[engine]((caption or "").lower())
+    lemmas = [token.lemma for token in tokens]
+    # The repaired rules look at the words around an object.
+    at = range(len(tokens)) if mode == "fixed" else _watched_at(lemmas)
+    pieces, number = _pieces(lemmas, at)
+    merged = [
+        _Token(tokens[first].text, word, tokens[first].start, tokens[last].stop)
+        for word, first, last in pieces
+    ]
     categories = category_of()
     read = repaired(merged) if mode == "fixed" else [(token.lemma, token) for token in merged]
     named = [(word, token) for word, token in read if word in categories]
     return Mentions(
         tuple(word for word, _ in named),
         tuple(categories[word] for word, _ in named),
-        tokens,
+        number,
         tuple((token.start, token.stop) for _, token in named),
     )
+
+
+def named_objects(
+    caption: str | None, engine: str = "builtin", mode: str = "compat"
+) -> tuple[tuple[str, ...], int]:
+    """`Mentions.objects` and `Mentions.tokens` of a caption; by the default rules, faster.
+
+    Raises:
+        MissingDependency: as `require_engine`.
+    """
+    if (engine, mode) != ("builtin", "compat"):
+        found = mentions(caption, engine, mode)
+        return found.objects, found.tokens
+    known, categories = _lemmas(), category_of()
+    lemmas = [known.get(word, word) for word in _TOKEN.findall((caption or "").lower())]
+    pieces, number = _pieces(lemmas, _watched_at(lemmas))
+    return tuple(categories[word] for word, _, _ in pieces if word in categories), number
+
+
+@lru_cache(maxsize=1)
+def _watched() -> frozenset[str]:
+    """Lemmas that stand for an object, or begin a pair."""
+    return frozenset(category_of()) | {pair.partition(" ")[0] for pair in _MERGED}
+
+
+def _watched_at(lemmas: Sequence[str]) -> list[int]:
+    watched = _watched()
+    return [at for at, lemma in enumerate(lemmas) if lemma in watched]
+
+
+def _pieces(lemmas: Sequence[str], at: Iterable[int]) -> tuple[list[tuple[str, int, int]], int]:
+    """Words with pairs merged, without the seat of a toilet, and the length of the caption.
+
+    Args:
+        lemmas: of all tokens of a caption.
+        at: the tokens to return; at least those of `_watched_at`.
+
+    Returns:
+        (word, its first token, its last token), and the number of tokens after merging.
+    """
+    pieces: list[tuple[str, int, int]] = []
+    number, free = len(lemmas), 0
+    for first in at:
+        if first < free:  # the second half of a pair
+            continue
+        word, last = lemmas[first], first
+        if first + 1 < len(lemmas) and (pair := f"{word} {lemmas[first + 1]}") in _MERGED:
+            word, last = _MERGED[pair], first + 1
+            number -= 1
+        free = last + 1
+        pieces.append((word, first, last))
+    if {"toilet", "seat"} <= {word for word, _, _ in pieces}:
+        # The seat of a toilet is no chair, but a token.
+        pieces = [piece for piece in pieces if piece[0] != "seat"]
+    return pieces, number
 
 
 def ground_truth(
@@ -216,7 +267,7 @@ def ground_truth(
             + [
                 name
                 for caption in data.captions.get(image, ())
-                for name in mentions(caption, engine, mode).objects
+                for name in named_objects(caption, engine, mode)[0]
             ]
         )
         for image in (data.objects if images is None else images)
@@ -237,6 +288,6 @@ def ordered_objects(data: CocoData, with_captions: bool | None = None) -> dict[i
     result: dict[int, list[str]] = {}
     for image, names in data.objects.items():
         captions: Sequence[str] = data.captions.get(image, ()) if with_captions else ()
-        named = [o for caption in captions for o in mentions(caption).objects]
+        named = [name for caption in captions for name in named_objects(caption)[0]]
         result[image] = list(dict.fromkeys([*names, *named]))
     return result

@@ -23,7 +23,7 @@ from vlmfix.evals.chair.files import (
     last_captions,
     read_image_ids,
 )
-from vlmfix.evals.chair.objects import ground_truth, mentions, require_engine
+from vlmfix.evals.chair.objects import ground_truth, named_objects, require_engine
 from vlmfix.evals.inputs.coco import CocoData
 from vlmfix.evals.inputs.rows import Row
 from vlmfix.evals.pope.tables import QuestionTable, open_images
@@ -84,6 +84,9 @@ def whole_sentences(caption: str) -> str:
 
 def first_words(caption: str, limit: int) -> str:
     """The whole sentences that fit into `limit` words; always at least the first sentence."""
+    ends = caption.count(".") + caption.count("!") + caption.count("?")
+    if len(caption.split()) + ends <= limit:  # a sentence may begin in a word, as in 3.5
+        return caption.strip()
     sentences = _SENTENCE.findall(caption.strip())
     kept, words = "", 0
     for sentence in sentences:
@@ -101,19 +104,19 @@ def _count(
     engine: str = "builtin",
     mode: str = "compat",
 ) -> dict[str, float]:
-    found = mentions(caption, engine, mode)
-    distinct = set(found.objects)
-    wrong = sum(name not in truth for name in found.objects)
+    objects, tokens = named_objects(caption, engine, mode)
+    distinct = set(objects)
+    wrong = sum(name not in truth for name in objects)
     return {
         "n": 1,
         "hallucinated": wrong > 0,
-        "mentions": len(found.objects),
+        "mentions": len(objects),
         "hallucinated_mentions": wrong,
         "recalled": len(distinct & truth),
         "truth": len(truth),
         "distinct": len(distinct),
         "words": len((caption or "").split()),
-        "tokens": found.tokens,
+        "tokens": tokens,
         "empty": not (caption or "").strip(),
         "cut": cut,
     }
@@ -309,7 +312,7 @@ class Chair(Task):
     def parse(self, sample: Sample, answer: Answer) -> tuple[dict[str, list[str]], bool]:
         """The objects named, those of them that are not there, and whether there are none."""
         engine, mode = self.options.chair_engine, self.options.chair_mode
-        objects = mentions(self._caption(answer), engine, mode).objects
+        objects, _ = named_objects(self._caption(answer), engine, mode)
         wrong = [name for name in objects if name not in sample.target]
         return {"objects": list(objects), "hallucinated": wrong}, not wrong
 

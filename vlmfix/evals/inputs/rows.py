@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from reprlib import Repr
+from sys import intern
 from typing import Any, NamedTuple
 
 from vlmfix.errors import BadInput
@@ -134,9 +135,7 @@ def read_rows(path: str | Path, what: str) -> list[Row]:
         whole = parse_json(text, f"{path}")
         rows = [Row(f"{path}, item {n}", row) for n, row in enumerate(whole, start=1)]
     else:
-        # Not splitlines(): it also breaks at characters that may stand inside a JSON string.
-        lines = enumerate(text.split("\n"), start=1)
-        places = ((f"{path}, line {n}", line) for n, line in lines if line.strip())
+        places = ((f"{path}, line {n}", line) for n, line in _lines(text) if line.strip())
         rows = [Row(where, parse_json(line, where)) for where, line in places]
     for row in rows:
         if not isinstance(row.values, dict):
@@ -144,6 +143,18 @@ def read_rows(path: str | Path, what: str) -> list[Row]:
     if not rows:
         raise BadInput(f"{what}: {path} holds no rows: expected one JSON object per line")
     return rows
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """The lines of a text and their numbers, one at a time.
+
+    Not splitlines(): it also breaks at characters that may stand inside a JSON string.
+    """
+    start, number = 0, 1
+    while (end := text.find("\n", start)) >= 0:
+        yield number, text[start:end]
+        start, number = end + 1, number + 1
+    yield number, text[start:]
 
 
 def read_object(path: str | Path, what: str) -> dict[str, Any]:
@@ -200,7 +211,8 @@ class _Repeated(ValueError):
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
+    # The decoder makes each key again for each object: interned, a million rows share theirs.
+    found = {intern(key): value for key, value in pairs}
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)

@@ -32,7 +32,7 @@ STRATEGIES = ("random", "popular", "adversarial")
 OBJECTS_PER_IMAGE = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Question:
     """One POPE row.
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from sys import intern
 from typing import Any
 
 from vlmfix.errors import BadInput
@@ -43,6 +45,7 @@ _VARIANTS = {
 #: Under which keys an answer repeats its question.
 _ASKED = ("query", "question", "prompt")
 _OBJECT = re.compile(r"\bis there (?:an? )?(.{1,80}?) in the (?:image|imange|picture|photo)\b")
+_PLAIN = re.compile(r"(\w+)\.\w+")
 _COCO_NAME = re.compile(r"COCO_(?:train|val)2014_\d{12}")
 
 
@@ -63,8 +66,18 @@ class QuestionFile:
 
 def asked_object(text: str) -> str:
     """What a POPE question asks about, in lower case; the text itself if it is no such question."""
+    return _known_object(text) if len(text) <= _USUAL else _object(text)
+
+
+def _object(text: str) -> str:
     found = _OBJECT.search(text.lower())
     return found[1] if found else " ".join(text.lower().split())
+
+
+#: Few different questions are asked, of many images.
+_known_object = lru_cache(maxsize=1 << 14)(_object)
+#: Longest question that is remembered, in characters.
+_USUAL = 200
 
 
 def load_questions(path: str | Path) -> QuestionFile:
@@ -131,7 +144,8 @@ def _questions(row: Row, number: int) -> list[tuple[Question, int | None]]:
     if isinstance(text, str):
         keys = [key for key in ("question_id", "index") if key in row.values]
         question_id = row.number(keys[0]) if keys else number
-        return [(Question(question_id, name, text, _label(label, row)), None)]
+        # Many rows ask the same of one image after the other, and each has strings of its own.
+        return [(Question(question_id, intern(name), intern(text), _label(label, row)), None)]
     if not isinstance(label, list) or len(label) != len(text) or not text:
         raise BadInput(f"{row.where}: `text` and `label` must be lists of the same length")
     first = (number - 1) * len(text) + 1
@@ -253,7 +267,10 @@ def _texts(values: Iterable[object]) -> bool:
 
 
 def _stem(image: object) -> str:
-    return PurePosixPath(str(image)).stem
+    name = str(image)
+    # Paths are slow to make, and nearly all names are file names with one ending.
+    plain = _PLAIN.fullmatch(name)
+    return intern(plain[1] if plain else PurePosixPath(name).stem)
 
 
 def _refuse_other_questions(questions: Sequence[Question], rows: Sequence[Row]) -> None:

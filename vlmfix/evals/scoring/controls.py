@@ -40,9 +40,6 @@ _WARNED = {
     "non_ascii_share": "with characters beyond ASCII",
 }
 
-# Resamples at a time: more would leave the cache.
-_PART = 32
-
 
 def add_controls(
     scored: dict[str, Any],
@@ -65,7 +62,7 @@ def add_controls(
     base = next(iter(arms.values()))
     for arm, answers in arms.items():
         scored[arm] |= degenerate(answers, base)
-    if not task.wants_p_yes:
+    if not task.wants_p_yes or all(a.p_yes is None for one in arms.values() for a in one):
         return
     asked = [i for i, sample in enumerate(samples) if sample.target in ("yes", "no")]
     chosen = [samples[i] for i in asked]
@@ -89,8 +86,12 @@ def add_controls(
 def repeats_itself(text: str) -> bool:
     """Whether more than 20 % of the text's word 4-grams stood in it before."""
     words = text.split()
-    grams = list(zip(*(words[i:] for i in range(4)), strict=False))
-    return len(grams) - len(set(grams)) > REPEATED * len(grams)
+    number = max(0, len(words) - 3)
+    # Grams that begin with different words differ; many texts need no more to be told.
+    if number - len(set(words[:number])) <= REPEATED * number:
+        return False
+    grams = set(zip(words, words[1:], words[2:], words[3:], strict=False))
+    return number - len(grams) > REPEATED * number
 
 
 def degenerate(answers: Sequence[Answer], base: Sequence[Answer]) -> dict[str, Any]:
@@ -239,8 +240,8 @@ def _with_mean(values: dict[str, Floats], places: _Places) -> dict[str, Floats]:
 def _parts(resamples: Resamples) -> Iterator[Floats]:
     """Weights of the clusters (C, r): first of the items as they are (r = 1), then resamples."""
     yield np.ones((resamples.n_clusters, 1))
-    for start in range(0, len(resamples.weights), _PART):
-        yield np.ascontiguousarray(resamples.weights[start : start + _PART].T)
+    for block in resamples.blocks():
+        yield block.T.astype(np.float64, order="C")
 
 
 def _area(

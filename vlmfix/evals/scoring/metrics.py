@@ -76,9 +76,9 @@ class Arm:
 
 def counts_table(rows: Sequence[Mapping[str, float]], columns: Sequence[str]) -> Floats:
     """Rows of named counts as a matrix (items, counts); a missing name is 0."""
-    return np.array([[row.get(c, 0.0) for c in columns] for row in rows], dtype=np.float64).reshape(
-        len(rows), len(columns)
-    )
+    values = (row.get(column, 0.0) for row in rows for column in columns)
+    flat = np.fromiter(values, dtype=np.float64, count=len(rows) * len(columns))
+    return flat.reshape(len(rows), len(columns))
 
 
 def summarise(
@@ -137,10 +137,11 @@ def summarise(
     for arm, scored in arms.items():
         sums[arm] = np.zeros((len(seeds), len(names), len(columns)))
         drawn[arm] = np.zeros((replicates, *sums[arm].shape))
-        for s, row in enumerate(cells):
-            for i, items in enumerate(row):
-                sums[arm][s, i] = scored.counts[items].sum(axis=0)
-                drawn[arm][:, s, i] = resamples.sums(scored.counts[items], items)
+        at = [(s, i) for s in range(len(seeds)) for i in range(len(names))]
+        parts = [(scored.counts[cells[s][i]], cells[s][i]) for s, i in at]
+        for (s, i), (chosen, _), redrawn in zip(at, parts, resamples.sums_of(parts), strict=True):
+            sums[arm][s, i] = chosen.sum(axis=0)
+            drawn[arm][:, s, i] = redrawn
 
     base = next(iter(arms))
     result: dict[str, Any] = {}

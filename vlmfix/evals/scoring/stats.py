@@ -8,8 +8,9 @@ Holm 1979.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -118,9 +119,9 @@ class Resamples:
         seed: of the generator that draws them.
 
     Attributes:
-        n_clusters: number of clusters.
+        n_clusters: number of clusters, C.
         cluster_of: (items,) the number of every item's cluster.
-        weights: (R, n_clusters) how often each resample holds each cluster.
+        replicates: R.
     """
 
     def __init__(
@@ -130,13 +131,15 @@ class Resamples:
         self.cluster_of = np.array(
             [number.setdefault(cluster, len(number)) for cluster in clusters], dtype=np.intp
         )
-        self.n_clusters = len(number)
-        n = self.n_clusters
-        generator = np.random.default_rng(seed)
-        # How often each cluster is drawn: (R, clusters), rows sum to the number of clusters.
-        self.weights: Floats = np.zeros((replicates, n))
-        for row in self.weights if n else ():
-            row[:] = np.bincount(generator.integers(n, size=n), minlength=n)
+        self.n_clusters, self.replicates, self._seed = len(number), replicates, seed
+
+    def blocks(self) -> Iterator[NDArray[np.uint8]]:
+        """How often each resample holds each cluster, some resamples at a time: (r, C)."""
+        shape = self.n_clusters, self.replicates, self._seed
+        if self.n_clusters * self.replicates > _KEPT:
+            return _blocks(*shape)
+        kept = _weights(*shape)
+        return (kept[start : start + _PART] for start in range(0, len(kept), _PART))
 
     def sums(self, counts: Floats, items: NDArray[np.intp] | None = None) -> Floats:
         """Sums of item counts in every resample: (items, ...) -> (R, ...).
@@ -145,12 +148,64 @@ class Resamples:
             counts: of all items, or of those that `items` lists.
             items: (n,) indices; None: all.
         """
-        cluster_of = self.cluster_of if items is None else self.cluster_of[items]
-        flat = counts.reshape(len(counts), -1)
-        per_cluster = np.zeros((self.n_clusters, flat.shape[1]))
-        for column in range(flat.shape[1]):
-            per_cluster[:, column] = np.bincount(cluster_of, flat[:, column], self.n_clusters)
-        return (self.weights @ per_cluster).reshape(len(self.weights), *counts.shape[1:])
+        return self.sums_of([(counts, items)])[0]
+
+    def sums_of(self, parts: Sequence[tuple[Floats, NDArray[np.intp] | None]]) -> list[Floats]:
+        """`sums` of several (counts, items) in one pass over the resamples."""
+        widths = [math.prod(counts.shape[1:]) for counts, _ in parts]
+        per_cluster = np.zeros((self.n_clusters, sum(widths)))
+        ends = np.cumsum(widths, dtype=np.intp)
+        for (counts, items), width, end in zip(parts, widths, ends, strict=True):
+            cluster_of = self.cluster_of if items is None else self.cluster_of[items]
+            flat = counts.reshape(len(counts), width)
+            for column in range(width):
+                one = np.bincount(cluster_of, flat[:, column], self.n_clusters)
+                per_cluster[:, end - width + column] = one
+        found = np.zeros((self.replicates, sum(widths)))
+        start = 0
+        for block in self.blocks():
+            into = found[start : start + len(block)]
+            # Tiles stay in the cache while small whole numbers become floats.
+            for at in range(0, self.n_clusters, _TILE):
+                tile = slice(at, at + _TILE)
+                into += block[:, tile].astype(np.float64) @ per_cluster[tile]
+            start += len(block)
+        return [
+            found[:, end - width : end].reshape(self.replicates, *counts.shape[1:])
+            for (counts, _), width, end in zip(parts, widths, ends, strict=True)
+        ]
+
+
+#: Resamples at a time: more would leave the cache.
+_PART = 32
+#: Clusters at a time.
+_TILE = 4096
+#: Most bytes of weights that are kept for the next comparison; beyond it they are drawn again.
+_KEPT = 500_000_000
+
+
+def _blocks(n: int, replicates: int, seed: int) -> Iterator[NDArray[np.uint8]]:
+    """Draw n clusters of n, `replicates` times: (r, n), rows sum to n.
+
+    A cluster comes once on average, so a byte holds how often: more than 255 of more than 255
+    clusters has a probability of 1e-500.
+    """
+    generator = np.random.default_rng(seed)
+    for start in range(0, replicates, _PART):
+        block = np.zeros((min(_PART, replicates - start), n), dtype=np.uint8)
+        for row in block if n else ():
+            row[:] = np.bincount(generator.integers(n, size=n), minlength=n)
+        yield block
+
+
+@lru_cache(maxsize=1)
+def _weights(n: int, replicates: int, seed: int) -> NDArray[np.uint8]:
+    """All blocks; the comparisons of a task draw the same."""
+    kept = np.zeros((replicates, n), dtype=np.uint8)
+    for start, block in zip(range(0, replicates, _PART), _blocks(n, replicates, seed), strict=True):
+        kept[start : start + len(block)] = block
+    kept.setflags(write=False)
+    return kept
 
 
 def percentile_interval(replicates: Floats, level: float = LEVEL) -> tuple[float, float]:
