@@ -161,6 +161,16 @@ SHAPES = {
         "\n\n<start_of_image>" + VISUAL * 4 + "<end_of_image>\n\n",
         "<bos>",
     ),
+    # Qwen3.5: the prompt opens a thought that no message has. Plain text closes the image here.
+    "thinking": Shape(
+        _CHATML.replace("BODY", _either("<image></image>\\n")).replace(
+            "assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif"
+        ),
+        "bytes",
+        ("<|im_start|>", "<|im_end|>", "<image>"),
+        "<image>",
+        VISUAL * 4,
+    ),
     # Idefics 3: parts alone, by the first of which it tells an image; roles are plain words.
     "idefics": Shape(
         "{{ '<|begin|>' }}"

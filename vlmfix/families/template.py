@@ -112,9 +112,9 @@ def _shaped(processor: Any, template: dict[str, Any], chat: Plain, begun: bool) 
             problem = problem or error
             continue
         lost = next((at for at, own in enumerate(words) if not _written(own, text)), None)
-        if lost is None and not (begun and not text.rstrip().endswith(words[-1][-1])):
+        if lost is None:
             return _with_strings(chat, strings)
-        role = chat[-1 if lost is None else lost]["role"]
+        role = chat[lost]["role"]
         problem = problem or BadInput(
             f"the chat template of {type(processor).__name__} does not write the text of the "
             f"{role}'s message in any form that vlmfix knows: leave that message out, or say it "
