@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import twin_folders
 from twin_folders import Twin
-from twin_known import known
 from twin_recipes import RECIPES
 
-HERE = Path(__file__).parent
 FAST = ("llava-1.5-7b-hf", "Qwen2.5-VL-7B-Instruct")
 """The twins of `make test`; `make test-full` takes all."""
 
@@ -35,13 +32,3 @@ def twin(request: pytest.FixtureRequest, folders: Any) -> Twin:
     recipe = RECIPES[name]
     model, processor = twin_folders.load(folders(name), recipe, dtype="float32")
     return Twin(name, recipe, folders(name), model, processor)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is known to fail."""
-    faults = known()
-    for item in items:
-        test = getattr(item, "originalname", item.name).removeprefix("test_")
-        shown = item.name[item.name.find("[") + 1 : -1]
-        if item.path.parent == HERE and (reason := faults.get((test, shown))):
-            item.add_marker(pytest.mark.xfail(strict=True, reason=reason))

@@ -9,8 +9,9 @@ characters with the question's, and templates trim what they are given.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -64,14 +65,14 @@ def find_question(
     question = torch.zeros(ids.shape, dtype=torch.bool)
     content = torch.zeros(ids.shape, dtype=torch.bool)
     for index, row in enumerate(ids.tolist()):
-        last = max((at for at, token in enumerate(row) if token in visual), default=None)
-        if last is None:
+        places = [at for at, token in enumerate(row) if token in visual]
+        if not places:
             continue
         units = [
             replace(unit, special=unit.special or row[unit.first] in visual)
             for unit in reader.read(row)
         ]
-        words = _asked([unit for unit in units if not unit.text.isspace()], wording, last)
+        words = _asked([unit for unit in units if not unit.text.isspace()], wording, places)
         if not words:
             continue
         span = range(words[0].first, words[-1].last + 1)
@@ -229,8 +230,9 @@ def _shared(one: list[str], two: list[str]) -> list[str]:
     return one[: next((at for at, (a, b) in pairs if a != b), min(len(one), len(two)))]
 
 
-def _asked(units: Sequence[_Unit], wording: _Wording, last: int) -> Sequence[_Unit]:
+def _asked(units: Sequence[_Unit], wording: _Wording, visual: list[int]) -> Sequence[_Unit]:
     """The user's text in the last turn: after the last visual token, or where none is, before."""
+    last = visual[-1]
     texts = [unit.text for unit in units]
     found = _last(texts, wording.opening)
     start = 0 if found is None else found + len(wording.opening)
@@ -241,7 +243,23 @@ def _asked(units: Sequence[_Unit], wording: _Wording, last: int) -> Sequence[_Un
     lead = len(wording.lead)
     if with_image and [unit.text for unit in behind[:lead]] == wording.lead:
         behind = behind[lead:]
-    return behind or [unit for unit in turn if unit.first < last and not unit.special]
+    return behind or _before(turn, set(visual))
+
+
+def _before(turn: Sequence[_Unit], visual: Collection[int]) -> Sequence[_Unit]:
+    """The user's text of a turn that its images end.
+
+    Letters between a special token and an image are the processor's: Idefics 3 has no token for
+    the place of a tile, and writes it out.
+    """
+    runs = [list(run) for _, run in groupby(turn, key=lambda unit: unit.special)]
+    said: list[_Unit] = []
+    for left, run, right in zip([[], *runs], runs, [*runs[1:], []], strict=False):
+        opened = bool(left) and left[-1].first not in visual
+        is_place = opened and bool(right) and right[0].first in visual
+        if not run[0].special and not is_place:
+            said += run
+    return said
 
 
 def _last(texts: list[str], wanted: list[str]) -> int | None:
