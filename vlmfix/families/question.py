@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -59,24 +59,21 @@ def find_question(
         question, content: (B, L) bool. Rows without an image have neither, nor have those whose
         last turn has no text.
     """
-    reader = _Reader(getattr(processor, "tokenizer", processor))
-    wording = _wording(processor, reader)
     visual = {*info.image_token_ids, *info.video_token_ids}
+    reader = _Reader(getattr(processor, "tokenizer", processor), visual)
+    wording = _wording(processor, reader)
     question = torch.zeros(ids.shape, dtype=torch.bool)
     content = torch.zeros(ids.shape, dtype=torch.bool)
     for index, row in enumerate(ids.tolist()):
         places = [at for at, token in enumerate(row) if token in visual]
         if not places:
             continue
-        units = [
-            replace(unit, special=unit.special or row[unit.first] in visual)
-            for unit in reader.read(row)
-        ]
+        units = reader.read(row)
         words = _asked([unit for unit in units if not unit.text.isspace()], wording, places)
         if not words:
             continue
         span = range(words[0].first, words[-1].last + 1)
-        question[index, [at for at in span if row[at] not in reader.special | visual]] = True
+        question[index, [at for at in span if row[at] not in reader.special]] = True
         content[index, _content([unit for unit in units if unit.first in span])] = True
     content &= question
     empty = ~content.any(1, keepdim=True)
@@ -88,12 +85,12 @@ def find_question(
 
 @dataclass(frozen=True)
 class _Unit:
-    """A character of a prompt, or a token that was added to the vocabulary as a whole.
+    """A character of a prompt, a token that was added to the vocabulary, or a run of visual ones.
 
     Attributes:
-        text: the character, or the added token's text.
+        text: the character, or the added token's text; "" for visual tokens.
         first, last: the tokens that it is made of.
-        special: whether it is a special token.
+        special: whether it is a special token, or visual.
     """
 
     text: str
@@ -106,16 +103,19 @@ class _Reader:
     """Reads the tokens of a prompt as units.
 
     Attributes:
-        special: ids that are no text. A role's token may be special by its own flag alone.
+        visual: ids of placeholders.
+        special: ids that are no text, `visual` among them. A role's token may be special by its own
+            flag alone.
         marks: the texts of those that were added to the vocabulary.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, visual: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self.visual = visual
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self._added = {token: str(entry.content) for token, entry in added.items()}
         self.special = {token for token, entry in added.items() if entry.special}
-        self.special |= {*tokenizer.all_special_ids, tokenizer.pad_token_id}
+        self.special |= {*tokenizer.all_special_ids, tokenizer.pad_token_id, *visual}
         self.marks = {self._added[token] for token in self.special if token in self._added}
         backend = getattr(tokenizer, "backend_tokenizer", None)
         decoder = getattr(backend, "decoder", None)
@@ -124,18 +124,21 @@ class _Reader:
 
     def read(self, ids: Sequence[int]) -> list[_Unit]:
         """The units of a prompt, white space among them."""
+        known = sorted({*ids} - {*self.visual})  # of visual tokens there are thousands
+        pieces = dict(zip(known, self._tokenizer.convert_ids_to_tokens(known), strict=True))
         units: list[_Unit] = []
         buffer: bytearray = bytearray()
         owners: list[int] = []
-        for at, (token, piece) in enumerate(
-            zip(ids, self._tokenizer.convert_ids_to_tokens(ids), strict=True)
-        ):
+        for at, token in enumerate(ids):
+            if token in self.visual and at and ids[at - 1] in self.visual:
+                continue
             if token in self._added or token in self.special:
                 units += _characters(buffer, owners)
                 buffer, owners = bytearray(), []
-                units.append(_Unit(self._added.get(token, piece), at, at, token in self.special))
+                text = "" if token in self.visual else self._added.get(token) or pieces[token]
+                units.append(_Unit(text, at, at, token in self.special))
                 continue
-            own = self._bytes(piece)
+            own = self._bytes(pieces[token])
             buffer += own
             owners += [at] * len(own)
         return units + _characters(buffer, owners)
@@ -243,7 +246,7 @@ def _asked(units: Sequence[_Unit], wording: _Wording, visual: list[int]) -> Sequ
     lead = len(wording.lead)
     if with_image and [unit.text for unit in behind[:lead]] == wording.lead:
         behind = behind[lead:]
-    return behind or _before(turn, set(visual))
+    return behind or _before([unit for unit in turn if unit.first <= last], set(visual))
 
 
 def _before(turn: Sequence[_Unit], visual: Collection[int]) -> Sequence[_Unit]:
