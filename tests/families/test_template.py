@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_folders
 from tiny_templates import SHAPES
 
+import vlmfix
 from vlmfix.errors import BadInput
 from vlmfix.families.template import render_chat
 
@@ -139,8 +141,20 @@ def test_models_that_take_one_request(kind: Any, mark: str) -> None:
         if mark:
             assert render_chat(kind(), request) == mark * count + "What?"
         else:
-            with pytest.raises(BadInput, match=f"takes one image, and this request has {count}"):
+            with pytest.raises(
+                BadInput, match=f"no such prompt: .* one image, and this request has {count}"
+            ):
                 render_chat(kind(), request)
     for chat in ([SYSTEM, ASKED], [ASKED, ANSWERED, AGAIN], [ASKED, ANSWERED], []):
         with pytest.raises(BadInput, match="takes one request"):
             render_chat(kind(), chat)
+
+
+def test_every_prompt_is_written_in_one_place() -> None:
+    package = Path(vlmfix.__file__).parent
+    calls = [
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if "apply_chat_template(" in path.read_text() and "training" not in path.parts
+    ]
+    assert calls == ["families/template.py"]

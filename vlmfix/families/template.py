@@ -165,7 +165,10 @@ def _request(processor: Any, chat: Plain) -> str:
     texts = [part["text"] for part in chat[0]["content"] if part["type"] == "text"]
     images = len(chat[0]["content"]) - len(texts)
     if not mark and images != 1:
-        raise BadInput(f"the model of a {kinds[0]} takes one image, and this request has {images}.")
+        raise BadInput(
+            f"{kinds[0]} takes no such prompt: its model looks at one image, and this request has "
+            f"{images}."
+        )
     return mark * images + "".join(texts)
 
 
