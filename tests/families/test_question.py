@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 from tiny_templates import SHAPES
 from tiny_templates import VISUAL as PLACEHOLDER
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from vlmfix.families import ModelInfo, describe_model
 from vlmfix.families.question import STOP_WORDS, _content, _Reader, find_question
@@ -176,3 +179,56 @@ def test_words_with_apostrophes(bundled: Any, text: str, content: str) -> None:
     tokens = set(_content(units))
     found = "".join(unit.text if unit.first in tokens else " " for unit in units)
     assert " ".join(found.split()) == content
+
+
+# -- published templates and vocabularies, where they are at hand ----------------------------------
+
+#: File of a template, what it writes for an image, what the processor makes of that.
+PUBLISHED = {
+    "qwen2_5_vl/chat_template.json": ("<|image_pad|>", PLACEHOLDER * 4),
+    "idefics3/chat_template.json": ("<image>", f"<fake>{PLACEHOLDER}<fake>"),
+    "llava_next_mistral/chat_template.json": ("<image>", PLACEHOLDER * 4),
+    "granite_docling/chat_template.jinja": ("<image>", f"<fake>{PLACEHOLDER}<fake>"),
+    "mistral/mistral-small-3.1.jinja": ("[IMG]", f"{PLACEHOLDER}[IMG_BREAK]{PLACEHOLDER}[IMG_END]"),
+}
+
+
+@pytest.fixture(scope="module")
+def published(golden: Path) -> dict[str, Any]:
+    """Byte-level vocabularies of 150,000 and 100,000 tokens."""
+    found = {}
+    for name in ("qwen2_5_vl", "granite_docling"):
+        words = json.loads((golden / "twins" / name / "vocab.json").read_text("utf-8"))
+        merges = (golden / "twins" / name / "merges.txt").read_text("utf-8").splitlines()
+        pairs = [tuple(line.split()) for line in merges if line and not line.startswith("#v")]
+        found[name] = Qwen2Tokenizer(words, pairs, bos_token="<s>", eos_token="</s>")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", PUBLISHED)
+@pytest.mark.parametrize("vocabulary", ["qwen2_5_vl", "granite_docling"])
+def test_published_templates(
+    golden: Path, published: dict[str, Any], vocabulary: str, file: str
+) -> None:
+    text = (golden / "twins" / file).read_text("utf-8")
+    tokenizer = copy.deepcopy(published[vocabulary])
+    tokenizer.chat_template = json.loads(text)["chat_template"] if "json" in file else text
+    image, expanded = PUBLISHED[file]
+    special = {PLACEHOLDER, *re.findall(r"<[|a-z_]+>|\[/?[A-Z_]+\]|</s>", text + expanded)}
+    tokenizer.add_tokens([AddedToken(one, special=True, normalized=False) for one in special])
+    info = SimpleNamespace(
+        image_token_ids=(tokenizer.convert_tokens_to_ids(PLACEHOLDER),), video_token_ids=()
+    )
+    for chat in CHATS.values():
+        prompt = render_chat(tokenizer, chat).replace(image, expanded)
+        row = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+        question, content = find_question(tokenizer, info, row)
+        assert tokenizer.decode(row[question]).strip() == QUESTION
+        assert tokenizer.decode(row[content]).split() == [
+            "red",
+            "bicycle",
+            "next",
+            "dog",
+            "picture",
+        ]
