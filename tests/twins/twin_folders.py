@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import twin_tokenizers
+from tokenizers import Tokenizer
 from transformers.utils import PushToHubMixin
 from twin_recipes import RECIPES, Recipe
 from twin_tokenizers import Ids
@@ -50,7 +51,7 @@ def write(name: str, folder: Path) -> Path:
     """Write config, weights, tokenizer and processor of a twin into `folder`."""
     recipe = RECIPES[name]
     folder.mkdir(parents=True)
-    ids, made = getattr(twin_tokenizers, recipe.tokenizer)(recipe.tokens)
+    ids, made = tokenizer_of(recipe)
     post = twin_tokenizers.starts_with(ids, recipe.begin) if recipe.begin else None
     files = twin_tokenizers.files(ids, made, recipe.tokenizer_config, post)
     for file, data in {**files, **recipe.files}.items():
@@ -61,6 +62,11 @@ def write(name: str, folder: Path) -> Path:
     # The folder keeps the keys of the hub, and not those that transformers 5 would write.
     put(folder / "config.json", config)
     return folder
+
+
+def tokenizer_of(recipe: Recipe) -> tuple[Ids, Tokenizer]:
+    """The ids of a twin, and its tokenizer without special tokens."""
+    return getattr(twin_tokenizers, recipe.tokenizer)(recipe.tokens)
 
 
 def put(path: Path, data: Any) -> None:
