@@ -53,8 +53,11 @@ def pictures_of(twin: Twin, kind: str) -> AbstractContextManager[None]:
 
 def refused_by_template(twin: Twin, kind: str) -> bool:
     """Whether the checkpoint's own template takes no chat of this kind."""
-    return (kind == "system" and not twin.recipe.system) or (
-        kind in ("second turn", "begun") and not twin.recipe.turns
+    recipe = twin.recipe
+    return (
+        (kind == "system" and not recipe.system)
+        or (kind in ("second turn", "begun") and not recipe.turns)
+        or (kind == "two" and recipe.images == 1)
     )
 
 
@@ -85,8 +88,8 @@ def test_placeholders_are_as_many_as_written_down(twin: Twin) -> None:
 
 def as_the_model_card_does(twin: Twin, case: Kind, begun: bool) -> Any:
     """The inputs without vlmfix: contents as the template wants them, or the text itself."""
-    if twin.processor.chat_template is None:
-        text = twin.processor.image_token * len(case.images) + case.texts[0]
+    if getattr(twin.processor, "chat_template", None) is None:
+        text = twin.recipe.image_text * len(case.images) + case.texts[0]
         return twin.processor(text=text, images=case.images, return_tensors="pt")
     chat = []
     for message in case.chat:
@@ -249,7 +252,8 @@ def refused_tower(twin: Twin) -> bool:
 
 def test_maps_of_the_question(twin: Twin) -> None:
     with few_tokens(twin):
-        inputs = chat_inputs(twin.model, twin.processor, [kinds()["two"].chat])
+        chat = kinds()["one" if twin.recipe.images == 1 else "two"].chat
+        inputs = chat_inputs(twin.model, twin.processor, [chat])
 
     def maps() -> Any:
         return vlmfix.attention_map(twin.model, inputs, rows="question", processor=twin.processor)

@@ -71,6 +71,7 @@ def tokenizer_of(recipe: Recipe) -> tuple[Ids, Tokenizer]:
 
 def put(path: Path, data: Any) -> None:
     """Write a text as it is, anything else as JSON."""
+    path.parent.mkdir(exist_ok=True)
     path.write_text(data if isinstance(data, str) else json.dumps(data, indent=1), "utf-8")
 
 
@@ -93,8 +94,8 @@ def _with_ids(data: Any, ids: Ids, key: str = "") -> Any:
         if isinstance(data, list):
             return [ids.twin(number) for number in data]
         return data if data is None else ids.twin(data)
-    # The vision tower of LLaVA names a vocabulary, too, which it never uses.
-    return ids.size(data) if key == "vocab_size" else data
+    # Towers and Q-Formers name a vocabulary, too, which the text's is large enough for.
+    return ids.size(data) if key.startswith("vocab_size") else data
 
 
 def _weights(folder: Path) -> None:

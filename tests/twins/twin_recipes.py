@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import twin_templates as templates
-from twin_tokenizers import Token
+from twin_tokenizers import Token, bert_files
 
 Facts = Mapping[str, Any]
 
@@ -67,6 +67,10 @@ class Recipe:
     """Whether the template takes a system message."""
     without_images: bool = True
     """Whether the processor takes a prompt without a picture."""
+    images: int | None = None
+    """The most pictures that the processor takes in a prompt."""
+    image_text: str = "<image>"
+    """Without a template: what stands before the text for each picture."""
     turns: bool = True
     """Whether it takes an answer and a second question."""
 
@@ -1577,4 +1581,324 @@ RECIPES["GLM-4.1V-9B-Thinking"] = Recipe(
     needs=("torchvision",),
     contents="texts",
     placeholders=(391, 391, 252, 9),
+)
+
+# -- Qwen3.5: three of four layers have no attention -----------------------------------------------
+
+_QWEN35_LAYERS = ["linear_attention"] * 3 + ["full_attention"]
+
+RECIPES["Qwen3.5-9B"] = Recipe(
+    config={
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "image_token_id": 248056,
+        "model_type": "qwen3_5",
+        "text_config": {
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "attn_output_gate": True,
+            "dtype": "bfloat16",
+            "eos_token_id": 248044,
+            "full_attention_interval": 4,
+            "head_dim": 256,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "layer_types": _QWEN35_LAYERS * 8,
+            "linear_conv_kernel_dim": 4,
+            "linear_key_head_dim": 128,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
+            "linear_value_head_dim": 128,
+            "max_position_embeddings": 262144,
+            "model_type": "qwen3_5_text",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-06,
+            "rope_parameters": {
+                "mrope_interleaved": True,
+                "mrope_section": [11, 11, 10],
+                "partial_rotary_factor": 0.25,
+                "rope_theta": 10000000,
+                "rope_type": "default",
+            },
+            "use_cache": True,
+            "vocab_size": 248320,
+        },
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+        "video_token_id": 248057,
+        "vision_config": {
+            **_QWEN3_TOWER,
+            "deepstack_visual_indexes": [],
+            "model_type": "qwen3_5",
+        },
+        "vision_end_token_id": 248054,
+        "vision_start_token_id": 248053,
+    },
+    small={
+        "text_config": {
+            **TEXT,
+            "layer_types": _QWEN35_LAYERS * 2,
+            "linear_key_head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_value_head_dim": 16,
+            "num_hidden_layers": 8,
+            "rope_parameters": {"mrope_section": [1, 1, 0]},
+        },
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+        },
+    },
+    tokens=tokens(listed(248044, _QWEN_SPECIAL), listed(248058, _QWEN3_PLAIN)),
+    tokenizer="byte_level",
+    tokenizer_config={**_QWEN_TOKENIZER, "model_max_length": 262144},
+    files={
+        "preprocessor_config.json": _QWEN3_PICTURES,
+        "video_preprocessor_config.json": {
+            **_QWEN3_PICTURES,
+            "size": {"longest_edge": 25165824, "shortest_edge": 4096},
+            "video_processor_type": "Qwen3VLVideoProcessor",
+        },
+        "chat_template.jinja": templates.QWEN35,
+        "generation_config.json": {
+            "bos_token_id": 248044,
+            "do_sample": True,
+            "eos_token_id": [248046, 248044],
+            "pad_token_id": 248044,
+            "temperature": 1.0,
+            "top_k": 20,
+            "top_p": 0.95,
+        },
+    },
+    needs=("torchvision",),
+    placeholders=(300, 300, 186, 64),
+)
+
+# -- Gemma 4: heads of two sizes, layers that share keys, pictures of any shape --------------------
+
+_GEMMA4_LAYERS = ["sliding_attention"] * 5 + ["full_attention"]
+
+RECIPES["gemma-4-E4B-it"] = Recipe(
+    config={
+        "architectures": ["Gemma4ForConditionalGeneration"],
+        "audio_config": None,
+        "boi_token_id": 255999,
+        "eoi_token_id": 258882,
+        "eos_token_id": [1, 106],
+        "image_token_id": 258880,
+        "model_type": "gemma4",
+        "text_config": {
+            "final_logit_softcapping": 30.0,
+            "global_head_dim": 512,
+            "head_dim": 256,
+            "hidden_size": 2560,
+            "hidden_size_per_layer_input": 256,
+            "intermediate_size": 10240,
+            "layer_types": _GEMMA4_LAYERS * 7,
+            "model_type": "gemma4_text",
+            "num_attention_heads": 8,
+            "num_hidden_layers": 42,
+            "num_key_value_heads": 2,
+            "num_kv_shared_layers": 18,
+            "sliding_window": 512,
+            "vocab_size": 262144,
+            "vocab_size_per_layer_input": 262144,
+        },
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "video_token_id": 258884,
+        "vision_config": {
+            "head_dim": 64,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "model_type": "gemma4_vision",
+            "num_attention_heads": 12,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 12,
+            "patch_size": 16,
+            "pooling_kernel_size": 3,
+        },
+        "vision_soft_tokens_per_image": 280,
+    },
+    small={
+        "text_config": {
+            **TEXT,
+            "global_head_dim": 32,
+            "hidden_size_per_layer_input": 8,
+            "layer_types": _GEMMA4_LAYERS * 2,
+            "num_hidden_layers": 12,
+            "num_kv_shared_layers": 6,
+        },
+        "vision_config": {**TOWER, "head_dim": 16, "num_key_value_heads": 2},
+    },
+    tokens=(
+        *tokens(_GEMMA_LOW, {107: "\n", 108: "\n\n"}),
+        *tokens({98: "<|think|>", 100: "<|channel>", 101: "<channel|>"}),
+        *tokens({105: "<|turn>", 106: "<turn|>", 255999: "<|image>", 256000: "<|audio>"}),
+        *tokens(listed(258880, ("<|image|>", "<|audio|>", "<image|>", "<audio|>", "<|video|>"))),
+    ),
+    tokenizer="gemma",
+    begin="<bos>",
+    tokenizer_config={
+        **_GEMMA_TOKENIZER,
+        "audio_token": "<|audio|>",
+        "boa_token": "<|audio>",
+        "boi_token": "<|image>",
+        "eoa_token": "<audio|>",
+        "eoi_token": "<image|>",
+        "extra_special_tokens": {
+            "audio_token": "<|audio|>",
+            "boa_token": "<|audio>",
+            "boi_token": "<|image>",
+            "eoa_token": "<audio|>",
+            "eoi_token": "<image|>",
+            "image_token": "<|image|>",
+        },
+        "image_token": "<|image|>",
+        "padding_side": "left",
+        "processor_class": "Gemma4Processor",
+    },
+    files={
+        "processor_config.json": {
+            "audio_ms_per_token": 40,
+            "audio_seq_length": 750,
+            "feature_extractor": {
+                "feature_extractor_type": "Gemma4AudioFeatureExtractor",
+                "sampling_rate": 16000,
+            },
+            "image_processor": {
+                "do_convert_rgb": True,
+                "do_normalize": False,
+                "do_rescale": True,
+                "do_resize": True,
+                "image_mean": [0.0, 0.0, 0.0],
+                "image_processor_type": "Gemma4ImageProcessor",
+                "image_seq_length": 280,
+                "image_std": [1.0, 1.0, 1.0],
+                "max_soft_tokens": 280,
+                "patch_size": 16,
+                "pooling_kernel_size": 3,
+                "resample": 3,
+                "rescale_factor": 1 / 255,
+            },
+            "image_seq_length": 280,
+            "processor_class": "Gemma4Processor",
+            "video_processor": {
+                "max_soft_tokens": 70,
+                "patch_size": 16,
+                "pooling_kernel_size": 3,
+                "video_processor_type": "Gemma4VideoProcessor",
+            },
+        },
+        "chat_template.jinja": templates.GEMMA4,
+        "generation_config.json": {
+            "bos_token_id": 2,
+            "do_sample": True,
+            "eos_token_id": [1, 106],
+            "pad_token_id": 0,
+            "temperature": 1.0,
+            "top_k": 64,
+            "top_p": 0.95,
+        },
+    },
+    needs=("torchvision",),
+    placeholders=(266, 266, 259, 256),
+)
+
+# -- InstructBLIP: queries instead of patches, a second tokenizer, no template ---------------------
+
+RECIPES["instructblip-vicuna-7b"] = Recipe(
+    config={
+        "architectures": ["InstructBlipForConditionalGeneration"],
+        "image_token_index": 32001,
+        "initializer_factor": 1.0,
+        "initializer_range": 0.02,
+        "model_type": "instructblip",
+        "num_query_tokens": 32,
+        "qformer_config": {"model_type": "instructblip_qformer", "vocab_size": 30523},
+        "text_config": {
+            "architectures": ["LlamaForCausalLM"],
+            "max_position_embeddings": 2048,
+            "model_type": "llama",
+            "pad_token_id": 32000,
+            "rms_norm_eps": 1e-06,
+            "torch_dtype": "float16",
+            "vocab_size": 32064,
+        },
+        "torch_dtype": "float32",
+        "use_decoder_only_language_model": True,
+        "vision_config": {
+            "hidden_size": 1408,
+            "image_size": 224,
+            "intermediate_size": 6144,
+            "model_type": "instructblip_vision_model",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 39,
+            "patch_size": 14,
+        },
+    },
+    small={
+        "qformer_config": {
+            "cross_attention_frequency": 1,
+            "encoder_hidden_size": 32,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 2,
+        },
+        "text_config": {**TEXT, "num_key_value_heads": 4},
+        "vision_config": TOWER,
+    },
+    tokens=tokens({0: "<unk>", 1: "<s>", 2: "</s>", 32000: "[PAD]", 32001: "<image>"}),
+    tokenizer="llama",
+    begin="</s>",
+    # Its conversion named the end token three times.
+    tokenizer_config={
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": "</s>",
+        "eos_token": "</s>",
+        "legacy": True,
+        "model_max_length": 10**30,
+        "pad_token": "[PAD]",
+        "padding_side": "left",
+        "processor_class": "InstructBlipProcessor",
+        "tokenizer_class": "LlamaTokenizer",
+        "truncation_side": "left",
+        "unk_token": "</s>",
+    },
+    files={
+        "preprocessor_config.json": {
+            **CLIP,
+            **SCALED,
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "image_processor_type": "BlipImageProcessor",
+            "processor_class": "InstructBlipProcessor",
+            "resample": 3,
+            "size": {"height": 224, "width": 224},
+        },
+        "processor_config.json": {
+            "num_query_tokens": 32,
+            "processor_class": "InstructBlipProcessor",
+        },
+        **{
+            f"qformer_tokenizer/{file}": data
+            for file, data in bert_files({"bos_token": "[DEC]", "truncation_side": "left"}).items()
+        },
+        "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32000},
+    },
+    system=False,
+    turns=False,
+    without_images=False,
+    images=1,
+    image_text="",
+    contents="texts",
+    placeholders=(32, 32, 32, 32),
 )

@@ -139,3 +139,27 @@ GEMMA3 = (
     "{% endif %}{% endfor %}{% endif %}{{ '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
+
+_QWEN35_TEXT = (
+    "{% macro said(content) %}{% if content is string %}{{ content }}{% else %}"
+    "{% for p in content %}{% if p.type == 'image' or 'image' in p %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in p %}{{ p.text }}{% endif %}"
+    "{% endfor %}{% endif %}{% endmacro %}"
+)
+# Contents are trimmed, and the answer begins with a thought.
+QWEN35 = (
+    _QWEN35_TEXT + "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
+    "{{ raise_exception('the system message comes first') }}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + (said(m.content) | trim) + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+
+GEMMA4 = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% set role = 'model' if m.role == 'assistant' else m.role %}{{ '<|turn>' + role + '\n' }}"
+    "{% if m.content is string %}{{ m.content | trim }}{% else %}{% for p in m.content %}"
+    "{% if p.type == 'image' %}{{ '\n\n<|image|>\n\n' }}{% elif p.type == 'text' %}"
+    "{{ p.text | trim }}{% endif %}{% endfor %}{% endif %}{{ '<turn|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|turn>model\n' }}{% endif %}"
+)

@@ -7,12 +7,23 @@ ids reach 262,144; here the ids after the text follow it at once, in their real 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
+from string import ascii_lowercase
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 TEXT = """Is there a red bicycle next to the dog in this picture? Yes, there is a red bicycle.
 Describe the image. Use two sentences. What is shown? A dog is shown. Why? Answer briefly.
@@ -83,7 +94,7 @@ class Ids:
         Real tables have up to hundreds of rows that no token uses; a few show the same.
         """
         spare = real - 1 - max(token.number for token in self.tokens)
-        return max(self.vocabulary.values()) + 1 + min(spare, 24)
+        return max(self.vocabulary.values()) + 1 + max(-1, min(spare, 24))
 
 
 @cache
@@ -233,5 +244,32 @@ def starts_with(ids: Ids, text: str) -> dict[str, Any]:
         ],
         "special_tokens": {
             text: {"id": text, "ids": [ids.vocabulary[text]], "tokens": [text]},
+        },
+    }
+
+
+def bert_files(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The files of a BERT tokenizer, such as a Q-Former's: words in small letters."""
+    special = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "[DEC]": 5}
+    words = sorted(set(re.findall(r"\w+|[^\w\s]", TEXT.lower())))
+    letters = [f"{mark}{letter}" for mark in ("", "##") for letter in ascii_lowercase]
+    pieces = list(dict.fromkeys((*words, *letters)))
+    vocabulary = {**special, **{piece: at for at, piece in enumerate(pieces, len(special))}}
+    made = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer(lowercase=True)
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    made.decoder = decoders.WordPiece()
+    written = json.loads(made.to_str())
+    rows = {number: row(Token(number, text)) for text, number in special.items()}
+    written["added_tokens"] = [{"id": number, **rows[number]} for number in sorted(rows)]
+    named = ("pad", "unk", "cls", "sep", "mask")
+    return {
+        "tokenizer.json": written,
+        "tokenizer_config.json": {
+            "added_tokens_decoder": {str(number): rows[number] for number in sorted(rows)},
+            **{f"{name}_token": f"[{name.upper()}]" for name in named},
+            "tokenizer_class": "BertTokenizer",
+            **config,
         },
     }
