@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from vlmfix.families import ModelInfo
+from vlmfix.families.inner import generating_module
 
 __all__ = ["DEFAULT_FRACTION", "layer_inputs", "magnitude"]
 
@@ -39,7 +40,7 @@ def layer_inputs(
     ]
     try:
         with torch.no_grad():
-            model(**inputs)
+            generating_module(model)(**inputs)  # of BLIP-2, which takes no text without an image
     finally:
         for handle in handles:
             handle.remove()
