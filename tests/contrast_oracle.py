@@ -139,8 +139,10 @@ def _longer(tiny: TinyFamily, row: Inputs, behind: torch.Tensor) -> Inputs:
 
 
 def _without_image(tiny: TinyFamily, row: Inputs) -> Inputs:
-    """The text of a prompt, without the tokens that open and close its image."""
-    gone = torch.tensor([IMAGE, *tiny.layout.before, *tiny.layout.after])
+    """The text of a prompt, without the tokens that open and close its image if they are known."""
+    config = vars(tiny.model.config)
+    known = {value for name, value in config.items() if "token" in name and type(value) is int}
+    gone = torch.tensor([IMAGE, *known.intersection(tiny.layout.before + tiny.layout.after)])
     keep = ~torch.isin(row["input_ids"][0], gone)
     text = {name: value[:, keep] for name, value in row.items() if name in PER_POSITION}
     text.pop("mm_token_type_ids", None)  # of no use without an image, and refused by Qwen

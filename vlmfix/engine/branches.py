@@ -1,37 +1,27 @@
-"""The rows of branches in a KV cache: joined behind the base rows, and what a forward needs then.
+"""The rows of branches in a KV cache, and what a forward on all of them needs.
 
 In row order, branch g of row b is row g R + b, with R base rows (beams and returned sequences
-included) and g = 0 the base.
+included) and g = 0 the base. joined.py puts them there.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import (
-    Cache,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticLayer,
-    StaticSlidingWindowLayer,
-)
 
 from vlmfix.engine.frame import Frame
 from vlmfix.engine.ledger import Memory
 from vlmfix.errors import StateError
 from vlmfix.families.surgeon import TOKEN_TYPES
 
-__all__ = ["JOINABLE", "Branches", "join_rows"]
+__all__ = ["Branches"]
 
-
-#: Layers of a KV cache that rows can be joined to. Quantised ones cannot be cut, linear attention
-#: keeps no keys.
-JOINABLE = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+#: Kinds of layers whose mask says which of the tokens of this forward are padding, and nothing of
+#: keys; behind the prompt none is.
+_WITHOUT_KEYS = ("linear_attention", "conv")
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +84,9 @@ class Branches(Memory):
         )
         if isinstance(mask, Mapping):
             wide["attention_mask"] = {
-                kind: self._wide_mask(m, past, queries, offset if kind != "full_attention" else 0)
+                kind: None
+                if kind in _WITHOUT_KEYS
+                else self._wide_mask(m, past, queries, offset if kind != "full_attention" else 0)
                 for kind, m in mask.items()
             }
         else:
@@ -123,71 +115,3 @@ class Branches(Memory):
         hidden = torch.nn.functional.pad(~visible, (0, keys - visible.shape[1]))[:, None, None]
         filler = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         return wide.masked_fill(hidden, filler)
-
-
-def join_rows(cache: Cache, branches: Sequence[DynamicCache], rows: int) -> None:
-    """Put the rows of branches behind the base rows of a cache, shorter ones padded on the left."""
-    groups = 1 + len(branches)
-    for layer, *others in zip(cache.layers, *(b.layers for b in branches), strict=True):
-        if layer.is_compileable:
-            length = min(int(layer.get_seq_length()), layer.max_cache_len)
-            for name in ("keys", "values"):
-                base = getattr(layer, name)
-                joined = base.new_zeros(groups * rows, *base.shape[1:])
-                joined[:rows] = base
-                for group, other in enumerate(others, 1):
-                    own = getattr(other, name)
-                    start = length - own.shape[2]
-                    joined[group * rows : (group + 1) * rows, :, start:length] = own
-                torch._dynamo.mark_static_address(joined)
-                setattr(layer, name, joined)
-            layer.batch_size = groups * rows
-        else:
-            for name in ("keys", "values"):
-                base = getattr(layer, name)
-                own = (getattr(other, name) for other in others)
-                pad = torch.nn.functional.pad
-                left = [pad(x, (0, 0, base.shape[2] - x.shape[2], 0)) for x in own]
-                setattr(layer, name, torch.cat([base, *left]))
-        for other in others:  # or all branches would be held twice
-            del other.keys, other.values
-    kind: Any = type(cache)
-    joined_cache: Any = cache
-    joined_cache.__class__ = _with_branches(kind)
-    joined_cache.row_groups = (groups, rows)
-
-
-@functools.cache
-def _with_branches(kind: Any) -> Any:
-    """A class of cache that reorders the rows of branches as it is told for those of the base.
-
-    Its objects are those of `kind`, which a copy of them stays, too, until they are reset. Nothing
-    else that generate() does to a cache names rows.
-    """
-
-    class WithBranches(kind):  # type: ignore[misc]  # a class made at run time
-        row_groups: tuple[int, int]
-
-        def update(self, key_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            groups, rows = self.row_groups
-            if len(key_states) != groups * rows:
-                raise StateError(
-                    f"this KV cache holds {groups * rows} rows, {rows} of prompts and the others "
-                    "of a contrastive method's branches, and a forward without them has come. Go "
-                    "on with the same method, or start from the prompt without this cache."
-                )
-            return super().update(key_states, *args, **kwargs)
-
-        def reset(self) -> None:
-            super().reset()
-            for layer in self.layers:  # what comes next has other rows
-                layer.is_initialized = False
-            self.__class__ = kind
-
-        def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-            groups, rows = self.row_groups
-            starts = torch.arange(groups, device=beam_idx.device) * rows
-            super().reorder_cache((starts[:, None] + beam_idx).flatten())
-
-    WithBranches.__name__ = WithBranches.__qualname__ = f"{kind.__name__}WithBranches"
-    return WithBranches

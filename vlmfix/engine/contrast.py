@@ -16,14 +16,15 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from vlmfix.base.contrast import Branch, ContrastMethod, Prompt
 from vlmfix.base.method import Method
-from vlmfix.engine.branches import JOINABLE, Branches, join_rows
+from vlmfix.engine.branches import Branches
 from vlmfix.engine.encoded import CallImages
 from vlmfix.engine.frame import Frame
 from vlmfix.engine.hooks import Host
+from vlmfix.engine.joined import join_rows, repeat_rows, unjoinable
 from vlmfix.engine.ledger import Memory
 from vlmfix.engine.observe import LastRow
 from vlmfix.engine.prefill import (
@@ -36,7 +37,7 @@ from vlmfix.engine.prefill import (
 )
 from vlmfix.engine.stage import DecodeStep, Forward, Generation, Stage
 from vlmfix.engine.state import Implementation
-from vlmfix.errors import BadInput, CompositionError, StateError
+from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
 from vlmfix.families import ModelInfo, vision_arguments
 from vlmfix.families.kinds import PAD
 from vlmfix.families.prompt import carries_vision, made_positions
@@ -102,6 +103,15 @@ class ContrastStage(Stage):
                 f"{' and '.join(own)} both combine the logits, each against branches of its own, "
                 "and no paper says how two such combinations add up. Keep one of them; methods "
                 "that edit attention or change images stack with it."
+            )
+
+    def examine(self, model: Any, info: ModelInfo) -> None:
+        text = model.config.get_text_config(decoder=True)
+        if self.method.streams() and (what := unjoinable(DynamicCache(config=text))):
+            raise UnsupportedModel(
+                f"{self.method.name} runs its branches in the rows of one KV cache, and that of "
+                f"model type {info.model_type!r} has layers ({what}) to which rows cannot be "
+                "joined. Use a method that edits attention or prunes."
             )
 
     def reach(self, host: Host) -> None:
@@ -212,12 +222,11 @@ def _check_prompt(method: ContrastMethod, frame: Frame, cache: Cache | None) -> 
         )
     if cache is None:
         return
-    wrong = {type(layer).__name__ for layer in cache.layers if type(layer) not in JOINABLE}
-    if wrong or cache.offloading:
-        what = ", ".join(sorted(wrong)) or "offloaded layers"
+    what = unjoinable(cache) or ("offloaded layers" if cache.offloading else "")
+    if what:
         raise CompositionError(
             f"{method.name} runs its branches in the rows of one KV cache, which it cannot do with "
-            f"{what}. Generate with a dynamic or a static cache."
+            f"{what}. Generate with a dynamic cache."
         )
 
 
@@ -352,7 +361,7 @@ def _run_branches(method: ContrastMethod, forward: Forward, kept: int) -> list[t
             continue
         one = ran[0]
         if copies > 1:
-            one.cache.batch_repeat_interleave(copies)
+            repeat_rows(one.cache, len(prompt.ids), copies)
         logits.append(one.logits.repeat_interleave(copies, 0))
         caches.append(one.cache)
         visible.append(padded_left(one.visible, length))
