@@ -306,7 +306,7 @@ def test_ledgers_do_not_outlive_their_cache(tiny: Any) -> None:
         tiny.model.generate(**tiny.inputs(1), **generate_kwargs())
         session = tiny.model.__dict__["_vlmfix_session"]
         gc.collect()
-        assert len(session._ledgers) == 0 and session.host.state.frame is None
+        assert len(session.caches) == 0 and session.host.state.frame is None
 
 
 def test_wrapped_model_is_not_copied_or_pickled(tiny: Any) -> None:

@@ -566,7 +566,7 @@ def test_a_later_turn_equals_the_whole_conversation(name: str, contrast: str, st
 
 
 OTHERS: list[tuple[Any, str]] = [
-    (None, "holds 2 rows, 1 of prompts"),
+    (None, "also holds the rows of a contrastive method's branches"),
     (STRONG["pai"], "also holds the rows of a contrastive method's branches"),
     ("vcd:alpha=0;beta=0", "also holds the rows of a contrastive method's branches"),
     (STRONG["m3id"], "branches of 'vcd.*', not those of 'm3id"),

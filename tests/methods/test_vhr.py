@@ -41,7 +41,7 @@ def _text_only(rows: int = 2) -> dict[str, Any]:
 
 def _ledger_scales(model: Any) -> dict[int, torch.Tensor]:
     """{layer: (B, H)} the factors that are stored for the one live cache of a wrapped model."""
-    (ledger,) = model.__dict__["_vlmfix_session"]._ledgers.values()
+    (ledger,) = model.__dict__["_vlmfix_session"].caches._ledgers.values()
     factors = ledger.of(AttentionNotes).factors
     return {layer: scale.values[:, 0, :, 0] for (_, layer), scale in factors.items()}
 

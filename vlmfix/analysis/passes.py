@@ -191,7 +191,7 @@ def look_from_start(
             visual=pad(visual, (0, mask.shape[1] - visual.shape[1])).cpu(),
         )
         # The prompts ran plain and left no ledger, which a forward on their cache needs.
-        session.remember(cache, ledger)
+        session.caches.remember(cache, ledger)
         call = Call(prompt_length=ids.shape[1], rows=len(owner))
         inputs_behind = _behind(model, cache, rows, mask, shift)
         internal_pass(session.host, inputs_behind, call=call, observers=[keeper])

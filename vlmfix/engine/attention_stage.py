@@ -15,17 +15,22 @@ from vlmfix.engine.edits import READ_ARGUMENTS, unread_arguments
 from vlmfix.engine.frame import Frame
 from vlmfix.engine.hooks import Host
 from vlmfix.engine.plans import AttentionNotes, LayerMethods, Plans
+from vlmfix.engine.prefill import decoder_hook
 from vlmfix.engine.probe import Rerun, probe, run_last_token
-from vlmfix.engine.stage import DecodeStep, Forward, Stage
+from vlmfix.engine.stage import DecodeStep, Forward, Generation, Stage
 from vlmfix.engine.state import Implementation
-from vlmfix.errors import CompositionError, UnsupportedModel
+from vlmfix.errors import CompositionError, StateError, UnsupportedModel
 from vlmfix.families import ModelInfo
-from vlmfix.families.kinds import IMAGE, VIDEO
 from vlmfix.families.prompt import every_row
 from vlmfix.families.source import arguments_of_attention, norms_of_heads
 from vlmfix.families.tower import describe_tower
 
 __all__ = ["AttentionStage"]
+
+
+@dataclass(frozen=True)
+class _KeepsCache:
+    """Of a generate() call: its KV cache outlives it, so that a later turn may go on from it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,18 +90,23 @@ class AttentionStage(Stage):
             for layer, methods in self.by_layer.items()
             if any(method.overrides("flag_tokens") for method in methods)
         )
+        if self.probes:  # a last token that runs again needs the position that the model gave it
+            decoder = host.model.get_decoder()
+            host.add_hook("decoder", decoder, decoder_hook(host.state), pre=True)
         if self._readers:
             tower = host.tower or describe_tower(host.model, host.info)
             layers = {layer for method in self._readers for layer in method.encoder_layers(tower)}
             host.record_tower(tower, layers)
 
+    def before_generate(self, generation: Generation) -> None:
+        given = generation.given.get("past_key_values") is not None
+        if given or generation.option("return_dict_in_generate"):
+            generation.call.keep(_KeepsCache())
+
     def before_forward(self, forward: Forward) -> None:
         frame = forward.frame
-        ledger = frame.ledger
         if frame.past and not frame.decoding:
-            kinds = ledger.kinds[:, frame.past : frame.past + frame.queries]
-            if bool(((kinds == IMAGE) | (kinds == VIDEO)).any()):
-                ledger.of(AttentionNotes).image_values.clear()  # a later turn brought images
+            self._check_later_part(frame, forward.host.info)
         frame.expected.update(self.by_layer)
         if frame.needed < frame.queries and any(_reads_prompt(x, frame) for x in self.methods):
             forward.kwargs = every_row(forward.host.info, forward.kwargs)
@@ -106,10 +116,40 @@ class AttentionStage(Stage):
             host = forward.host
             frame.keep(Plans(self, self.by_layer, frame, host.info, host.recorder))
 
+    def _check_later_part(self, frame: Frame, info: ModelInfo) -> None:
+        """Refuse, of a prompt over a cache, what these methods cannot know of what came before.
+
+        Raises:
+            StateError: images behind what a method decides once for a whole prompt, a prompt that
+                was cut since, or an answer about whose tokens nothing was noted.
+        """
+        ledger, past = frame.ledger, frame.past
+        notes, visual = ledger.of(AttentionNotes), ledger.visual()[:, : past + frame.queries]
+        images = bool(visual[:, past:].any())
+        for method in self.methods:
+            decides = method.overrides("head_scale") and method.head_scale_from == "prompt"
+            if not decides and method.probe_pass(info) is None:
+                continue
+            if images or (bool(visual.any()) and not notes.decided(method)):
+                raise StateError(
+                    f"{method.name} looks at a whole prompt once, with all of its images, and this "
+                    "part of one goes on from a KV cache. Start from the whole conversation, "
+                    "without past_key_values."
+                )
+        if any(end < past for (m, _), end in notes.flagged.items() if m in self.methods):
+            raise StateError(
+                "compiled steps wrote the answer in this KV cache, and nothing was noted about its "
+                "tokens. Generate with disable_compile=True, or start from the whole conversation, "
+                "without past_key_values."
+            )
+        if images:
+            notes.image_values.clear()
+
     def enter_layer(
         self, frame: Frame, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        for method in () if frame.decoding else self.by_layer.get(layer, ()):
+        ends = frame.call.rows is not None and frame.call.get(_KeepsCache) is None
+        for method in () if frame.decoding and ends else self.by_layer.get(layer, ()):
             if method.overrides("flag_tokens"):
                 hidden = args[0] if args else kwargs["hidden_states"]
                 notes = frame.ledger.of(AttentionNotes)

@@ -51,6 +51,12 @@ class Branches(Memory):
                 "the same method, or start from the prompt without this cache."
             )
 
+    def cut(self, length: int) -> None:
+        raise StateError(
+            "this KV cache was cut inside a prompt whose branches it holds, too, which other "
+            "columns belong to. Start from the prompt without this cache."
+        )
+
     @property
     def rows(self) -> int:
         """R, the base rows."""

@@ -86,11 +86,23 @@ class Call(Lifetime):
         self.contrasted: list[torch.Tensor] = []
         self.streams = 1
         self.pixels: dict[str, list[Any]] = {}
+        self._announced: torch.Tensor | None = None
         self._new_tokens = 0
         self._seconds: float | None = None
         self._started = time.perf_counter()
         self._counts: dict[int, list[torch.Tensor | int]] = {}
         self._notes: dict[str, dict[str, dict[int, list[int]]]] = {}
+
+    def announce(self, ids: Any) -> None:
+        """The next forward of this call gets these ids."""
+        self._announced = ids
+
+    def runs(self, ids: Any) -> bool:
+        """Whether a forward with these ids is one of this call's own.
+
+        What a logits processor or a stopping criterion asks the model meanwhile is not.
+        """
+        return self._announced is None or self._announced is ids
 
     def count(self, layer: int, rows: torch.Tensor | int) -> None:
         """Add edited rows: a number, or a bool tensor that is summed when the report is read."""

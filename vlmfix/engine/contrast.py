@@ -122,6 +122,14 @@ class ContrastStage(Stage):
         layers = host.info.attention
         host.reach_attention(at for at in layers if host.device(at).type == "cpu")
 
+    def check_cache(self, cache: Cache) -> None:
+        what = unjoinable(cache) or ("offloaded layers" if cache.offloading else "")
+        if self.method.streams() and what:
+            raise CompositionError(
+                f"{self.method.name} runs its branches in the rows of one KV cache, which it "
+                f"cannot do with {what}. Generate with a dynamic cache."
+            )
+
     def before_generate(self, generation: Generation) -> None:
         # generate() encodes images before the first forward.
         vision = vision_arguments(generation.host.model, generation.given)
@@ -145,8 +153,9 @@ class ContrastStage(Stage):
             if branches is not None:
                 forward.kwargs = branches.widen(kwargs, frame)
             return
-        _check_prompt(method, frame, forward.cache)
+        _check_prompt(method, frame)
         if forward.cache is not None:
+            self.check_cache(forward.cache)
             _keep_pieces(notes, kwargs, frame.queries)
         known = frame.call.get(_CallBranches)
         if frame.past + frame.queries < ledger.prompt_length or known is not None:
@@ -206,7 +215,7 @@ def _check_cache(
         )
 
 
-def _check_prompt(method: ContrastMethod, frame: Frame, cache: Cache | None) -> None:
+def _check_prompt(method: ContrastMethod, frame: Frame) -> None:
     length = frame.ledger.prompt_length
     end = frame.past + frame.queries
     if end < length and frame.call.rows is None:
@@ -219,14 +228,6 @@ def _check_prompt(method: ContrastMethod, frame: Frame, cache: Cache | None) -> 
         raise BadInput(
             f"{method.name} reads the logits of the last column, where a prompt is padded. Pad on "
             'the left: processor.tokenizer.padding_side = "left".'
-        )
-    if cache is None:
-        return
-    what = unjoinable(cache) or ("offloaded layers" if cache.offloading else "")
-    if what:
-        raise CompositionError(
-            f"{method.name} runs its branches in the rows of one KV cache, which it cannot do with "
-            f"{what}. Generate with a dynamic cache."
         )
 
 

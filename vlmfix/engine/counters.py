@@ -29,7 +29,8 @@ def lend(host: Host, call: Call, layer: int, device: torch.device) -> torch.Tens
     if layer not in lent:
         mine = host.state.thread.of(_Counters).by_layer
         if layer not in mine:
-            mine[layer] = torch.zeros((), dtype=torch.int64, device=device)
+            with torch.inference_mode(False):  # later calls may run outside of it
+                mine[layer] = torch.zeros((), dtype=torch.int64, device=device)
             torch._dynamo.mark_static_address(mine[layer])
         lent[layer] = mine[layer].zero_()
     return lent[layer]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +16,7 @@ from vlmfix.engine.attention import NAME, SLOT, Slot
 from vlmfix.engine.dispatch import base_attention, own_name
 from vlmfix.engine.recorder import VisionRecorder
 from vlmfix.engine.state import Implementation, State
+from vlmfix.errors import StateError
 from vlmfix.families import ModelInfo
 from vlmfix.families.inner import INNER, OuterGeneration, outer_forward
 from vlmfix.families.placement import computing_device
@@ -26,6 +28,10 @@ __all__ = ["Hooks", "Host"]
 class Hooks(Protocol):
     """What a host calls: around each forward of the model, and where a hooked layer begins."""
 
+    @property
+    def wanted(self) -> bool:
+        """Whether a forward of this thread has to run with the hooks."""
+
     def before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
         """A forward pre-hook of the model."""
 
@@ -33,7 +39,7 @@ class Hooks(Protocol):
         """A forward hook of the model."""
 
     def end(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        """A forward hook of the model that runs after an exception, too."""
+        """Drop what this thread knows of its forward; also runs after an exception."""
 
     def enter_decoder(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         """A forward pre-hook of the decoder."""
@@ -88,11 +94,16 @@ class Host:
                 hooks.enter_decoder, with_kwargs=True
             ),
         ]
-        if self.info.model_type in INNER:
-            shadows = {**shadows, "forward": outer_forward(self.model)}
-        for name, function in shadows.items():
+        inner = self.info.model_type in INNER
+        forward = outer_forward(self.model) if inner else self.model.forward
+        stand_ins = {
+            name: _stand_in(getattr(self.model, name), function)
+            for name, function in shadows.items()
+        }
+        stand_ins["forward"] = _stand_in(forward, self._guarded(forward, hooks))
+        for name, stand_in in stand_ins.items():
             self._shadowed[name] = self.model.__dict__.get(name)
-            self.model.__dict__[name] = function
+            self.model.__dict__[name] = stand_in
 
     def detach(self) -> None:
         """Take everything out; the model is then bit for bit what it was."""
@@ -115,6 +126,27 @@ class Host:
         if self._restore_implementation is not None:
             self._restore_implementation()
             self._restore_implementation = None
+
+    def _guarded(self, forward: Callable[..., Any], hooks: Hooks) -> Callable[..., Any]:
+        """The model's forward, which no way in or out takes past the hooks.
+
+        torch runs no hook where a module's forward is called by its name, as PEFT does, and none
+        after an interrupt (Ctrl-C).
+        """
+        state = self.state
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if state.prepared is not None:
+                return forward(*args, **kwargs)
+            if state.frame is None and hooks.wanted:
+                return self.model(*args, **kwargs)
+            try:
+                return forward(*args, **kwargs)
+            except BaseException:
+                hooks.end(self.model, args, None)
+                raise
+
+        return run
 
     def model_method(self, name: str) -> Callable[..., Any]:
         """A shadowed method as it was: the user's own on this object, else the class's."""
@@ -141,6 +173,11 @@ class Host:
             if layer in self._configs:
                 continue
             module: Any = self.info.attention[layer]
+            if SLOT in module.__dict__:
+                raise StateError(
+                    "the language model inside this model is part of another wrapped model. Call "
+                    "vlmfix.unwrap on that one first, or wrap a model with weights of its own."
+                )
             self._configs[layer] = module.config
             module.__dict__[SLOT] = Slot(self.state, layer, base_attention(module), self.impl)
             # The model object keeps its own configuration, so it goes on making its native masks.
@@ -203,3 +240,13 @@ class Host:
         )
         model.set_attn_implementation({key: "sdpa"})
         self._restore_implementation = lambda: model.set_attn_implementation({key: before})
+
+
+def _stand_in(method: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function under the name and the signature of a method, which transformers reads."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return call

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from vlmfix.base.attention import AttentionMethod
 from vlmfix.base.method import Method
@@ -63,6 +63,12 @@ class Dropped(Memory):
                 "on with the same method, or start from the prompt without this cache."
             )
 
+    def cut(self, length: int) -> None:
+        raise StateError(
+            "this KV cache was cut inside a prompt of which later layers hold other tokens than "
+            "the first. Start from the prompt without this cache."
+        )
+
     def places(self, total: int) -> torch.Tensor:
         """(B, P + total - L): the columns that stay of `total`; all behind the prompt do."""
         behind = torch.arange(self.length, total, device=self.index.device)
@@ -101,12 +107,23 @@ class LayerPruningStage(Stage):
         host.reach_attention([self.first - 1])
         host.reach_inputs(range(self.first, host.info.num_layers))
 
+    def check_cache(self, cache: Cache) -> None:
+        wrong = {type(x).__name__ for x in cache.layers if type(x) is not DynamicLayer}
+        if wrong or cache.offloading:
+            raise CompositionError(
+                f"{self.method.name} leaves layers with fewer keys than others, which "
+                f"{', '.join(sorted(wrong)) or 'an offloaded cache'} cannot hold. Generate with a "
+                "dynamic cache, or prune before the language model (hiprune, ...)."
+            )
+
     def before_forward(self, forward: Forward) -> None:
         frame = forward.frame
         ledger = frame.ledger
         if frame.decoding or not bool(ledger.visual().any()):
             return
         _check_prompt(self.method, forward)
+        if forward.cache is not None:
+            self.check_cache(forward.cache)
         observer = LastRow((self.first - 1,), row=ledger.prompt_length - 1)
         frame.observe([observer])
         frame.keep(observer)
@@ -135,10 +152,10 @@ def _check_prompt(method: LayerTokenMethod, forward: Forward) -> None:
     """Refuse, before a prompt runs, what cannot be cut in the middle.
 
     Raises:
-        CompositionError: a cache whose layers must be equally long, or a prompt in chunks.
+        CompositionError: a prompt in chunks.
         BadInput: a prompt that is padded on the right.
     """
-    frame, cache = forward.frame, forward.cache
+    frame = forward.frame
     length = frame.ledger.prompt_length
     if frame.queries < length:
         raise CompositionError(
@@ -146,14 +163,6 @@ def _check_prompt(method: LayerTokenMethod, forward: Forward) -> None:
             f"{frame.queries} of its {length} tokens (chunked prefill, or a later turn over a "
             "cache). Generate without prefill_chunk_size or past_key_values."
         )
-    if cache is not None:
-        wrong = {type(x).__name__ for x in cache.layers if type(x) is not DynamicLayer}
-        if wrong or cache.offloading:
-            raise CompositionError(
-                f"{method.name} leaves layers with fewer keys than others, which "
-                f"{', '.join(sorted(wrong)) or 'an offloaded cache'} cannot hold. Generate with a "
-                "dynamic cache, or prune before the language model (hiprune, ...)."
-            )
     if bool((frame.ledger.kinds[:, length - 1] == PAD).any()):
         raise BadInput(
             f"{method.name} looks at the last column of a prompt, which is padded. Pad on the left."

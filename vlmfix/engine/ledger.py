@@ -3,12 +3,14 @@
 The ledger belongs to a cache, not to a step counter: beams, roll-back, chunked prefill, static
 and sliding caches all read the same positions, because a position never changes its kind.
 Positions beyond the prompt are GENERATED without being written, so decoding writes nothing and a
-rejected draft needs no undoing.
+rejected draft needs no undoing. Where a cache is cut further back, into a prompt, its ledger is cut
+with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 
@@ -29,6 +31,13 @@ class Memory:
     def changed(self) -> None:
         """Kinds were written or the question became known: nothing derived from them holds."""
 
+    def cut(self, length: int) -> None:
+        """Forget what was noted about the prompt tokens from `length` on; `changed` follows.
+
+        Raises:
+            StateError: what is remembered holds for the whole prompt alone.
+        """
+
     def require(self, stages: Collection[str]) -> None:
         """Refuse a forward over this cache under stages that cannot go on from this memory.
 
@@ -45,18 +54,37 @@ class Ledger(Lifetime):
 
     Attributes:
         kinds: (B, capacity) uint8, values of families/kinds.py.
-        prompt_length: positions below it are prompt, the rest is generated.
+        prompt_length: positions below it are prompt, the rest is generated; 0: not known yet.
         last_prompt: (B,) position of the last prompt token that is not padding.
+        length: positions that forwards under methods have filled.
+        written: positions whose kind was entered; those behind are GENERATED.
     """
 
     def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
         super().__init__()
         shape = (batch, capacity + _GROWTH)
         self.kinds = torch.full(shape, GENERATED, dtype=torch.uint8, device=device)
-        self.prompt_length = 0
-        self._written = 0
+        self.prompt_length = self.length = self.written = 0
         self.last_prompt = torch.zeros(batch, dtype=torch.long, device=device)
         self._question: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._before: tuple[Any, ...] | None = None
+
+    def begin(self) -> None:
+        """A forward is about to add positions; what one that never ended entered is undone."""
+        if self._before is not None:
+            kinds, self.last_prompt, self._question, *lengths = self._before
+            self.prompt_length, self.length, self.written = lengths
+            room = self.capacity - kinds.shape[1]  # memories have grown with it
+            self.kinds = torch.nn.functional.pad(kinds, (0, room), value=GENERATED)
+            if self._question is not None:
+                self.say_question(*self._question)
+            self._changed()
+        lengths = [self.prompt_length, self.length, self.written]
+        self._before = (self.kinds, self.last_prompt, self._question, *lengths)
+
+    def end(self) -> None:
+        """The forward has run, and the cache holds its positions."""
+        self._before = None
 
     @property
     def capacity(self) -> int:
@@ -83,17 +111,32 @@ class Ledger(Lifetime):
         self.reserve(start + kinds.shape[1])
         self.prompt_length = prompt_length
         stop = min(start + kinds.shape[1], prompt_length)
-        self.kinds[:, start:stop] = kinds[:, : stop - start]
-        self._written = max(self._written, stop)
+        # Not in place: a forward that fails gives back what was here before, see `begin`.
+        parts = [self.kinds[:, :start], kinds[:, : stop - start], self.kinds[:, stop:]]
+        self.kinds = torch.cat(parts, dim=1)
+        self.written = max(self.written, stop)
         valid = self.kinds[:, :prompt_length] != PAD
         last = valid.shape[1] - 1 - valid.flip(1).to(torch.uint8).argmax(1)
         self.last_prompt = torch.where(valid.any(1), last, torch.full_like(last, -1))
         self._changed()
 
+    def cut(self, length: int) -> None:
+        """Follow a cache that holds `length` positions now, and held more before."""
+        if length < self.written:  # else only tokens of an answer went
+            for memory in self.memories():
+                memory.cut(length)
+            gone = torch.full_like(self.kinds[:, length:], GENERATED)
+            self.kinds = torch.cat([self.kinds[:, :length], gone], dim=1)
+            self.written = length
+            self.prompt_length = 0  # what follows may be another prompt
+            self._question = None
+            self._changed()
+        self.length = min(self.length, length)
+
     @property
     def whole(self) -> bool:
         """Whether every position of the prompt has been written."""
-        return 0 < self.prompt_length <= self._written
+        return 0 < self.prompt_length <= self.written
 
     def say_question(self, question: torch.Tensor, content: torch.Tensor) -> None:
         """Enter which tokens are the user's question, and which of them carry content: (B, L)."""
@@ -107,6 +150,11 @@ class Ledger(Lifetime):
     def _changed(self) -> None:
         for memory in self.memories():
             memory.changed()
+
+    @property
+    def knows_question(self) -> bool:
+        """Whether the question was said."""
+        return self._question is not None
 
     @property
     def question(self) -> torch.Tensor:

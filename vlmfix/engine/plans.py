@@ -16,7 +16,7 @@ from vlmfix.engine.ledger import Memory
 from vlmfix.engine.recorder import VisionRecorder
 from vlmfix.errors import BadInput, StateError
 from vlmfix.families import ModelInfo
-from vlmfix.families.kinds import IMAGE, VIDEO
+from vlmfix.families.kinds import GENERATED, IMAGE, VIDEO
 
 __all__ = ["AttentionNotes", "LayerMethods", "Plans"]
 
@@ -29,7 +29,8 @@ class AttentionNotes(Memory):
     """What the methods that edit attention know of the prompts of one ledger.
 
     Attributes:
-        flags: {(method, layer): (B, capacity) bool}, what a method noted about prompt tokens.
+        flags: {(method, layer): (B, capacity) bool}, what a method noted about tokens.
+        flagged: {(method, layer): positions that it has noted something about}.
         factors: {(method, layer): head factors that hold for the prompts}.
         seen: {method: {layer: tensor}}, what the observer of a method's probe pass kept.
         image_values: {method: (B, capacity) float32}, what a method gave to each visual token.
@@ -37,6 +38,7 @@ class AttentionNotes(Memory):
     """
 
     flags: dict[tuple[AttentionMethod, int], torch.Tensor] = field(default_factory=dict)
+    flagged: dict[tuple[AttentionMethod, int], int] = field(default_factory=dict)
     factors: dict[tuple[AttentionMethod, int], HeadFactors] = field(default_factory=dict)
     seen: dict[AttentionMethod, dict[int, torch.Tensor]] = field(default_factory=dict)
     image_values: dict[AttentionMethod, torch.Tensor] = field(default_factory=dict)
@@ -46,24 +48,47 @@ class AttentionNotes(Memory):
         def wider(values: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.pad(values, (0, capacity - values.shape[1]))
 
-        self.flags = {key: wider(flags) for key, flags in self.flags.items()}
+        with torch.inference_mode(False):
+            self.flags = {key: wider(flags) for key, flags in self.flags.items()}
         self.image_values = {key: wider(values) for key, values in self.image_values.items()}
         self.plans.clear()
 
     def changed(self) -> None:
         self.plans.clear()
 
+    def cut(self, length: int) -> None:
+        def cleared(values: torch.Tensor) -> torch.Tensor:
+            return torch.cat([values[:, :length], torch.zeros_like(values[:, length:])], dim=1)
+
+        with torch.inference_mode(False):
+            self.flags = {key: cleared(flags) for key, flags in self.flags.items()}
+        self.flagged = {key: min(end, length) for key, end in self.flagged.items()}
+        self.image_values = {key: cleared(values) for key, values in self.image_values.items()}
+        self.factors.clear()  # they, and what was seen, are of the whole prompt
+        self.seen.clear()
+
     def flag(self, method: AttentionMethod, layer: int, frame: Frame, flags: torch.Tensor) -> None:
-        """Note (B, Q) flags of a method about the tokens of a forward; prompt tokens only."""
+        """Note (B, Q) flags of a method about the tokens of a forward.
+
+        Those of an answer matter once a later turn goes on from it, as a part of its prompt.
+        """
         ledger, start = frame.ledger, frame.past
+        if start > self.flagged.get((method, layer), 0):
+            return  # the method was off, or ran compiled, in what came before
         buffer = self.flags.get((method, layer))
         if buffer is None:
-            buffer = torch.zeros_like(ledger.kinds, dtype=torch.bool)
+            with torch.inference_mode(False):  # as for the kinds
+                buffer = torch.zeros_like(ledger.kinds, dtype=torch.bool)
             self.flags[method, layer] = buffer
-        stop = min(start + flags.shape[1], ledger.prompt_length)
-        if stop > start:
-            buffer[:, start:stop] = flags[:, : stop - start]
+        stop = start + flags.shape[1]
+        buffer[:, start:stop] = flags[: len(buffer)]  # behind them come the rows of branches
+        self.flagged[method, layer] = stop
+        if start < ledger.prompt_length:
             self.plans.pop(layer, None)
+
+    def decided(self, method: AttentionMethod) -> bool:
+        """Whether a method has seen the prompt, or chosen heads by it."""
+        return method in self.seen or any(method == known for known, _ in self.factors)
 
 
 class Plans:
@@ -116,6 +141,8 @@ class Plans:
                 f"this KV cache was filled while {method.name} was off, so what {method.name} "
                 "notes about the prompt is missing. Start from the prompt, without this cache."
             )
+        if flags is not None:  # those of an answer wait until a later turn has it in its prompt
+            flags = flags & (ledger.kinds != GENERATED)
         values = self._image_values(method) if method.overrides("image_values") else None
         seen = self.notes.seen.get(method, {})
         return Keys(

@@ -19,6 +19,7 @@ from vlmfix.base.observer import Observer
 from vlmfix.engine.call import Call
 from vlmfix.engine.observe import internal_pass
 from vlmfix.engine.plans import AttentionNotes
+from vlmfix.engine.prefill import DecoderPositions
 from vlmfix.engine.stage import Forward
 from vlmfix.errors import CompositionError
 from vlmfix.families import ModelInfo, last_logits
@@ -160,13 +161,18 @@ def run_last_token(forward: Forward, rerun: Rerun, output: Any) -> Any:
     frame.call.of(_Seen).by_method[rerun.method] = seen
     frame.ledger.of(AttentionNotes).seen[rerun.method] = seen
     kwargs["past_key_values"].crop(-1)
+    frame.ledger.written -= 1  # the same token comes again, so nothing noted is cut
     as_they_are = ("past_key_values", "attention_mask", "use_cache")
     inputs = {
         name: value[..., -1:] if name in PER_TOKEN else value
         for name in (*PER_TOKEN, *as_they_are)
         if (value := kwargs.get(name)) is not None
     }
+    made = frame.get(DecoderPositions)
+    if "position_ids" not in inputs and made is not None and made.ids is not None:
+        inputs["position_ids"] = made.ids[..., -1:]
     frame.call.passes -= 1  # the forward that now follows is not one of generate()'s
+    frame.call.announce(inputs["input_ids"])
     frame.call.extra_passes += 1
     last = forward.host.model(**inputs, return_dict=True)
     output.logits = torch.cat([output.logits[:, :-1], last.logits[:, -1:]], dim=1)

@@ -23,6 +23,7 @@ from vlmfix.engine.call import Call
 from vlmfix.engine.encoded import CallImages, Reduction
 from vlmfix.engine.hooks import Host
 from vlmfix.engine.kept import ask, with_features
+from vlmfix.engine.pruned import CutPrompts, follow_cut_prompts
 from vlmfix.engine.stage import Forward, Generation, Stage
 from vlmfix.engine.state import Implementation
 from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
@@ -116,8 +117,9 @@ class PruningStage(Stage):
     def before_forward(self, forward: Forward) -> None:
         kwargs = forward.kwargs
         if not pixel_names(kwargs):
-            if forward.host.state.call is None:  # in generate() features have replaced the pixels
+            if forward.call is None:  # in generate() features have replaced the pixels
                 _say_features_stay(self.method, kwargs)
+            forward.kwargs = follow_cut_prompts(forward)
             return
         _require_empty_cache(self.method, forward.cache)
         length = forward.prompt_length
@@ -127,6 +129,22 @@ class PruningStage(Stage):
         forward.kwargs = shortened.kwargs
         forward.prompt_length = None if length is None else length - shortened.removed
         _note(forward.frame.call, shortened)
+        forward.frame.ledger.keep(_cut_prompts(self.method, kwargs, shortened))
+
+
+def _cut_prompts(method: TokenMethod, given: Mapping[str, Any], shortened: Shortened) -> CutPrompts:
+    """What forwards behind these prompts must know of them."""
+    cut, ids = shortened.kwargs, given["input_ids"]
+    mask, positions = cut["attention_mask"], cut.get("position_ids")
+    removed = following = None
+    if positions is None:  # the model counts columns
+        removed = torch.full_like(mask[:, :1], ids.shape[1] - mask.shape[1])
+    elif positions.ndim == 2 and method.positions == "original":
+        following = positions[:, -1:] + 1
+    elif positions.ndim == 2:
+        before = real_tokens(ids, given.get("attention_mask")).sum(1, keepdim=True)
+        removed = before - mask.sum(1, keepdim=True)
+    return CutPrompts(ids.shape[1], mask, removed, following)
 
 
 def _say_features_stay(method: TokenMethod, kwargs: Mapping[str, Any]) -> None:
@@ -205,12 +223,19 @@ def shorten(
         prompt_length: where an answer begins behind the prompts; None: nothing is behind them.
 
     Raises:
-        BadInput: videos, or placeholders that the images do not fill.
+        BadInput: videos, placeholders that the images do not fill, a mask of pairs, or positions
+            that cannot be closed up.
         UnsupportedModel: a model that takes no features in place of pixels.
     """
     asked = ask(host, method, kwargs, question, prompt_length)
     if asked is None:
         return None
+    mask = kwargs.get("attention_mask")
+    if mask is not None and (isinstance(mask, Mapping) or mask.ndim != 2):
+        raise BadInput(
+            f"{method.name} cuts whole prompts, and the mask given says for every pair of tokens "
+            "who sees whom. Give an attention_mask (rows, columns), or none."
+        )
     kept = torch.zeros(sum(one.count for one in asked.reductions), dtype=torch.bool)
     start = 0
     for reduction in asked.reductions:
@@ -255,9 +280,12 @@ def _cut_tokens(
     if positions is not None:
         tensors["position_ids"] = (positions, 0)
     shorter, new_mask = compact(keep, tensors)
+    text = (new_mask.cumsum(1) - 1).clamp(min=0)
+    given = cut.pop("position_ids", None)
+    if positions is None and given is not None and not _counts_columns(given):
+        shorter["position_ids"] = text
     if positions is not None and positions.ndim == 3:
         places = shorter["position_ids"]
-        text = (new_mask.cumsum(1) - 1).clamp(min=0)
         # The first of four axes counts tokens: with gaps masks would see two prompts. HunYuan has
         # four of its own, and looks at the mask alone.
         whole = places if len(places) == 4 else torch.cat([text[None], places])
@@ -278,12 +306,25 @@ def _positions(
     real: torch.Tensor,
     method: TokenMethod,
 ) -> torch.Tensor | None:
-    """Positions of the whole prompts, (axes, B, L) or (B, L), to be cut; None: count the rest."""
+    """Positions of the whole prompts, (axes, B, L) or (B, L), to be cut; None: count the rest.
+
+    Raises:
+        BadInput: positions that were given and cannot be closed up.
+    """
     given: torch.Tensor | None = cut.get("position_ids")
     index = getattr(model.base_model, "get_rope_index", None)
     if index is None:
         counted = (real.long().cumsum(1) - 1).clamp(min=0)
-        return counted if given is None and method.positions == "original" else given
+        if method.positions == "original":
+            return counted if given is None else given.expand_as(counted)
+        if given is None or _counts_columns(given):
+            return None
+        if not torch.equal(given.expand_as(counted)[real], counted[real]):
+            raise BadInput(
+                f"{method.name}: positions=contiguous counts what is left, and the position_ids "
+                "given are not counted one by one. Use positions=original, or leave them out."
+            )
+        return None
     if given is not None:
         axes = _axes(model)
         return given[-axes:] if given.ndim == 3 else given.expand(axes, *real.shape)
@@ -299,6 +340,13 @@ def _axes(model: Any) -> int:
     """The axes of the model's positions, without that of the text."""
     parameters = model.config.get_text_config(decoder=True).rope_parameters or {}
     return len(parameters.get("mrope_section") or "thw")
+
+
+def _counts_columns(positions: torch.Tensor) -> bool:
+    """Whether positions (B or 1, L) number the columns, as models do that are given none."""
+    return torch.equal(
+        positions, torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+    )
 
 
 def put_back(output: Any, ids: torch.Tensor, length: int) -> Any:

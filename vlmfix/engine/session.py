@@ -7,32 +7,35 @@ State of a prompt lives with its KV cache (ledger.py), state of a generate call 
 from __future__ import annotations
 
 import inspect
-import weakref
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NoReturn
 
 import torch
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
+from vlmfix.engine.caches import Caches
 from vlmfix.engine.call import Call
 from vlmfix.engine.counters import collect
 from vlmfix.engine.dispatch import in_python
-from vlmfix.engine.frame import Frame, key_capacity, sliding_offsets
+from vlmfix.engine.frame import Frame, sliding_offsets
 from vlmfix.engine.hooks import Host
-from vlmfix.engine.ledger import Ledger
 from vlmfix.engine.observe import Observers
 from vlmfix.engine.stack import Stack
 from vlmfix.engine.stage import DecodeStep, Forward, Generation
 from vlmfix.engine.state import Implementation
 from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
 from vlmfix.families import ModelInfo
-from vlmfix.families.prompt import every_row, prompt_kinds, require_image
+from vlmfix.families.prompt import every_row
 from vlmfix.families.question import find_question
 
 __all__ = ["SESSION", "Session"]
 
 SESSION = "_vlmfix_session"  # where a wrapped model keeps its Session
+
+_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
 
 
 class Session:
@@ -41,6 +44,7 @@ class Session:
     Attributes:
         host: the model with the hooks in it.
         default: the stack that the model was wrapped with.
+        caches: what is known of the KV caches that it filled.
         running: generate() calls that are running now, in all threads.
     """
 
@@ -50,8 +54,7 @@ class Session:
         self.host, self.default = Host(model, info, impl), stack
         self.running = 0
         self._state = self.host.state
-        self._ledgers: weakref.WeakKeyDictionary[Any, Ledger] = weakref.WeakKeyDictionary()
-        self._calls: weakref.WeakKeyDictionary[Ledger, Call] = weakref.WeakKeyDictionary()
+        self.caches = Caches(self.host)
 
     # -- life cycle ---------------------------------------------------------------------------
 
@@ -61,7 +64,11 @@ class Session:
         try:
             host.attach(
                 self,
-                {"generate": self.generate, "get_compiled_call": self.get_compiled_call},
+                {
+                    "generate": self.generate,
+                    "get_compiled_call": self.get_compiled_call,
+                    "prepare_inputs_for_generation": self.prepare_inputs_for_generation,
+                },
             )
             self.reach(self.default)
             host.model.__dict__[SESSION] = self
@@ -100,10 +107,6 @@ class Session:
         """Run another stack in this thread."""
         self.reach(stack)
         return self._state.thread.keeping(stack)
-
-    def remember(self, cache: Cache, ledger: Ledger) -> None:
-        """Say what the keys of a cache are that was filled without methods."""
-        self._ledgers[cache] = ledger
 
     def last_call(self) -> Call | None:
         """The last call of this thread, or of any thread if this one made none."""
@@ -172,6 +175,19 @@ class Session:
             output = stage.after_generate(generation, output)
         return output
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own, which generate() calls before each of its forwards."""
+        inputs = self.host.model_method("prepare_inputs_for_generation")(*args, **kwargs)
+        call = self._state.call
+        if call is not None:
+            call.announce(inputs.get("input_ids"))
+        elif self.stack.methods and _in_plain_generate(self.host.model):
+            raise StateError(
+                "this generate() was taken from the model before vlmfix.wrap, or from its class, "
+                "so no method knows of it. Call model.generate(...) on the wrapped model."
+            )
+        return inputs
+
     def get_compiled_call(self, *args: Any, **kwargs: Any) -> Any:
         """The model's compiled forward, with the Python part of a decode step before the graph.
 
@@ -210,10 +226,11 @@ class Session:
         """The frame of a decode step over a cache; None if it is not known."""
         if not self.stack.methods or not isinstance(cache, Cache) or not cache.is_compileable:
             return None
-        ledger, call = self._ledgers.get(cache), self._state.call
+        ledger, call = self.caches.ledger(cache), self._state.call
         if call is None or ledger is None or not ledger.whole:
             return None
         call.passes += 1
+        ledger.length += 1
         # The number of past positions lives on the device; all that counts here is that the
         # prompt is behind us.
         return Frame(
@@ -225,6 +242,12 @@ class Session:
         )
 
     # -- forward ------------------------------------------------------------------------------
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a forward of this thread runs with methods, or is looked at."""
+        observers = self._state.thread.get(Observers)
+        return bool(self.stack.methods) or (observers is not None and bool(observers.all))
 
     # Each hook is two functions: the outer one is all that a compiled step sees of it.
 
@@ -240,22 +263,33 @@ class Session:
         observers = state.thread.get(Observers) or Observers(())
         state.frame = None
         state.thread.forget(Forward)
+        if args:  # everything here looks arguments up by name
+            names = inspect.signature(self.host.model.forward).parameters
+            args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
         if not stack.methods and not observers.all:
+            self.caches.pass_by(kwargs)
             return args, kwargs
+        if self.host.model.training:
+            raise StateError(
+                "this model is in training mode; vlmfix works at inference only. Call model.eval() "
+                "before it runs, or vlmfix.unwrap(model) before training."
+            )
         if kwargs.get("cache") is not None:
             raise CompositionError(
                 "continuous batching (generate_batch) mixes rows of many prompts in one batch, "
                 "which no method supports. Use generate(), or vlmfix.using(model, None)."
             )
-        if args:  # everything here looks arguments up by name
-            names = inspect.signature(self.host.model.forward).parameters
-            args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
         if kwargs.get("input_ids") is None:
             raise BadInput(
                 "the forward got no input_ids, so vlmfix cannot see where the image is. Pass "
                 "input_ids, or run the plain model with vlmfix.using(model, None)."
             )
-        forward = Forward(self.host, kwargs, kwargs, prompt_length, self._frame)
+        call = state.call
+        if call is not None and not call.runs(kwargs["input_ids"]):
+            call = None
+        forward = Forward(
+            self.host, kwargs, kwargs, prompt_length, call, stack.specs(), stack.names, self.caches
+        )
         for stage in stack.stages:
             stage.before_forward(forward)
         forward.frame.observe(observers.all)
@@ -264,55 +298,6 @@ class Session:
         state.frame = forward.frame
         state.thread.keep(forward)
         return args, forward.kwargs
-
-    def _frame(self, forward: Forward) -> Frame:
-        state, info, kwargs = self._state, self.host.info, forward.kwargs
-        ids, cache = kwargs["input_ids"], forward.cache
-        batch, queries = ids.shape
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        ledger = self._ledgers.get(cache) if cache is not None else None
-        if ledger is None or past == 0:
-            if past:
-                raise StateError(
-                    f"this KV cache holds {past} positions that no method has seen. Start from "
-                    "the prompt with an empty cache, or prefill the cache under the same methods."
-                )
-            ledger = Ledger(batch, past + queries, ids.device)
-            if cache is not None:
-                self._ledgers[cache] = ledger
-        call = state.call
-        if call is None:
-            call = self._bare_call(forward, ledger, past)
-        prompt_length = call.prompt_length or queries
-        call.passes += 1
-        call.batch = max(call.batch, batch)
-        if past < prompt_length:
-            kinds = prompt_kinds(info, ids, past, kwargs)
-            if past == 0 and queries >= prompt_length:
-                require_image(info, kinds, kwargs)
-            ledger.write(past, kinds, prompt_length)
-            if call.question is not None and past == 0:
-                copies = batch // len(call.question[0])
-                ledger.say_question(*(m.repeat_interleave(copies, 0) for m in call.question))
-        ledger.reserve(max(past + queries, key_capacity(cache)))
-        names = self.stack.names
-        for memory in ledger.memories():
-            memory.require(names)
-        offsets = sliding_offsets(cache, queries, info.shared_keys)
-        needed = kwargs.get("logits_to_keep")
-        needed = needed if isinstance(needed, int) else None
-        return Frame(call, ledger, past, queries, offsets, needed)
-
-    def _bare_call(self, forward: Forward, ledger: Ledger, past: int) -> Call:
-        """The call of a bare forward: what it gets is prompt, unless the caller said otherwise."""
-        if not past and "mm_encoder_outputs" not in forward.kwargs:
-            self.host.take_images()  # this forward encodes its own images
-        call = self._calls.get(ledger) or Call(self.stack.specs())
-        self._calls[ledger] = call
-        self._state.last = call
-        queries = forward.kwargs["input_ids"].shape[1]
-        call.prompt_length = forward.prompt_length or ledger.prompt_length or queries
-        return call
 
     def enter_decoder(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         if self._state.prepared is None:
@@ -362,8 +347,12 @@ class Session:
                 "transformers' attention interface. Nothing was edited; run the plain model with "
                 "vlmfix.unwrap(model)."
             )
-        for stage in reversed(self.stack.stages):
-            output = stage.after_forward(forward, output)
+        try:
+            self.caches.follow(forward, output, self.stack)
+            for stage in reversed(self.stack.stages):
+                output = stage.after_forward(forward, output)
+        finally:  # torch runs no hook after an interrupt
+            self._end()
         return output
 
     def end(self, module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -375,3 +364,13 @@ class Session:
         # The frame holds the cache's ledger: leaving it would keep the last prompt alive.
         self._state.frame = None
         self._state.thread.forget(Forward)
+
+
+def _in_plain_generate(model: torch.nn.Module) -> bool:
+    """Whether a generate() of this model is running in this thread."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _GENERATE and frame.f_locals.get("self") is model:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
+    return False

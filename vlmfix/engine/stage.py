@@ -6,10 +6,10 @@ over; it knows none of them by name. A stage implements the points that it needs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
@@ -18,11 +18,12 @@ from vlmfix.base.method import Method
 from vlmfix.engine.call import Call
 from vlmfix.engine.frame import Frame
 from vlmfix.engine.hooks import Host
+from vlmfix.engine.ledger import Ledger
 from vlmfix.engine.state import Implementation
 from vlmfix.families import ModelInfo
 from vlmfix.families.inner import generating_module
 
-__all__ = ["DecodeStep", "Forward", "Generation", "Stage"]
+__all__ = ["DecodeStep", "Forward", "Generation", "Stage", "decoder_cache"]
 
 
 @dataclass
@@ -51,6 +52,16 @@ class Generation:
         return next((value for value in values if value is not None), None)
 
 
+class CachesLike(Protocol):
+    """What a forward asks of `caches.Caches`."""
+
+    def ledger(self, cache: Cache | None) -> Ledger | None:
+        """What is known of a cache."""
+
+    def frame(self, forward: Forward) -> Frame:
+        """The frame of a forward."""
+
+
 @dataclass
 class Forward:
     """One forward of the model that is about to start, or is over.
@@ -60,27 +71,38 @@ class Forward:
         given: the arguments as they came, by name.
         kwargs: the arguments that the forward will get; a stage may change them.
         prompt_length: where the answer begins, if a bare forward was told.
-        make_frame: makes the frame of these arguments.
+        call: the generate() call, or the internal pass, that it belongs to; None: a bare forward.
+        methods: the stack, as specs.
+        stages: their names.
+        caches: what is known of KV caches.
     """
 
     host: Host
     given: Mapping[str, Any]
     kwargs: dict[str, Any]
     prompt_length: int | None
-    make_frame: Callable[[Forward], Frame]
+    call: Call | None
+    methods: tuple[str, ...]
+    stages: Collection[str]
+    caches: CachesLike
 
     @cached_property
     def frame(self) -> Frame:
         """The frame, made from the arguments as they are when the first stage asks for it."""
-        return self.make_frame(self)
+        return self.caches.frame(self)
 
     @property
     def cache(self) -> Cache | None:
         """The KV cache of the decoder, if there is one."""
-        cache = self.kwargs.get("past_key_values")
-        if isinstance(cache, EncoderDecoderCache):
-            cache = cache.self_attention_cache
-        return cache if isinstance(cache, Cache) else None
+        return decoder_cache(self.kwargs)
+
+
+def decoder_cache(kwargs: Mapping[str, Any]) -> Cache | None:
+    """The KV cache of the decoder among the arguments of a forward, if there is one."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    return cache if isinstance(cache, Cache) else None
 
 
 @dataclass
@@ -150,6 +172,13 @@ class Stage:
 
     def before_generate(self, generation: Generation) -> None:
         """Prepare a call, or change its arguments."""
+
+    def check_cache(self, cache: Cache) -> None:
+        """Refuse a cache that the stage cannot go on with behind a prompt.
+
+        Raises:
+            CompositionError: its layers hold keys in a form that the stage cannot change.
+        """
 
     def before_forward(self, forward: Forward) -> None:
         """Prepare a forward, or change its arguments."""

@@ -46,7 +46,8 @@ def prompt_kinds(
     if isinstance(mask, torch.Tensor):
         window = slice(past, past + ids.shape[1])
         if mask.ndim == 2:
-            kinds[mask[:, window] == 0] = PAD
+            missing = max(0, window.stop - mask.shape[1])  # transformers hides what a mask lacks
+            kinds[torch.nn.functional.pad(mask, (0, missing))[:, window] == 0] = PAD
         else:  # already expanded, as for a static cache; additive masks are 0 where visible
             visible = mask if mask.dtype == torch.bool else mask == 0
             kinds[~visible[:, 0, -1, window]] = PAD
