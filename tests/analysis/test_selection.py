@@ -284,6 +284,13 @@ def remembered(model: Any) -> Tensor | None:
     return getattr(model.base_model, "rope_deltas", None)
 
 
+def test_pixels_by_another_name() -> None:
+    """Video-LLaVA's are pixel_values_images."""
+    tiny = family("video_llava")
+    found = vlmfix.visual_tokens(tiny.model, tiny.inputs(2), "divprune:ratio=0.5")
+    assert [len(own[0].index) for own in found] == [8, 8]
+
+
 def test_inputs_that_cannot_be_used() -> None:
     tiny = build("qwen2_5_vl")
     inputs = tiny.inputs()

@@ -805,6 +805,14 @@ def test_a_model_whose_features_enter_at_many_layers_is_refused_by_wrap_and_doct
     assert not fits["divprune"]["fits"] and fits["pai"]["fits"]
 
 
+def test_positions_that_are_numbers_of_keys_cannot_be_kept() -> None:
+    model = build("minimax_m3_vl").model
+    with pytest.raises(UnsupportedModel, match="positions=original .* numbers of keys"):
+        vlmfix.wrap(model, "divprune:positions=original")
+    with vlmfix.wrapped(model, "divprune"):
+        pass
+
+
 def test_a_share_that_drops_nothing_says_so() -> None:
     """A ratio that rounds to the whole image; a number of tokens means at most so many."""
     tiny = family("qwen2_5_vl")

@@ -254,7 +254,7 @@ def test_what_the_table_leaves_out_is_refused() -> None:
             describe_tower(tiny.model, describe_model(tiny.model))
 
 
-@pytest.mark.parametrize("method", ["imba", "hiprune", "visionzip"])
+@pytest.mark.parametrize("method", ["imba", "hiprune", "divprune"])
 def test_a_tower_with_flash_attention_is_refused_by_wrap_and_doctor(method: str) -> None:
     tiny = build("llava")
     for layer in describe_tower(tiny.model, describe_model(tiny.model)).layers:

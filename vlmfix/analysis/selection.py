@@ -22,7 +22,7 @@ from vlmfix.engine.observe import internal_pass
 from vlmfix.engine.session import SESSION, Session
 from vlmfix.engine.stages import make_stack
 from vlmfix.errors import BadInput, UnsupportedModel
-from vlmfix.families import last_logits, vision_arguments
+from vlmfix.families import last_logits, pixel_names, vision_arguments
 from vlmfix.families.question import find_question
 from vlmfix.families.tower import describe_tower
 from vlmfix.registry import MethodSpec
@@ -106,7 +106,7 @@ def visual_tokens(
     with _session(model, method) as session:
         pruning = _pruning(session)
         placeholders = torch.isin(ids, ids.new_tensor(session.host.info.image_token_ids))
-        if inputs.get("pixel_values") is None or not bool(placeholders.any()):
+        if not pixel_names(inputs) or not bool(placeholders.any()):
             raise BadInput(
                 "no prompt has an image: pass pixel_values, and input_ids with the placeholders "
                 "that the model's processor writes."

@@ -15,7 +15,7 @@ from vlmfix.base.method import Method, StageName, option
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import ModelInfo
 from vlmfix.families.surgeon import require_cuttable
-from vlmfix.families.tower import Received, Tile, Tower, describe_tower, require_readable
+from vlmfix.families.tower import Received, Tile, Tower, describe_tower
 
 __all__ = [
     "Kept",
@@ -172,7 +172,7 @@ class TokenMethod(PruningMethod):
         require_cuttable(self.name, info, model)
         if self.needs_tiles:
             try:
-                require_readable(describe_tower(model, info))
+                describe_tower(model, info)
             except UnsupportedModel as error:
                 raise UnsupportedModel(f"{self.name}: {error}") from error
         return self

@@ -23,7 +23,7 @@ from vlmfix.errors import CompositionError, StateError, UnsupportedModel
 from vlmfix.families import ModelInfo
 from vlmfix.families.prompt import every_row
 from vlmfix.families.source import arguments_of_attention, norms_of_heads
-from vlmfix.families.tower import describe_tower
+from vlmfix.families.tower import describe_tower, require_readable
 
 __all__ = ["AttentionStage"]
 
@@ -76,7 +76,7 @@ class AttentionStage(Stage):
         for layer, methods in self.by_layer.items():
             _examine_layer(info, layer, methods)
         if self._readers:
-            describe_tower(model, info)
+            require_readable(describe_tower(model, info))
 
     @property
     def _readers(self) -> list[AttentionMethod]:

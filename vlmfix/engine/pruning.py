@@ -31,7 +31,7 @@ from vlmfix.families import ModelInfo, pixel_names, vision_arguments
 from vlmfix.families.prompt import carries_vision
 from vlmfix.families.source import drops_positions
 from vlmfix.families.surgeon import TOKEN_TYPES, compact, real_tokens
-from vlmfix.families.tower import describe_tower
+from vlmfix.families.tower import Tower, describe_tower, require_readable
 
 __all__ = ["PruningStage", "Shortened", "put_back", "shorten"]
 
@@ -73,20 +73,34 @@ class PruningStage(Stage):
                 f"{info.model_type!r}, whose generate() drops the positions it is given. Leave "
                 "positions=contiguous."
             )
+        text = model.config.get_text_config(decoder=True)
+        if self.method.positions == "original" and getattr(text, "index_block_size", None):
+            raise UnsupportedModel(
+                f"{self.method.name}: positions=original cannot be kept on model type "
+                f"{info.model_type!r}, whose sparse attention takes them for the numbers of keys. "
+                "Leave positions=contiguous."
+            )
+        tower = self._tower(model, info)
+        if tower is not None:
+            require_readable(tower)
 
     @property
     def reads_question(self) -> bool:
         return self.method.reads_question
 
-    def reach(self, host: Host) -> None:
+    def _tower(self, model: Any, info: ModelInfo) -> Tower | None:
+        """The vision tower; None where every placeholder is a visual token like any other."""
         try:
-            tower = host.tower or describe_tower(host.model, host.info)
+            return describe_tower(model, info)
         except UnsupportedModel:
             if self.method.needs_tiles:
                 raise
-            return  # then every placeholder is a visual token like any other
-        # Any layer tells which placeholders are newlines.
-        host.record_tower(tower, self.method.encoder_layers(tower) or (0,))
+            return None
+
+    def reach(self, host: Host) -> None:
+        tower = host.tower or self._tower(host.model, host.info)
+        if tower is not None:  # any layer tells which placeholders are newlines
+            host.record_tower(tower, self.method.encoder_layers(tower) or (0,))
 
     def before_generate(self, generation: Generation) -> None:
         call, kwargs = generation.call, generation.kwargs

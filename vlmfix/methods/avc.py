@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -118,6 +119,12 @@ class AttentionalVisionCalibration(ContrastMethod):
             # Columns first: sums over padding would depend on the rest of the batch.
             columns = attention[row][:, visual]
             masked[row, visual] = not_blind(columns, self.gamma, self.deviations)
+        if bool(prompt.visual.any()) and not bool(masked.any()):
+            warnings.warn(
+                "avc finds all visual tokens of these prompts blind, so its branch sees what they "
+                "see and changes nothing. Give larger images, or larger deviations.",
+                stacklevel=2,
+            )
         if self.scheme == "drop":
             return [Branch(hidden=masked)]
         if self.scheme == "noise":

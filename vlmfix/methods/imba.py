@@ -12,7 +12,7 @@ import torch
 from vlmfix.base.attention import AttentionMethod, FusedEdit, Keys, Plan, lift_scores
 from vlmfix.base.method import LayerRange, Preset, option
 from vlmfix.families import ModelInfo
-from vlmfix.families.tower import Received, Tower, describe_tower, require_readable
+from vlmfix.families.tower import Received, Tower, describe_tower
 from vlmfix.methods.structures import LLAVA_7B
 
 __all__ = ["PayAttentionToInformedTokens", "select_tokens"]
@@ -105,7 +105,7 @@ class PayAttentionToInformedTokens(LayerRange, AttentionMethod):
     )
 
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> PayAttentionToInformedTokens:
-        require_readable(describe_tower(model, info))
+        describe_tower(model, info)  # raises where tokens cannot be traced to patches
         start = math.ceil(info.num_layers / 16)
         return self.with_defaults(info, alpha=0.5, beta=0.2, start_layer=start)
 
