@@ -62,7 +62,8 @@ def test_finds_the_channels_and_wrap_loads_them(own_cache: Path) -> None:
     assert result.tau == pytest.approx(0.3125 * 8)
     assert result.path is not None and Path(result.path).parent == own_cache / "calibration"
     assert load_calibration(model) == result
-    with vlmfix.wrapped(model, "var"):
+    # Three layers: without the last one VAR would have none to edit.
+    with vlmfix.wrapped(model, "var:last_layer=official"):
         method = model.__dict__["_vlmfix_session"].default.methods[0]
         assert method.sink_channels == result.sink_channels and method.tau == result.tau
     assert list(own_cache.rglob("*.tmp")) == []
