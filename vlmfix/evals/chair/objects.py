@@ -161,9 +161,10 @@ def mentions(caption: str | None, engine: str = "builtin", mode: str = "compat")
     """
     tokens = ENGINES[engine]((caption or "").lower())
     lemmas = [token.lemma for token in tokens]
+    watched = _watched()
     # The repaired rules look at the words around an object.
-    at = range(len(tokens)) if mode == "fixed" else _watched_at(lemmas)
-    pieces, number = _pieces(lemmas, at)
+    at = [i for i, lemma in enumerate(lemmas) if mode == "fixed" or lemma in watched]
+    pieces, number = _pieces(len(lemmas), at, lemmas.__getitem__)
     merged = [
         _Token(tokens[first].text, word, tokens[first].start, tokens[last].stop)
         for word, first, last in pieces
@@ -190,48 +191,63 @@ def named_objects(
     if (engine, mode) != ("builtin", "compat"):
         found = mentions(caption, engine, mode)
         return found.objects, found.tokens
-    known, categories = _lemmas(), category_of()
-    lemmas = [known.get(word, word) for word in _TOKEN.findall((caption or "").lower())]
-    pieces, number = _pieces(lemmas, _watched_at(lemmas))
-    return tuple(categories[word] for word, _, _ in pieces if word in categories), number
+    words = _TOKEN.findall((caption or "").lower())
+    surfaces, known, categories = _surfaces(), _lemmas(), category_of()
+    at = [i for i, word in enumerate(words) if word in surfaces]
+    pieces, number = _pieces(len(words), at, lambda i: known.get(words[i], words[i]))
+    return tuple([categories[word] for word, _, _ in pieces if word in categories]), number
 
 
 @lru_cache(maxsize=1)
 def _watched() -> frozenset[str]:
     """Lemmas that stand for an object, or begin a pair."""
-    return frozenset(category_of()) | {pair.partition(" ")[0] for pair in _MERGED}
+    return frozenset(category_of()) | _pair_starts()
 
 
-def _watched_at(lemmas: Sequence[str]) -> list[int]:
-    watched = _watched()
-    return [at for at, lemma in enumerate(lemmas) if lemma in watched]
+@lru_cache(maxsize=1)
+def _pair_starts() -> frozenset[str]:
+    return frozenset(pair.partition(" ")[0] for pair in _MERGED)
 
 
-def _pieces(lemmas: Sequence[str], at: Iterable[int]) -> tuple[list[tuple[str, int, int]], int]:
+@lru_cache(maxsize=1)
+def _surfaces() -> frozenset[str]:
+    """Words of the builtin engine whose lemmas are watched."""
+    watched, known = _watched(), _lemmas()
+    inflected = {word for word, lemma in known.items() if lemma in watched}
+    return frozenset(inflected | {word for word in watched if known.get(word, word) in watched})
+
+
+def _pieces(
+    number: int, at: Iterable[int], lemma: Callable[[int], str]
+) -> tuple[list[tuple[str, int, int]], int]:
     """Words with pairs merged, without the seat of a toilet, and the length of the caption.
 
     Args:
-        lemmas: of all tokens of a caption.
-        at: the tokens to return; at least those of `_watched_at`.
+        number: of tokens.
+        at: those to return; at least the watched ones, in their order.
+        lemma: of a token.
 
     Returns:
         (word, its first token, its last token), and the number of tokens after merging.
     """
+    starts = _pair_starts()
     pieces: list[tuple[str, int, int]] = []
-    number, free = len(lemmas), 0
+    merged, free = 0, 0
     for first in at:
         if first < free:  # the second half of a pair
             continue
-        word, last = lemmas[first], first
-        if first + 1 < len(lemmas) and (pair := f"{word} {lemmas[first + 1]}") in _MERGED:
-            word, last = _MERGED[pair], first + 1
-            number -= 1
+        word, last = lemma(first), first
+        if word in starts and first + 1 < number:
+            pair = f"{word} {lemma(first + 1)}"
+            if pair in _MERGED:
+                word, last = _MERGED[pair], first + 1
+                merged += 1
         free = last + 1
         pieces.append((word, first, last))
     if {"toilet", "seat"} <= {word for word, _, _ in pieces}:
         # The seat of a toilet is no chair, but a token.
         pieces = [piece for piece in pieces if piece[0] != "seat"]
-    return pieces, number
+    return pieces, number - merged
 
 
 def ground_truth(

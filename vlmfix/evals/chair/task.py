@@ -106,7 +106,7 @@ def _count(
 ) -> dict[str, float]:
     objects, tokens = named_objects(caption, engine, mode)
     distinct = set(objects)
-    wrong = sum(name not in truth for name in objects)
+    wrong = len([name for name in objects if name not in truth])
     return {
         "n": 1,
         "hallucinated": wrong > 0,
