@@ -42,8 +42,8 @@ def render_chat(processor: Any, chat: Plain) -> str:
             assistant begins the answer.
 
     Raises:
-        BadInput: no chat template, or one that does not write this chat; a text that holds the
-            placeholder of an image.
+        BadInput: no chat template, or one that does not write this chat; a text that holds a
+            placeholder.
     """
     _refuse_placeholders(processor, chat)
     template = _template(processor)
@@ -173,7 +173,7 @@ def _request(processor: Any, chat: Plain) -> str:
 
 
 def _refuse_placeholders(processor: Any, chat: Plain) -> None:
-    """Refuse text that the processor would take for one more image."""
+    """Refuse text that the processor would take for one more image, video or sound."""
     places = (processor, getattr(processor, "tokenizer", None))
     found = {str(getattr(place, name, None) or "") for place in places for name in _PLACEHOLDERS}
     for message in chat:
@@ -182,5 +182,5 @@ def _refuse_placeholders(processor: Any, chat: Plain) -> None:
                 if mark in part.get("text", ""):
                     raise BadInput(
                         f"the {message['role']}'s text holds {mark!r}, which this model reads as "
-                        "the place of an image, not as text: write it in another way."
+                        "the place of an image, a video or a sound, not as text: write it in another way."
                     )
