@@ -182,5 +182,6 @@ def _refuse_placeholders(processor: Any, chat: Plain) -> None:
                 if mark in part.get("text", ""):
                     raise BadInput(
                         f"the {message['role']}'s text holds {mark!r}, which this model reads as "
-                        "the place of an image, a video or a sound, not as text: write it in another way."
+                        "the place of an image, a video or a sound, not as text: write it in "
+                        "another way."
                     )
