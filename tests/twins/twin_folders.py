@@ -52,15 +52,15 @@ def write(name: str, folder: Path) -> Path:
     recipe = RECIPES[name]
     folder.mkdir(parents=True)
     ids, made = tokenizer_of(recipe)
+    config = small_config(recipe, ids)
+    put(folder / "config.json", config)
+    _weights(folder)
+    # Saving wrote small files, too, as transformers 5 does; the hub has older ones.
+    put(folder / "config.json", config)
     post = twin_tokenizers.starts_with(ids, recipe.begin) if recipe.begin else None
     files = twin_tokenizers.files(ids, made, recipe.tokenizer_config, post)
     for file, data in {**files, **recipe.files}.items():
         put(folder / file, _with_ids(data, ids) if file == "generation_config.json" else data)
-    config = small_config(recipe, ids)
-    put(folder / "config.json", config)
-    _weights(folder)
-    # The folder keeps the keys of the hub, and not those that transformers 5 would write.
-    put(folder / "config.json", config)
     return folder
 
 
