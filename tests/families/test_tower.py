@@ -45,6 +45,8 @@ Inputs = dict[str, Any]
 PATCH = 4
 #: Rows and columns of patches of two pictures, for families that take any size.
 PICTURES = ((4, 8), (8, 4))
+#: Patches per image where they are padded; Gemma 4 wants a whole number of squares.
+PADDED = 40
 
 
 # -- pictures as patches --------------------------------------------------------------------------
@@ -127,19 +129,39 @@ class Canvas:
         self.name, self.tower = name, tower
         self.inputs = vision_arguments(tiny.model, tiny.inputs(batch=2))
         generator = torch.Generator().manual_seed(3)
-        if tower.layout == "patches":
+        if tower.layout in ("patches", "placed"):
             self.pictures = [
                 torch.randn(3, height * PATCH, width * PATCH, generator=generator)
                 for height, width in PICTURES
             ]
-            grids = [[1, height, width] for height, width in PICTURES]
-            self.inputs["image_grid_thw"] = torch.tensor(grids)
-            if "image_merge_sizes" in self.inputs:
-                self.inputs["image_merge_sizes"] = torch.tensor([1, 2])
+            self._say_sizes()
         else:
             self.pictures = list(self.inputs["pixel_values"].flatten(0, -4))
 
+    def _say_sizes(self) -> None:
+        """The sizes of the pictures, in the words of the family."""
+        inputs, sizes = self.inputs, [list(size) for size in PICTURES]
+        if "image_grid_thw" in inputs:
+            inputs["image_grid_thw"] = torch.tensor([[1, *size] for size in sizes])
+        if "image_merge_sizes" in inputs:
+            inputs["image_merge_sizes"] = torch.tensor([1, 2])
+        if "spatial_shapes" in inputs:
+            inputs["spatial_shapes"] = torch.tensor(sizes)
+            inputs["pixel_attention_mask"] = torch.ones(2, PADDED, dtype=torch.long)
+            inputs["pixel_attention_mask"][:, 32:] = 0
+        if "image_position_ids" in inputs:
+            inputs["image_position_ids"] = torch.full((2, PADDED, 2), -1)
+            for row, (height, width) in enumerate(PICTURES):
+                spots = [[x, y] for y in range(height) for x in range(width)]
+                inputs["image_position_ids"][row, : len(spots)] = torch.tensor(spots)
+
     def made(self, pictures: list[Tensor]) -> Inputs:
+        if self.tower.layout == "placed":
+            values = [rows(picture).flatten(1) for picture in pictures]
+            padded = torch.zeros(2, PADDED, values[0].shape[1])
+            for row, own in enumerate(values):
+                padded[row, : len(own)] = own
+            return {**self.inputs, "pixel_values": padded}
         if self.tower.layout == "patches":
             if "image_merge_sizes" in self.inputs:
                 values = [squares(one, side, 1) for side, one in enumerate(pictures, 1)]

@@ -362,8 +362,9 @@ def placed_images(tower: Tower, inputs: Mapping[str, Any], counts: list[int]) ->
     Raises:
         BadInput: inputs without sizes of images, or placeholders that the images do not fill.
     """
-    names = {"tiles": "pixel_values", "packed": "image_sizes", "patches": "image_grid_thw"}
-    missing = [n for n in ("pixel_values", names[tower.layout]) if inputs.get(n) is None]
+    names = {"packed": "image_sizes", "patches": "image_grid_thw"}
+    wanted = ("pixel_values", names.get(tower.layout, "pixel_values"))
+    missing = [name for name in wanted if inputs.get(name) is None]
     if missing:
         raise BadInput(
             f"the inputs lack {', '.join(missing)}, which tells the place of a visual token. Pass "
@@ -387,7 +388,7 @@ def placed_images(tower: Tower, inputs: Mapping[str, Any], counts: list[int]) ->
 
 def _shapes(tower: Tower, inputs: Mapping[str, Any], total: int) -> Iterator[Placed]:
     """The images of a batch, in order."""
-    if tower.layout == "patches":
+    if tower.layout in ("patches", "placed"):
         for rows, columns in grid_shapes(tower, inputs):
             yield _whole(rows, columns)
         return

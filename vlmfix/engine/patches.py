@@ -18,6 +18,7 @@ from vlmfix.families.tower import (
     Tower,
     grid_shapes,
     packed_index,
+    places,
     square_sides,
     tile_shape,
 )
@@ -155,7 +156,34 @@ def _merged(
     return squares.mean(dim=(1, 3)).flatten(0, 1)
 
 
-_LAYOUTS = {"tiles": _tiles, "packed": _packed, "patches": _patches}
+def _placed(tower: Tower, calls: RecordedCalls, arguments: dict[str, Any]) -> list[EncodedImage]:
+    """Patches of an image per row, each at its place; those of a square become one token."""
+    where, shapes = places(arguments).to(_device(calls)), grid_shapes(tower, arguments)
+
+    def fold(values: torch.Tensor) -> list[torch.Tensor]:
+        folded = []
+        for own, place, (rows, columns) in zip(values, where, shapes, strict=True):
+            x, y = place.unbind(-1)
+            real = x >= 0
+            token = (y // tower.merge * columns + x // tower.merge)[real]
+            sums = own.new_zeros(rows * columns, *own.shape[1:])
+            folded.append(sums.index_add_(0, token, own[real]) / tower.merge**2)
+        return folded
+
+    by_layer = {}
+    for layer, ((column, _, key),) in calls.items():  # one call: all images are one batch
+        both = zip(fold(column), fold(key), strict=True)
+        by_layer[layer] = [Received(values, None, keys) for values, keys in both]
+    return [
+        EncodedImage(
+            (Tile(rows, columns, dict(zip(by_layer, received, strict=True))),),
+            torch.arange(rows * columns, device=_device(calls)),
+        )
+        for (rows, columns), *received in zip(shapes, *by_layer.values(), strict=True)
+    ]
+
+
+_LAYOUTS = {"tiles": _tiles, "packed": _packed, "patches": _patches, "placed": _placed}
 
 
 def _square_tiles(tower: Tower, calls: RecordedCalls, arguments: dict[str, Any]) -> list[Tile]:

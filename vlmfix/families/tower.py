@@ -33,13 +33,14 @@ __all__ = [
     "grid_shapes",
     "last_entry",
     "packed_index",
+    "places",
     "require_readable",
     "square_sides",
     "tile_shape",
 ]
 
 
-Layout = Literal["tiles", "packed", "patches"]
+Layout = Literal["tiles", "packed", "patches", "placed"]
 Order = Literal["squares", "rows"]
 
 
@@ -48,7 +49,8 @@ class _Family(NamedTuple):
 
     layout: "tiles" (B, channels, height, width), each one image; "packed": such tiles, several to
         an image, put together by the model's pack_image_features; "patches": the patches of all
-        images on one axis, in squares that become one token, with a grid per image.
+        images on one axis, in squares that become one token, with a grid per image; "placed"
+        (images, patches, width), padded, with the place of each patch or the shape of each image.
     merge: configuration -> side of the square of patches that becomes one visual token.
     order: of layout "patches", how they lie on their axis: square by square, or row by row.
     towers: the `model_type`s of the vision tower that were checked; empty: the family has its own.
@@ -126,6 +128,8 @@ _FAMILIES: dict[str, _Family] = {
     "glm4v_moe": _QWEN,
     "glm_ocr": _QWEN,
     "glm5_next": _QWEN,
+    "gemma4": _Family("placed", lambda config: int(config.vision_config.pooling_kernel_size)),
+    "lfm2_vl": _Family("placed", lambda config: int(config.downsample_factor)),
     # Each image says how its patches are merged, see square_sides().
     "video_llama_3": _Family("patches", _one),
     "kimi_k25": _Family(
@@ -328,7 +332,8 @@ def require_readable(tower: Tower, layers: Iterable[int] | None = None) -> None:
     for layer in range(len(tower.layers)) if layers is None else layers:
         module: Any = tower.layers[layer]
         implementation = module.config._attn_implementation
-        if implementation not in ("sdpa", "eager", None):
+        recorded = str(implementation).startswith("vlmfix")  # it was found readable before
+        if implementation not in ("sdpa", "eager", None) and not recorded:
             raise UnsupportedModel(
                 f"the vision tower runs {implementation!r} attention, which the recorder "
                 "cannot stand in for. Switch the tower, the language model may stay as it is: "
@@ -389,8 +394,23 @@ def square_sides(tower: Tower, arguments: Mapping[str, Any]) -> list[int]:
     return [tower.merge] * len(arguments["image_grid_thw"]) if merges is None else merges.tolist()
 
 
+def places(arguments: Mapping[str, Any]) -> torch.Tensor:
+    """Where the patches of layout "placed" are: (images, patches, 2) as (x, y), -1 for padding."""
+    known = arguments.get("image_position_ids")
+    if known is not None:  # Gemma 4
+        return torch.as_tensor(known)
+    shapes = arguments["spatial_shapes"]  # LFM2: rows and columns
+    number = torch.arange(arguments["pixel_values"].shape[1], device=shapes.device)
+    rows, columns = (size[:, None] for size in shapes.unbind(1))
+    found = torch.stack([number % columns, number // columns], dim=-1)
+    return found.masked_fill((number >= rows * columns)[..., None], -1)
+
+
 def grid_shapes(tower: Tower, arguments: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Rows and columns of visual tokens per image, from the same arguments."""
+    """Rows and columns of visual tokens per image, of layouts "patches" and "placed"."""
+    if tower.layout == "placed":
+        ends = (places(arguments).amax(1) + 1) // tower.merge
+        return [(rows, columns) for columns, rows in ends.tolist()]
     sides, grids = square_sides(tower, arguments), arguments["image_grid_thw"].tolist()
     return [(h // side, w // side) for (_, h, w), side in zip(grids, sides, strict=True)]
 
