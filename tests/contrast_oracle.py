@@ -135,6 +135,9 @@ def _longer(tiny: TinyFamily, row: Inputs, behind: torch.Tensor) -> Inputs:
             # PaliGemma's prompt is a prefix that sees ahead; type 1 begins what does not.
             kind = 1 if tiny.name == "paligemma" else 0
             longer[name] = torch.nn.functional.pad(row[name], (0, len(behind)), value=kind)
+    if "cross_attention_mask" in row:  # what follows sees what the last token sees
+        last = row["cross_attention_mask"][:, -1:].expand(-1, len(behind), -1, -1)
+        longer["cross_attention_mask"] = torch.cat([row["cross_attention_mask"], last], 1)
     return longer
 
 
@@ -145,7 +148,8 @@ def _without_image(tiny: TinyFamily, row: Inputs) -> Inputs:
     gone = torch.tensor([IMAGE, *known.intersection(tiny.layout.before + tiny.layout.after)])
     keep = ~torch.isin(row["input_ids"][0], gone)
     text = {name: value[:, keep] for name, value in row.items() if name in PER_POSITION}
-    text.pop("mm_token_type_ids", None)  # of no use without an image, and refused by Qwen
+    for name in ("mm_token_type_ids", "cross_attention_mask"):  # of no use without an image
+        text.pop(name, None)
     return text
 
 

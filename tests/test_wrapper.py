@@ -369,7 +369,7 @@ def test_wrong_states(tiny: Any) -> None:
         vlmfix.wrap(tiny.model, STRONG["pai"])
 
 
-@pytest.mark.parametrize("name", ["llama", "mllama", "kosmos2"])
+@pytest.mark.parametrize("name", ["llama", "kosmos2"])
 def test_models_that_are_refused_by_name(name: str) -> None:
     model = build(name).model
     with pytest.raises(UnsupportedModel, match="text-only" if name == "llama" else "not supported"):

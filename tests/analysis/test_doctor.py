@@ -30,7 +30,7 @@ def test_supported_families(name: str) -> None:
     json.dumps(report)
 
 
-@pytest.mark.parametrize(("name", "why"), [("mllama", "cross-attention"), ("llama", "text-only")])
+@pytest.mark.parametrize(("name", "why"), [("kosmos2", "mask"), ("llama", "text-only")])
 def test_unsupported_models_get_the_reason(name: str, why: str) -> None:
     report = examine(build(name).model)
     assert not report["supported"] and why in report["reason"] and report["methods"] == []

@@ -76,6 +76,7 @@ class ContrastMethod(Method):
     """A method that combines the logits of the prompts with those of branches."""
 
     stage: ClassVar[StageName] = "logits"
+    reads_visual_tokens: ClassVar[bool] = False
 
     def streams(self) -> int:
         """How many branches these settings weigh; 0 runs none, and `contrast` gets none."""

@@ -90,6 +90,7 @@ class HiddenMethod(Method):
     """
 
     stage: ClassVar[StageName] = "hidden"
+    reads_visual_tokens: ClassVar[bool] = False
 
     def layers(self, info: ModelInfo) -> Sequence[int]:
         """Indices of the decoder layers that this method edits, 0-based."""

@@ -80,6 +80,8 @@ class Method:
     stage: ClassVar[StageName]
     #: Published values, for the models that have any.
     PRESETS: ClassVar[tuple[Preset, ...]] = ()
+    #: Whether it is about visual tokens among those of the prompt, which not every model has.
+    reads_visual_tokens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check every option that `option` declared.

@@ -35,6 +35,7 @@ class Branches(Memory):
         shift: (G R, 1) int64, what to add to a position of the base for the same token in a branch.
         as_base: whether every branch sees the keys that its base row sees.
         first: per branch, the first key that any of its rows sees.
+        blind: per branch, whether it has no image.
     """
 
     count: int
@@ -43,6 +44,7 @@ class Branches(Memory):
     shift: torch.Tensor
     as_base: bool
     first: tuple[int, ...]
+    blind: tuple[bool, ...]
 
     def require(self, stages: Collection[str]) -> None:
         if "contrast" not in stages:
@@ -77,6 +79,10 @@ class Branches(Memory):
         for name in ("input_ids", *TOKEN_TYPES):
             if kwargs.get(name) is not None:
                 wide[name] = kwargs[name].repeat(1 + self.count, 1)
+        cross = kwargs.get("cross_attention_mask")
+        if cross is not None:  # (R, Q, images, tiles), of models whose images are not in the prompt
+            own = [torch.zeros_like(cross) if blind else cross for blind in self.blind]
+            wide["cross_attention_mask"] = torch.cat([cross, *own])
         mask = kwargs.get("attention_mask")
         positions = kwargs.get("position_ids")
         if positions is None:  # outside of generate() the model would make them

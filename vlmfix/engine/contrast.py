@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache
 
 from vlmfix.base.contrast import Branch, ContrastMethod, Prompt
 from vlmfix.base.method import Method
@@ -24,7 +23,7 @@ from vlmfix.engine.branches import Branches
 from vlmfix.engine.encoded import CallImages
 from vlmfix.engine.frame import Frame
 from vlmfix.engine.hooks import Host
-from vlmfix.engine.joined import join_rows, repeat_rows, unjoinable
+from vlmfix.engine.joined import join_rows, repeat_rows
 from vlmfix.engine.ledger import Memory
 from vlmfix.engine.observe import LastRow
 from vlmfix.engine.prefill import (
@@ -35,12 +34,13 @@ from vlmfix.engine.prefill import (
     padded_left,
     prefill_branch,
 )
+from vlmfix.engine.refusals import check_cross_attention, check_model, check_prompt, check_turn
 from vlmfix.engine.stage import DecodeStep, Forward, Generation, Stage
 from vlmfix.engine.state import Implementation
-from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
+from vlmfix.errors import BadInput, CompositionError
 from vlmfix.families import ModelInfo, vision_arguments
 from vlmfix.families.kinds import PAD
-from vlmfix.families.prompt import carries_vision, made_positions
+from vlmfix.families.prompt import made_positions
 from vlmfix.families.surgeon import PER_TOKEN
 
 __all__ = ["ContrastStage"]
@@ -106,13 +106,7 @@ class ContrastStage(Stage):
             )
 
     def examine(self, model: Any, info: ModelInfo) -> None:
-        text = model.config.get_text_config(decoder=True)
-        if self.method.streams() and (what := unjoinable(DynamicCache(config=text))):
-            raise UnsupportedModel(
-                f"{self.method.name} runs its branches in the rows of one KV cache, and that of "
-                f"model type {info.model_type!r} has layers ({what}) to which rows cannot be "
-                "joined. Use a method that edits attention or prunes."
-            )
+        check_model(self.method, model, info)
 
     def reach(self, host: Host) -> None:
         decoder = host.model.get_decoder()
@@ -146,14 +140,15 @@ class ContrastStage(Stage):
             raise BadInput(f"{method.name} combines logits by name: leave return_dict=False out.")
         behind_prompt = bool(frame.past) and notes.pieces is None
         if behind_prompt:
-            _check_cache(method, notes, branches, frame, kwargs)
+            check_turn(method, notes.method, branches, frame, kwargs)
         if not method.streams():
             return
+        check_cross_attention(method, forward)
         if behind_prompt:
             if branches is not None:
                 forward.kwargs = branches.widen(kwargs, frame)
             return
-        _check_prompt(method, frame)
+        check_prompt(method, frame)
         if forward.cache is not None:
             self.check_cache(forward.cache)
             _keep_pieces(notes, kwargs, frame.queries)
@@ -186,49 +181,6 @@ class ContrastStage(Stage):
 
 
 # -- before a forward ------------------------------------------------------------------------------
-
-
-def _check_cache(
-    method: ContrastMethod,
-    notes: _Notes,
-    branches: Branches | None,
-    frame: Frame,
-    kwargs: Mapping[str, Any],
-) -> None:
-    """Refuse tokens behind a prompt whose branches are not there, are others, or cannot follow."""
-    if method.streams() and notes.method is None:
-        raise StateError(
-            f"this KV cache was filled while {method.name} was off, so its branches are missing. "
-            "Start from the prompt, without this cache."
-        )
-    if branches is not None and notes.method is not None and notes.method != method:
-        raise StateError(
-            f"this KV cache holds the branches of {notes.method.spec()!r}, not those of "
-            f"{method.spec()!r}. Go on with the same method and options, or start from the prompt "
-            "without this cache."
-        )
-    # Some models hand the pixels of the prompt to every step of an answer, too (Phi-4 multimodal).
-    if method.streams() and not frame.decoding and carries_vision(kwargs):
-        raise StateError(
-            f"{method.name} cannot take images in a later turn: its branches have gone their "
-            "own way. Generate from the whole conversation, without past_key_values."
-        )
-
-
-def _check_prompt(method: ContrastMethod, frame: Frame) -> None:
-    length = frame.ledger.prompt_length
-    end = frame.past + frame.queries
-    if end < length and frame.call.rows is None:
-        raise CompositionError(
-            f"{method.name} must see a whole prompt in one forward, but this one holds "
-            f"{frame.queries} of its {length} tokens. Give it whole, or let "
-            "generate(prefill_chunk_size=...) cut it."
-        )
-    if end >= length and bool((frame.ledger.kinds[:, length - 1] == PAD).any()):
-        raise BadInput(
-            f"{method.name} reads the logits of the last column, where a prompt is padded. Pad on "
-            'the left: processor.tokenizer.padding_side = "left".'
-        )
 
 
 def _keep_pieces(notes: _Notes, kwargs: Mapping[str, Any], queries: int) -> None:
@@ -378,6 +330,7 @@ def _run_branches(method: ContrastMethod, forward: Forward, kept: int) -> list[t
                 shift=torch.cat([shift.repeat_interleave(copies, 0) for shift in shifts]),
                 as_base=as_base,
                 first=tuple(int(seen.any(0).to(torch.uint8).argmax()) for seen in visible[1:]),
+                blind=tuple(not branch.image for branch in branches.all),
             )
         )
     return logits

@@ -120,16 +120,17 @@ def _join_static(layer: Any, others: Sequence[Any], rows: int) -> None:
         joined = base.new_zeros(groups * rows, *base.shape[1:])
         joined[:rows] = base
         for group, other in enumerate(others, 1):
-            own = getattr(other, name)
-            start = length - own.shape[2]
-            joined[group * rows : (group + 1) * rows, :, start:length] = own
+            own = _padded(getattr(other, name), base[:, :, :length], 2)
+            joined[group * rows : (group + 1) * rows, :, :length] = own
         torch._dynamo.mark_static_address(joined)
         setattr(layer, name, joined)
     layer.batch_size = groups * rows
 
 
-def _padded(own: torch.Tensor, base: torch.Tensor, axis: int) -> torch.Tensor:
+def _padded(own: torch.Tensor | None, base: torch.Tensor, axis: int) -> torch.Tensor:
     """What a branch has, padded on the left of an axis to the length of the base."""
+    if own is None or own.ndim < base.ndim:  # cross-attention, of a branch without the image
+        return torch.zeros_like(base)
     missing = base.shape[axis] - own.shape[axis]
     if not missing:
         return own

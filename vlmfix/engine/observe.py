@@ -12,6 +12,7 @@ from vlmfix.base.observer import Observer, SeenRows
 from vlmfix.engine.call import Call
 from vlmfix.engine.hooks import Host
 from vlmfix.engine.stack import PLAIN, Stack
+from vlmfix.families import require_visual_tokens
 from vlmfix.families.surgeon import module_state
 
 __all__ = ["LastRow", "Observers", "internal_pass"]
@@ -48,6 +49,8 @@ def internal_pass(
         The output of the model.
     """
     state = host.state
+    if observers:
+        require_visual_tokens(host.info, "what looks at attention")
     with host.lock:
         for stage in stack.stages:
             stage.reach(host)

@@ -124,6 +124,11 @@ def _append(inputs: dict[str, Any], tokens: Mapping[str, torch.Tensor], length: 
     mask = inputs["attention_mask"]
     inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
     inputs["attention_mask"] = torch.cat([mask, mask.new_ones(ids.shape)], dim=1)
+    cross = inputs.get("cross_attention_mask")
+    if cross is not None and cross.shape[1] < inputs["input_ids"].shape[1]:
+        # What follows sees the images that the last token of the prompt sees.
+        last_row = cross[:, -1:].expand(-1, extra, -1, -1)
+        inputs["cross_attention_mask"] = torch.cat([cross, last_row], dim=1)
     last = inputs["position_ids"][..., -1:]
     steps = torch.arange(1, extra + 1, device=last.device)
     inputs["position_ids"] = torch.cat([inputs["position_ids"], last + steps], dim=-1)

@@ -18,7 +18,7 @@ from vlmfix.engine.stack import Stack
 from vlmfix.engine.stage import Stage
 from vlmfix.engine.state import Implementation
 from vlmfix.errors import CompositionError
-from vlmfix.families import ModelInfo
+from vlmfix.families import ModelInfo, require_visual_tokens
 from vlmfix.registry import MethodSpec, build_stack
 
 __all__ = ["STAGES", "fitted_stack", "idle", "make_stack"]
@@ -67,7 +67,11 @@ def fitted_stack(
         CalibrationNeeded: constants that are unknown for this model.
         CompositionError: see `make_stack`.
     """
-    prepared = [method.prepared(info, model) for method in build_stack(methods)]
+    given = build_stack(methods)
+    for method in given:
+        if method.reads_visual_tokens:
+            require_visual_tokens(info, method.name)
+    prepared = [method.prepared(info, model) for method in given]
     stack = make_stack(prepared, info, impl)
     for stage in stack.stages:
         stage.examine(model, info)

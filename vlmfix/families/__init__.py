@@ -23,6 +23,7 @@ __all__ = [
     "describe_model",
     "last_logits",
     "pixel_names",
+    "require_visual_tokens",
     "vision_arguments",
     "vision_names",
 ]
@@ -38,13 +39,15 @@ REFUSED: dict[str, str] = {
     "idefics": "images enter through cross-attention layers, not as visual tokens in the prompt",
     "kosmos-2": "image positions are given by a mask, not by a placeholder id",
     "kosmos-2.5": "image positions are given by a mask, not by a placeholder id",
-    "mllama": "images enter through cross-attention layers, not as visual tokens in the prompt",
     "pi0": "it predicts the actions of a robot and generates no text",
 }
 
 
 #: What configurations call the number of copies of the residual stream (AltUp, hyper-connections).
 _STREAMS = ("altup_num_inputs", "hc_mult", "hc_count")
+
+#: What Mllama's forward takes of images.
+_MLLAMA = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
 
 #: Families whose prompt tokens attend to all of the prompt, also to what comes later.
 _PREFIX_MODELS = ("paligemma",)
@@ -61,7 +64,8 @@ class ModelInfo:
     Layers may differ: `num_heads`, `num_key_value_heads` and `head_dim` are the largest numbers,
     and `layer_heads` maps the index of each layer with attention to its query heads. `shared_keys`
     maps a layer that computes no keys of its own to the layer whose keys it reads. `streams` is
-    the number of copies of the residual stream between layers.
+    the number of copies of the residual stream between layers. `cross_attention` are the layers
+    through which images enter, where the prompt has none of their tokens.
     """
 
     model_type: str
@@ -79,6 +83,7 @@ class ModelInfo:
     layer_heads: dict[int, int] = field(repr=False)
     shared_keys: dict[int, int] = field(repr=False)
     streams: int
+    cross_attention: tuple[int, ...] = ()
 
     @property
     def sees_whole_prompt(self) -> bool:
@@ -160,7 +165,23 @@ def describe_model(model: torch.nn.Module) -> ModelInfo:
         layer_heads=heads,
         shared_keys=_shared_keys(text_config, len(layers)),
         streams=max(int(getattr(text_config, name, None) or 1) for name in _STREAMS),
+        cross_attention=_cross_attention(layers),
     )
+
+
+def require_visual_tokens(info: ModelInfo, what: str) -> None:
+    """Refuse `what` on a model whose prompts hold no visual tokens.
+
+    Raises:
+        UnsupportedModel: images enter through cross-attention.
+    """
+    if info.cross_attention:
+        raise UnsupportedModel(
+            f"{what} needs visual tokens among those of the prompt, and in model type "
+            f"{info.model_type!r} images enter through cross-attention (layers "
+            f"{', '.join(map(str, info.cross_attention))}): no attention is shared between them "
+            "and the text. Use a method that contrasts logits: m3id, vcd, pai_guidance."
+        )
 
 
 def last_logits(model: Any, count: int) -> dict[str, int]:
@@ -186,6 +207,8 @@ def vision_names(model: Any) -> frozenset[str]:
         function = getattr(model.base_model, encoder, None)
         if function is not None:
             names.update(inspect.signature(function).parameters)
+    if model.config.model_type == "mllama":  # has no such function; its mask says who sees what
+        names.update(_MLLAMA)
     return frozenset(names - {"kwargs", "return_dict", "input_ids", "attention_mask"})
 
 
@@ -245,11 +268,21 @@ def _decoder_layers(model: Any, model_type: str) -> tuple[torch.nn.Module, ...]:
     return tuple(decoder.layers)
 
 
+def _cross_attention(layers: tuple[torch.nn.Module, ...]) -> tuple[int, ...]:
+    return tuple(
+        index
+        for index, layer in enumerate(layers)
+        if any("CrossAttention" in type(child).__name__ for child in layer.children())
+    )
+
+
 def _attention_modules(layers: tuple[torch.nn.Module, ...]) -> dict[int, torch.nn.Module]:
+    """{layer: its attention to the prompt}."""
     found: dict[int, torch.nn.Module] = {}
     for index, layer in enumerate(layers):
         for child in layer.children():
-            named = "Attention" in type(child).__name__
+            name = type(child).__name__
+            named = "Attention" in name and "CrossAttention" not in name
             if named and getattr(child, "layer_idx", None) == index and hasattr(child, "config"):
                 found[index] = child
     return found

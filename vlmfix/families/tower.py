@@ -147,6 +147,7 @@ _NO_TOWER = "its images do not pass through a vision tower with attention"
 
 _REFUSED: dict[str, str] = {
     "llava_onevision": "it interpolates the features of large images between patches",
+    "mllama": "its images enter through cross-attention and fill no placeholders",
     "idefics2": "a perceiver mixes all patches into each visual token",
     "aria": _MIXED,
     "blip-2": _MIXED,

@@ -96,6 +96,7 @@ class AttentionalVisionCalibration(ContrastMethod):
     )
 
     name: ClassVar[str] = "avc"
+    reads_visual_tokens: ClassVar[bool] = True
     PRESETS: ClassVar[tuple[Preset, ...]] = (
         Preset(LLAVA_7B, {"alpha": 2.5}, "authors' scripts for AMBER and LLaVA-Bench"),
     )

@@ -74,6 +74,7 @@ class ReBalancingContrastiveDecoding(ContrastMethod):
     )
 
     name: ClassVar[str] = "rbd"
+    reads_visual_tokens: ClassVar[bool] = True
 
     def prepared(self, info: ModelInfo, model: torch.nn.Module) -> ReBalancingContrastiveDecoding:
         if self.a_t:
