@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from transformers.cache_utils import Cache
 
 from vlmfix.base.contrast import Branch, ContrastMethod, Prompt
 from vlmfix.base.method import Method
@@ -23,7 +24,7 @@ from vlmfix.engine.branches import Branches
 from vlmfix.engine.encoded import CallImages
 from vlmfix.engine.frame import Frame
 from vlmfix.engine.hooks import Host
-from vlmfix.engine.joined import join_rows, repeat_rows
+from vlmfix.engine.joined import join_rows, repeat_rows, unjoinable
 from vlmfix.engine.ledger import Memory
 from vlmfix.engine.observe import LastRow
 from vlmfix.engine.prefill import (
