@@ -107,6 +107,8 @@ def test_a_page_of_another_site_cannot_use_the_demo(client: httpx.Client) -> Non
         "http://192.168.1.7",
         "null",
         "http://127.0.0.1.evil.example",
+        "http://localhost:1",  # another server on this machine
+        "http://127.0.0.1:1",
     )
     for origin in strangers:
         for method in ("POST", "OPTIONS"):

@@ -151,7 +151,7 @@ def serve(
     async def guarded(app: Any) -> AsyncIterator[None]:
         # Around all that gradio put there, its headers for other sites included, before the first
         # request.
-        app.middleware_stack = OwnHosts(app.middleware_stack, (host, *hosts))
+        app.middleware_stack = OwnHosts(app.middleware_stack, host, hosts)
         yield
 
     torch.manual_seed(0)  # seed of the methods' noise: the same answers after a restart

@@ -24,17 +24,20 @@ class OwnHosts:
     """ASGI middleware: 403 for requests to a name that is not the demo's, or from another site.
 
     An address as Host is always the demo's own: no foreign name can stand for it. Names have to be
-    known: localhost, this machine's, and those given. A request with an Origin must come from a
-    page of the same host and port, or of a known name.
+    known: localhost, this machine's, that of the address it listens on, and those given. A request
+    with an Origin must come from a page of the same host and port, or of a given name, since a
+    proxy may put another Host into what it hands on.
 
     Args:
         app: what answers the others.
-        names: further host names.
+        host: the address that the server listens on.
+        given: further host names.
     """
 
-    def __init__(self, app: App, names: Iterable[str] = ()) -> None:
+    def __init__(self, app: App, host: str, given: Iterable[str] = ()) -> None:
         self._app = app
-        self._names = {name.lower() for name in ("localhost", socket.gethostname(), *names)}
+        self._given = {name.lower() for name in given}
+        self._names = {"localhost", socket.gethostname().lower(), host.lower(), *self._given}
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         """Answer, or refuse, one request."""
@@ -52,23 +55,25 @@ class OwnHosts:
         if len(values[b"host"]) != 1:
             return "vlmfix demo: a request needs one Host."
         (host,) = values[b"host"]
-        if not self._own(f"//{host}", address=True):
+        name = _name(f"//{host}")
+        if name not in self._names and not _is_address(name):
             return (
                 "vlmfix demo: this is not one of its host names. Use its address, or start it with "
                 "--allow-host NAME."
             )
         for origin in values[b"origin"]:
             same = origin.partition("://")[2].lower() == host.lower()
-            if not same and not self._own(origin, address=False):
+            if not same and _name(origin) not in self._given:
                 return "vlmfix demo: it answers no requests from pages of other sites."
         return None
 
-    def _own(self, url: str, address: bool) -> bool:
-        try:
-            name = urlsplit(url).hostname or ""
-        except ValueError:
-            return False
-        return name in self._names or (address and _is_address(name))
+
+def _name(url: str) -> str:
+    """The host of a URL in small letters; "" if there is none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _is_address(name: str) -> bool:
