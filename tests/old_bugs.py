@@ -158,7 +158,7 @@ ENGINE = (
         "branches_of_another",
         "735c92f",
         "a cache with the branches of other options was taken",
-        "if branches is not None and notes.method is not None and notes.method != method:",
+        "if branches is not None and ran is not None and ran != method:",
         "if False:",
         ("engine/test_contrast_engine.py",),
         named="cache",
