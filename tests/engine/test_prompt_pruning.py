@@ -245,15 +245,17 @@ def test_positions_of_what_is_left(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llava", "internvl"])
-def test_positions_of_the_callers_are_cut(name: str) -> None:
+def test_positions_of_the_callers_are_cut_or_closed_up_as_the_method_says(name: str) -> None:
     tiny = family(name)
     inputs = tiny.inputs(batch=3)
     given = whole_positions(tiny, inputs)
-    with vlmfix.wrapped(tiny.model, fixed(name, positions="original")):
-        expected = generate(tiny.model, inputs)
-    with vlmfix.wrapped(tiny.model, fixed(name)):
-        assert same(generate(tiny.model, {**inputs, "position_ids": given}), expected)
-        assert not same(generate(tiny.model, inputs), expected)
+    found = {}
+    for positions in ("original", "contiguous"):
+        with vlmfix.wrapped(tiny.model, fixed(name, positions=positions)):
+            found[positions] = generate(tiny.model, inputs)
+            told = generate(tiny.model, {**inputs, "position_ids": given})
+            assert same(told, found[positions])
+    assert not same(found["original"], found["contiguous"])
 
 
 @pytest.mark.parametrize("axes", [1, 3, 4])

@@ -244,12 +244,7 @@ def shorten(
     asked = ask(host, method, kwargs, question, prompt_length)
     if asked is None:
         return None
-    mask = kwargs.get("attention_mask")
-    if mask is not None and (isinstance(mask, Mapping) or mask.ndim != 2):
-        raise BadInput(
-            f"{method.name} cuts whole prompts, and the mask given says for every pair of tokens "
-            "who sees whom. Give an attention_mask (rows, columns), or none."
-        )
+    _check_mask(method, kwargs["input_ids"], kwargs.get("attention_mask"))
     kept = torch.zeros(sum(one.count for one in asked.reductions), dtype=torch.bool)
     start = 0
     for reduction in asked.reductions:
@@ -271,6 +266,24 @@ def shorten(
     kept = kept.to(asked.placeholders.device)
     removed = _cut_tokens(host.model, cut, vision, asked.placeholders, kept, method)
     return Shortened(cut, asked.reductions, asked.placeholders.sum(1).tolist(), removed)
+
+
+def _check_mask(method: TokenMethod, ids: torch.Tensor, mask: Any) -> None:
+    """Refuse a mask of queries and keys that says more than which tokens are padding."""
+    if isinstance(mask, Mapping):  # those of sliding layers are made of it
+        mask = mask.get("full_attention")
+    if mask is None or mask.ndim == 2:
+        return
+    real = real_tokens(ids, mask)[:, None]
+    mask = mask[..., : ids.shape[1]]  # the other keys are room in a static cache
+    seen = (mask if mask.dtype == torch.bool else mask == 0) & real[..., None]
+    causal = torch.ones_like(seen).tril() & real[..., None, :] & real[..., None]
+    if torch.equal(seen, causal):
+        return
+    raise BadInput(
+        f"{method.name} cuts whole prompts, and the mask given says for pairs of tokens who sees "
+        "whom. Give an attention_mask (rows, columns), or none."
+    )
 
 
 def _cut_tokens(
