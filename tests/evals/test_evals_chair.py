@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 from evals_worlds import write_world
 
 from vlmfix.errors import BadInput
-from vlmfix.evals.chair.objects import ground_truth, mentions
+from vlmfix.evals.chair.objects import category_of, ground_truth, mentions, named_objects
 from vlmfix.evals.chair.task import Chair, first_words, score_captions, whole_sentences
 from vlmfix.evals.inputs.coco import CocoData
 from vlmfix.evals.tasks import Answer, Options
@@ -137,3 +138,15 @@ def test_the_seat_of_a_toilet_counts_as_a_token() -> None:
     assert mentions(with_toilet).objects == ("toilet",)
     assert mentions(with_toilet).tokens == mentions(without).tokens == 5
     assert mentions("The toilet seat").tokens == 2  # a pair is one token
+
+
+def test_the_quick_way_names_the_same_objects() -> None:
+    """Words of all categories and halves of pairs in any order."""
+    words = sorted({*category_of(), "seats", "baby", "adults", "passenger", "hot", "home", "track"})
+    chance = random.Random(0)
+    for _ in range(300):
+        caption = " ".join(chance.choices([*words, "the", "toilet", "dogs", "birds", ","], k=30))
+        found = mentions(caption)
+        assert named_objects(caption) == (found.objects, found.tokens), caption
+        found = mentions(caption, mode="fixed")
+        assert named_objects(caption, mode="fixed") == (found.objects, found.tokens)

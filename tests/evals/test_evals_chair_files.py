@@ -15,6 +15,7 @@ from vlmfix.evals.chair.objects import mentions
 from vlmfix.evals.chair.task import LENGTH_CAPS, Chair, score_answers
 from vlmfix.evals.inputs.coco import CocoData
 from vlmfix.evals.inputs.rows import read_rows
+from vlmfix.evals.score import score
 from vlmfix.evals.tasks import Answer, Options
 
 TRUTH = {1: frozenset({"dog"}), 2: frozenset({"cup"}), 391895: frozenset({"person"})}
@@ -178,3 +179,24 @@ def test_length_caps_show_what_short_captions_would_score(tmp_path: Path) -> Non
     assert "64" in entry["var"]["length_caps"]
     # Nothing to cut, nothing to show.
     assert "length_caps" not in task.score(task.samples, {"base": [short, short]})["base"]
+
+
+def test_captions_of_several_seeds_all_count(tmp_path: Path) -> None:
+    """Records of a sampled run describe an image once per seed."""
+    world = write_world(tmp_path / "w", 4)
+    rows = [
+        {"image_id": image, "sampling_seed": seed, "caption": f"A {name}."}
+        for seed, name in enumerate(["zebra", "person", "giraffe"])
+        for image in range(1, 5)
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entry = score("chair", {"": path}, annotations=world)["tasks"]["chair"]["arms"]["answers"]
+    assert entry["counts"]["caption"]["n"] == 12
+    assert len(entry["scores"]["caption"]["chair_s"]["by_seed"]) == 3
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[-1]]))
+    with pytest.warns(UserWarning, match=r"13 captions of 4 images: only the last .*\(images 4\)"):
+        score("chair", {"": path}, annotations=world)
+    path.write_text(json.dumps({**rows[0], "sampling_seed": [1]}) + "\n")
+    with pytest.raises(BadInput, match=r"line 1: `sampling_seed` is \[1\], no whole number"):
+        score("chair", {"": path}, annotations=world)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, bootstrap
 
+from vlmfix.evals.scoring import stats
 from vlmfix.evals.scoring.metrics import Arm, Ratio, counts_table, summarise
 from vlmfix.evals.scoring.stats import Resamples, holm, mcnemar, percentile_interval, wilson
 
@@ -163,6 +164,27 @@ def test_clustered_error_is_that_of_cluster_totals() -> None:
     assert error == pytest.approx(theirs.standard_error, rel=0.05)
     assert error == pytest.approx(means.std() / np.sqrt(500), rel=0.05)
     assert error > 1.3 * np.sqrt(right.mean() * (1 - right.mean()) / right.size)
+
+
+def test_resamples_that_are_not_kept_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of many clusters are drawn again instead; no matrix of floats is ever whole."""
+    clusters = np.random.default_rng(1).integers(0, 90, 400).tolist()
+    counts = np.random.default_rng(2).integers(0, 9, (400, 3, 2)).astype(float)
+    items = np.arange(0, 400, 3)
+    kept = Resamples(clusters, replicates=70, seed=5)
+    # By the definition: as many clusters as there are, drawn with repeats.
+    draw = np.random.default_rng(5)
+    n = kept.n_clusters
+    weights = np.stack([np.bincount(draw.integers(n, size=n), minlength=n) for _ in range(70)])
+    expected = np.einsum("ri,ijk->rjk", weights[:, kept.cluster_of], counts)
+    assert np.array_equal(kept.sums(counts), expected)
+    both = kept.sums_of([(counts, None), (counts[items], items)])
+    assert np.array_equal(both[0], expected)
+    assert np.array_equal(both[1], kept.sums(counts[items], items))
+    monkeypatch.setattr(stats, "_KEPT", 0)
+    monkeypatch.setattr(stats, "_TILE", 7)
+    assert np.array_equal(Resamples(clusters, replicates=70, seed=5).sums(counts), expected)
+    assert {block.dtype for block in kept.blocks()} == {np.dtype(np.uint8)}
 
 
 def test_five_thousand_images_take_less_than_five_seconds() -> None:
