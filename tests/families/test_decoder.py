@@ -176,6 +176,10 @@ def test_heads_are_counted_layer_by_layer() -> None:
     head_list([f"{few}.{counts[few] - 1}"], info, "x")
     with pytest.raises(BadInput, match=f"heads 0 to {counts[few] - 1}"):
         head_list([f"{few}.{counts[few]}"], info, "x")
+    inputs = build("step3p7").inputs(1)
+    plain = logits(model, inputs)
+    with vlmfix.wrapped(model, f"head_pursuit:heads={few}.0;alpha=-1"):
+        assert (logits(model, inputs) - plain).abs().max() > 1e-3
 
 
 # -- keys of an earlier layer --------------------------------------------------------------------
