@@ -35,14 +35,6 @@ chat_kinds = pytest.mark.parametrize("kind", KINDS)
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
-@pytest.fixture
-def branches(request: pytest.FixtureRequest, twin: Twin) -> None:
-    """A mark for tests of methods that generate with a second branch."""
-    if twin.name in ("Qwen3.5-9B", "gemma-4-E4B-it"):
-        reason = "doctor promises contrast, and generate() refuses the layers' kinds of cache"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
-
-
 @contextmanager
 def few_tokens(twin: Twin) -> Iterator[None]:
     """Pictures with few visual tokens, by the options that the image processor has for it."""
@@ -164,7 +156,6 @@ def test_doctor_describes_the_twin(twin: Twin) -> None:
     assert sum(method["fits"] for method in report["methods"]) >= 9
 
 
-@pytest.mark.usefixtures("branches")
 def test_what_doctor_calls_fitting_runs(twin: Twin) -> None:
     failed = {}
     with few_tokens(twin):
@@ -213,7 +204,6 @@ def test_a_chat_without_an_image(twin: Twin) -> None:
     assert isinstance(answer, str)
 
 
-@pytest.mark.usefixtures("branches")
 def test_a_batch_is_answered_like_its_rows(twin: Twin) -> None:
     chats = [
         kinds()["one"].chat,
