@@ -221,7 +221,7 @@ ENGINE = (
         "length_of_the_model",
         "39df92a",
         "a longest length that the model's own configuration gives still counted pruned tokens",
-        'configs = (self.given.get("generation_config"), self.host.model.generation_config)',
+        'configs = (self.given.get("generation_config"), own)',
         'configs = (self.given.get("generation_config"),)',
         ("engine/test_prompt_pruning.py",),
         named="lengths",
