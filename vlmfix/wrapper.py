@@ -17,6 +17,7 @@ from vlmfix.engine.stages import fitted_stack, idle
 from vlmfix.engine.state import Implementation
 from vlmfix.errors import BadInput, StateError
 from vlmfix.families import ModelInfo, describe_model
+from vlmfix.families.served import served_model
 from vlmfix.registry import MethodSpec
 
 __all__ = ["last_call", "session_of", "suspended", "unwrap", "using", "wrap", "wrapped"]
@@ -30,7 +31,8 @@ def wrap(model: Model, methods: MethodSpec, *, impl: Implementation = "auto") ->
     All checks run before the model is changed, so that it stays as it was after an error.
 
     Args:
-        model: a Hugging Face vision-language model in eval mode.
+        model: a Hugging Face vision-language model in eval mode, or a PEFT model around one whose
+            adapters sit in its layers (LoRA).
         methods: "var", "var:keep=0.4", a method object, a list of them (a stack), or None for a
             model that stays plain outside of `using`.
         impl: implementation of edited rows while decoding. "auto": the fused Triton kernel on a GPU
@@ -44,8 +46,9 @@ def wrap(model: Model, methods: MethodSpec, *, impl: Implementation = "auto") ->
         CompositionError: methods that exclude each other.
         StateError: the model is wrapped already, or in training mode.
     """
-    if SESSION in getattr(model, "__dict__", {}):
-        current = model.__dict__[SESSION].default.specs()
+    inside = served_model(model)
+    if SESSION in getattr(inside, "__dict__", {}):
+        current = inside.__dict__[SESSION].default.specs()
         raise StateError(
             f"this model is already wrapped with {list(current)}. Call vlmfix.unwrap(model) first, "
             "or run another stack for a while with vlmfix.using(model, ...)."
@@ -57,8 +60,10 @@ def wrap(model: Model, methods: MethodSpec, *, impl: Implementation = "auto") ->
             "this model is in training mode; vlmfix works at inference only. Call model.eval() "
             "before vlmfix.wrap(model, ...)."
         )
-    stack = _stack(model, info, methods, impl)
-    Session(model, info, stack, impl).attach()
+    stack = _stack(inside, info, methods, impl)
+    Session(inside, info, stack, impl).attach()
+    if inside is not model:  # who asks the outer one finds the same session
+        model.__dict__[SESSION] = inside.__dict__[SESSION]
     return model
 
 
@@ -76,6 +81,7 @@ def unwrap(model: Model) -> Model:
                 "to end, then call vlmfix.unwrap(model)."
             )
         session.detach()
+        getattr(model, "__dict__", {}).pop(SESSION, None)
     return model
 
 
@@ -100,7 +106,7 @@ def using(model: Model, methods: MethodSpec) -> Iterator[Model]:
         StateError: the model is not wrapped (`wrap(model, None)` makes it so without any method).
     """
     session = _session(model, "using")
-    stack = _stack(model, session.host.info, methods, session.host.impl)
+    stack = _stack(session.host.model, session.host.info, methods, session.host.impl)
     with session.use(stack):
         yield model
 
@@ -125,7 +131,7 @@ def last_call(model: torch.nn.Module) -> CallReport:
 @contextmanager
 def session_of(model: torch.nn.Module) -> Iterator[Session]:
     """The session of a wrapped model; a plain model is wrapped without a method in the block."""
-    if SESSION in getattr(model, "__dict__", {}):
+    if SESSION in getattr(served_model(model), "__dict__", {}):
         yield _session(model, "session_of")
     else:
         with wrapped(model, None):
@@ -133,7 +139,7 @@ def session_of(model: torch.nn.Module) -> Iterator[Session]:
 
 
 def _session(model: torch.nn.Module, verb: str) -> Session:
-    session = getattr(model, "__dict__", {}).get(SESSION)
+    session = getattr(served_model(model), "__dict__", {}).get(SESSION)
     if not isinstance(session, Session):
         raise StateError(f"vlmfix.{verb}: this model is not wrapped. Call vlmfix.wrap(model, ...).")
     return session

@@ -139,6 +139,11 @@ class ContrastStage(Stage):
         by_name = kwargs.get("return_dict")
         if not (config.return_dict if by_name is None else by_name):
             raise BadInput(f"{method.name} combines logits by name: leave return_dict=False out.")
+        if kwargs.get("labels") is not None:
+            raise BadInput(
+                f"{method.name} combines logits after the model has made its loss of them. Leave "
+                "labels out, and take the loss from the logits."
+            )
         behind_prompt = bool(frame.past) and notes.pieces is None
         if behind_prompt:
             check_turn(method, notes.method, branches, frame, kwargs)

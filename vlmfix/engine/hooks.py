@@ -204,14 +204,12 @@ class Host:
 
     def record_tower(self, tower: Tower, layers: Iterable[int]) -> None:
         """Record these layers of the vision tower, next to those that are recorded already."""
-        wanted, before = set(layers), self.recorder
-        if before is not None:
-            if wanted <= set(before.layers):
-                return
-            wanted.update(before.layers)
-            before.detach()
-        self.recorder = VisionRecorder(tower, wanted)
-        self.recorder.attach()
+        if self.recorder is not None:
+            self.recorder.add(layers)
+            return
+        recorder = VisionRecorder(tower, layers)
+        recorder.attach()
+        self.recorder = recorder
 
     @property
     def tower(self) -> Tower | None:

@@ -67,6 +67,12 @@ def ask(
     output, features, images = _encode(host, vision)
     placeholders = torch.isin(ids, ids.new_tensor(host.info.image_token_ids))
     counts = [len(part) for part in features]
+    bad = [at for at, part in enumerate(features) if bool(part.isnan().any())]
+    if bad:
+        raise BadInput(
+            f"{method.name}: features of image {bad[0]} (counted from 0) are NaN, so nothing says "
+            "which tokens matter. Look for NaN in pixel_values, or overflow in half precision."
+        )
     if sum(counts) != int(placeholders.sum()):
         raise BadInput(
             f"the prompts hold {int(placeholders.sum())} image placeholders and their images make "

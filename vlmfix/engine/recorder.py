@@ -94,6 +94,16 @@ class _Slot:
     base: Callable[..., AttentionOutput]
 
 
+def _known_layers(tower: Tower, layers: Iterable[int]) -> tuple[int, ...]:
+    known, last = tuple(sorted(set(layers))), len(tower.layers) - 1
+    if not known or known[0] < 0 or known[-1] > last:
+        raise BadInput(
+            f"recorded layers {known} of the vision tower of {tower.model_type!r}: give "
+            f"at least one index from 0 to {last}."
+        )
+    return known
+
+
 class VisionRecorder:
     """Reads the attention of some layers of a vision tower, each time images are encoded.
 
@@ -119,13 +129,7 @@ class VisionRecorder:
 
     def __init__(self, tower: Tower, layers: Iterable[int]) -> None:
         self.tower = tower
-        self.layers = tuple(sorted(set(layers)))
-        last = len(tower.layers) - 1
-        if not self.layers or self.layers[0] < 0 or self.layers[-1] > last:
-            raise BadInput(
-                f"recorded layers {self.layers} of the vision tower of {tower.model_type!r}: give "
-                f"at least one index from 0 to {last}."
-            )
+        self.layers = _known_layers(tower, layers)
         self._local = threading.local()
         self._configs: dict[int, Any] = {}
         self._shadowed: dict[str, Any] = {}
@@ -148,17 +152,32 @@ class VisionRecorder:
         shadows = {"get_image_features": self._reading(host.get_image_features)}
         if hasattr(host, "get_video_features"):
             shadows["get_video_features"] = self._unread(host.get_video_features)
-        for layer in self.layers:
-            module: Any = tower.layers[layer]
+        self._hook(self.layers)
+        for name, shadow in shadows.items():
+            self._shadowed[name] = host.__dict__.get(name)
+            host.__dict__[name] = shadow
+
+    def add(self, layers: Iterable[int]) -> None:
+        """Read more layers, each from the next encoding on; those that run now are left alone.
+
+        Raises:
+            BadInput: a layer that the tower does not have.
+            UnsupportedModel: the tower runs flash or flex attention.
+        """
+        wanted = _known_layers(self.tower, layers)
+        require_readable(self.tower, wanted)
+        self._hook([layer for layer in wanted if layer not in self._configs])
+        self.layers = tuple(sorted({*self.layers, *wanted}))
+
+    def _hook(self, layers: Iterable[int]) -> None:
+        for layer in layers:
+            module: Any = self.tower.layers[layer]
             module.__dict__[SLOT] = _Slot(self, layer, base_attention(module))
             self._configs[layer] = module.config
             # The tower keeps its own configuration, so it goes on making its native masks.
             override = copy.copy(module.config)
             override._attn_implementation_internal = NAME
             module.config = override
-        for name, shadow in shadows.items():
-            self._shadowed[name] = host.__dict__.get(name)
-            host.__dict__[name] = shadow
 
     def detach(self) -> None:
         """Take the recorder out; the model is then bit for bit what it was. Twice does no harm."""
@@ -249,7 +268,9 @@ class VisionRecorder:
         scaling: float | None,
     ) -> None:
         calls: RecordedCalls | None = getattr(self._local, "calls", None)
-        if calls is not None:  # None: a video, or a tower that the user runs by itself
+        # None: a video, or a tower that the user runs by itself. A layer that is not among them
+        # was added while this encoding ran.
+        if calls is not None and layer in calls:
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             column, first = received_attention(query, key, scaling, mask)
             calls[layer].append((column, first, key.detach().mean(1, dtype=torch.float32)))

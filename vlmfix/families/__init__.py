@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from vlmfix.errors import UnsupportedModel
+from vlmfix.families.served import served_model
 from vlmfix.families.source import uses_interface
 
 __all__ = [
@@ -95,10 +96,11 @@ def describe_model(model: torch.nn.Module) -> ModelInfo:
     """Read the structure of a Hugging Face VLM.
 
     Raises:
-        UnsupportedModel: no configuration, a text-only or encoder-decoder model, a family of
-            `REFUSED`, no decoder layers, or no attention that goes through transformers'
-            attention interface.
+        UnsupportedModel: a module around a model, no configuration, a text-only or
+            encoder-decoder model, a family of `REFUSED`, no decoder layers, or no attention that
+            goes through transformers' attention interface.
     """
+    model = served_model(model)
     config: Any = getattr(model, "config", None)
     model_type = str(getattr(config, "model_type", "unknown"))
     if model_type in REFUSED:
@@ -110,11 +112,6 @@ def describe_model(model: torch.nn.Module) -> ModelInfo:
         raise UnsupportedModel(
             f"{type(model).__name__} is not a Hugging Face generation model (it has no config or "
             "no generate()). Load it with AutoModelForImageTextToText.from_pretrained(...)."
-        )
-    if hasattr(model, "get_base_model"):
-        raise UnsupportedModel(
-            f"{type(model).__name__} is a PEFT model, whose own hooks never fire inside "
-            "generate(). Wrap the base instead: vlmfix.wrap(model.get_base_model(), ...)."
         )
     text_config = config.get_text_config(decoder=True)
     if any(getattr(one, "is_encoder_decoder", False) for one in (config, text_config)):
