@@ -97,13 +97,17 @@ def wrapped(model: Model, methods: MethodSpec, *, impl: Implementation = "auto")
 
 @contextmanager
 def using(model: Model, methods: MethodSpec) -> Iterator[Model]:
-    """Run another stack on a wrapped model, in this thread only; `None` is the plain model.
+    """Run another stack on a wrapped model, in this task or thread only; `None` is the plain model.
 
-    Blocks nest, and other threads keep their stacks. generate() in a thread of its own, as with
-    a streamer, needs `using` inside that thread.
+    Blocks nest, and other threads and asyncio tasks keep their stacks. What a task starts with a
+    copy of its context (`asyncio.to_thread`) is in the block, too. generate() in a plain thread of
+    its own, as with a streamer, needs `using` inside that thread. A block that a generator opens
+    holds while the generator runs.
 
     Raises:
-        StateError: the model is not wrapped (`wrap(model, None)` makes it so without any method).
+        StateError: the model is not wrapped (`wrap(model, None)` makes it so without any method);
+            or, by a call inside, that a suspended generator has a block open and nothing says
+            whether it holds for that call.
     """
     session = _session(model, "using")
     stack = _stack(session.host.model, session.host.info, methods, session.host.impl)
@@ -112,12 +116,12 @@ def using(model: Model, methods: MethodSpec) -> Iterator[Model]:
 
 
 def suspended(model: Model) -> AbstractContextManager[Model]:
-    """Run the plain model in this thread: `using(model, None)`."""
+    """Run the plain model in this task or thread: `using(model, None)`."""
     return using(model, None)
 
 
 def last_call(model: torch.nn.Module) -> CallReport:
-    """The report of this thread's last generate() (or forward) on a wrapped model.
+    """The report of this task's or thread's last generate() (or forward) on a wrapped model.
 
     Raises:
         StateError: the model is not wrapped, or no call ran with a method yet.

@@ -26,6 +26,7 @@ from vlmfix.engine.observe import Observers
 from vlmfix.engine.stack import Stack
 from vlmfix.engine.stage import DecodeStep, Forward, Generation
 from vlmfix.engine.state import Implementation
+from vlmfix.engine.using import Blocks
 from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
 from vlmfix.families import ModelInfo
 from vlmfix.families.prompt import every_row
@@ -54,7 +55,7 @@ class Session:
         self.host, self.default = Host(model, info, impl), stack
         self.running = 0
         self._state = self.host.state
-        self.caches = Caches(self.host)
+        self.caches, self._blocks = Caches(self.host), Blocks()
 
     # -- life cycle ---------------------------------------------------------------------------
 
@@ -100,16 +101,16 @@ class Session:
 
     @property
     def stack(self) -> Stack:
-        """The stack of this thread: the innermost `using`, else what was wrapped."""
-        return self._state.thread.get(Stack) or self.default
+        """What runs here: an internal pass, else the innermost `using`, else what was wrapped."""
+        return self._state.thread.get(Stack) or self._blocks.innermost() or self.default
 
     def use(self, stack: Stack) -> AbstractContextManager[None]:
-        """Run another stack in this thread."""
+        """Run another stack in this task, or thread without tasks."""
         self.reach(stack)
-        return self._state.thread.keeping(stack)
+        return self._blocks.open(stack)
 
     def last_call(self) -> Call | None:
-        """The last call of this thread, or of any thread if this one made none."""
+        """The last call of this task or thread, or of any if this one made none."""
         return self._state.last
 
     def before_chats(

@@ -1,8 +1,10 @@
-"""What each thread that uses a wrapped model is doing: its call, its forward, its stack."""
+"""What each thread that uses a wrapped model is doing: its call, its forward; the last call."""
 
 from __future__ import annotations
 
 import threading
+import weakref
+from contextvars import ContextVar
 from typing import Any, Literal
 
 from vlmfix.engine.call import Call
@@ -15,6 +17,16 @@ __all__ = ["Implementation", "State"]
 Implementation = Literal["auto", "torch", "triton"]
 
 
+class _Token:
+    """Stands for one call in a context."""
+
+
+#: For each model, which of its calls was the last one of this context.
+_LAST: ContextVar[tuple[tuple[weakref.ref[State], _Token], ...]] = ContextVar(
+    "vlmfix_last", default=()
+)
+
+
 class State:
     """What the threads that use one wrapped model do; every property is this thread's own."""
 
@@ -22,6 +34,7 @@ class State:
         # torch.compile follows a plain threading.local, and no class derived from it.
         self._local = threading.local()
         self._last: Call | None = None
+        self._by_token: weakref.WeakKeyDictionary[_Token, Call] = weakref.WeakKeyDictionary()
 
     @property
     def thread(self) -> Lifetime:
@@ -60,10 +73,16 @@ class State:
 
     @property
     def last(self) -> Call | None:
-        """The last call of this thread, or of any thread if this one made none."""
-        own: Call | None = getattr(self._local, "last", None)
-        return own or self._last
+        """The last call of this task or thread, or of any if this one made none."""
+        for state, token in _LAST.get():
+            if state() is self:
+                return self._by_token.get(token)
+        return self._last
 
     @last.setter
     def last(self, call: Call) -> None:
-        self._last = self._local.last = call
+        # A context outlives models, so that it holds tokens and the state holds the calls.
+        token = _Token()
+        others = (one for one in _LAST.get() if one[0]() not in (None, self))
+        _LAST.set((*others, (weakref.ref(self), token)))
+        self._last = self._by_token[token] = call
