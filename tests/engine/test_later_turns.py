@@ -275,3 +275,64 @@ def test_inference_mode_may_end_between_turns() -> None:
             later = _inputs(tiny, ids, {})
             tiny.model.generate(**later, past_key_values=turn.past_key_values, **KWARGS)
             assert vlmfix.last_call(tiny.model).edited_rows
+
+
+# -- rows that changed places ----------------------------------------------------------------------
+
+
+def _reorder(cache: Any) -> torch.Tensor:
+    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    return torch.tensor([2, 0, 1])
+
+
+def _select(cache: Any) -> torch.Tensor:
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    return torch.tensor([2, 0])
+
+
+def _repeat(cache: Any) -> torch.Tensor:
+    cache.batch_repeat_interleave(2)
+    return torch.tensor([0, 0, 1, 1, 2, 2])
+
+
+def _next_step(tiny: TinyFamily, inputs: Inputs, change: Any) -> torch.Tensor:
+    """Logits of one more token per row, after rows of the cache were changed."""
+    mask = inputs["attention_mask"]
+    with torch.no_grad():
+        cache = tiny.model(**inputs).past_key_values
+        rows = change(cache)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)[rows]
+        ids = torch.full((len(rows), 1), 7)
+        logits: torch.Tensor = tiny.model(
+            input_ids=ids, attention_mask=mask, past_key_values=cache
+        ).logits
+    return logits
+
+
+@pytest.mark.parametrize("method", ["pai", "var", "vhr", "imba", "vcd", "fastv"])
+@pytest.mark.parametrize("change", [_reorder, _select, _repeat])
+def test_rows_that_changed_places_are_refused(method: str, change: Any) -> None:
+    tiny = family("llava")
+    inputs = tiny.inputs(3, lengths=[2, 6, 10])
+    message = "rows of this KV cache were reordered"
+    with vlmfix.wrapped(tiny.model, STRONG[method]), pytest.raises(StateError, match=message):
+        _next_step(tiny, inputs, change)
+
+
+@pytest.mark.parametrize("method", ["pai", "var", "vhr", "steer"])
+def test_rows_of_one_prompt_may_change_places(method: str) -> None:
+    """As in a beam search of the caller's own; and a cut alone moves no row."""
+    tiny = family("llava")
+    one = tiny.inputs(1)
+    inputs = {name: value.repeat(3, *[1] * (value.ndim - 1)) for name, value in one.items()}
+
+    def stay(cache: Any) -> torch.Tensor:
+        cache.crop(0)
+        return torch.arange(3)
+
+    with vlmfix.wrapped(tiny.model, STRONG[method]):
+        wanted = _next_step(tiny, inputs, stay)
+        got = _next_step(tiny, inputs, _reorder)
+        ragged = tiny.inputs(3, lengths=[2, 6, 10])
+        _next_step(tiny, ragged, stay)
+    assert torch.allclose(got, wanted, rtol=0, atol=TOLERANCE)

@@ -53,6 +53,9 @@ class Branches(Memory):
                 "the same method, or start from the prompt without this cache."
             )
 
+    def rows_are_alike(self) -> bool:
+        return False
+
     def cut(self, length: int) -> None:
         raise StateError(
             "this KV cache was cut inside a prompt whose branches it holds, too, which other "

@@ -6,7 +6,7 @@ import weakref
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from vlmfix.engine.call import Call
 from vlmfix.engine.frame import Frame, key_capacity, sliding_offsets
@@ -27,6 +27,7 @@ class Caches:
         self._host = host
         self._ledgers: weakref.WeakKeyDictionary[Any, Ledger] = weakref.WeakKeyDictionary()
         self._calls: weakref.WeakKeyDictionary[Ledger, Call] = weakref.WeakKeyDictionary()
+        self._keys: weakref.WeakKeyDictionary[Any, torch.Tensor] = weakref.WeakKeyDictionary()
         self._refused: weakref.WeakKeyDictionary[Any, VlmfixError] = weakref.WeakKeyDictionary()
 
     def __len__(self) -> int:
@@ -47,6 +48,7 @@ class Caches:
         ledger = self.ledger(cache)
         if cache is None or ledger is None:
             return
+        self._keys.pop(cache, None)
         ledger.begin()
         ledger.end()
         for memory in ledger.memories():
@@ -68,6 +70,12 @@ class Caches:
         forward.kwargs["past_key_values"] = made
         self._ledgers[made] = forward.frame.ledger
 
+    def hold(self, forward: Forward) -> None:
+        """A forward and all that belongs to it are over: its cache keeps its rows from now on."""
+        keys = _keys_of(forward.cache)
+        if forward.cache is not None and keys is not None:
+            self._keys[forward.cache] = keys
+
     # -- frames -------------------------------------------------------------------------------
 
     def frame(self, forward: Forward) -> Frame:
@@ -81,7 +89,7 @@ class Caches:
         ids = kwargs["input_ids"]
         batch, queries = ids.shape
         past = int(cache.get_seq_length()) if cache is not None else 0
-        ledger = self._followed(cache, past) if past and cache is not None else None
+        ledger = self._followed(cache, past, forward) if past and cache is not None else None
         if ledger is None:
             ledger = Ledger(batch, queries, ids.device)
             ledger.begin()
@@ -102,7 +110,7 @@ class Caches:
         needed = needed if isinstance(needed, int) else None
         return Frame(call, ledger, past, queries, offsets, needed)
 
-    def _followed(self, cache: Cache, past: int) -> Ledger:
+    def _followed(self, cache: Cache, past: int, forward: Forward) -> Ledger:
         """The ledger of a cache that holds `past` positions, cut to them."""
         if (refused := self._refused.get(cache)) is not None:
             raise refused
@@ -115,6 +123,18 @@ class Caches:
                 f"this KV cache holds {past} positions, {past - seen} of which no method has seen: "
                 "they were filled while the plain model ran. Start from the prompt with an empty "
                 "cache, or fill all of the cache under methods."
+            )
+        # Beam search reorders rows, too, which then never leave their prompt.
+        within = forward.call is not None and forward.call.passes > 0
+        held, keys = self._keys.pop(cache, None), _keys_of(cache)
+        moved = held is not None and keys is not None and not _shares_memory(held, keys)
+        moved = moved and past == ledger.length and not within and not ledger.rows_are_alike()
+        if moved or len(forward.kwargs["input_ids"]) != len(ledger.kinds):
+            raise StateError(
+                "rows of this KV cache were reordered, selected or repeated since it was filled, "
+                f"or tokens for {len(forward.kwargs['input_ids'])} of its {len(ledger.kinds)} rows "
+                "have come, and what is known of its prompts does not follow. Start from the "
+                "prompts, in the order that is wanted, without this cache."
             )
         ledger.cut(past)
         return ledger
@@ -150,3 +170,16 @@ class Caches:
             known = max(known, end)
         call.prompt_length = forward.prompt_length or known or end
         return call
+
+
+def _keys_of(cache: Cache | None) -> torch.Tensor | None:
+    """Keys that a cache holds in one piece, in memory that forwards alone replace; None: none."""
+    if cache is None or cache.offloading:
+        return None
+    whole = (layer for layer in cache.layers if type(layer) in (DynamicLayer, StaticLayer))
+    return next((layer.keys for layer in whole if layer.is_initialized), None)
+
+
+def _shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether both are pieces of one tensor, as what is left of a cache that was cut."""
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

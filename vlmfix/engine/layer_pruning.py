@@ -63,6 +63,9 @@ class Dropped(Memory):
                 "on with the same method, or start from the prompt without this cache."
             )
 
+    def rows_are_alike(self) -> bool:
+        return False
+
     def cut(self, length: int) -> None:
         raise StateError(
             "this KV cache was cut inside a prompt of which later layers hold other tokens than "

@@ -38,6 +38,10 @@ class Memory:
             StateError: what is remembered holds for the whole prompt alone.
         """
 
+    def rows_are_alike(self) -> bool:
+        """Whether all rows could change places."""
+        return True
+
     def require(self, stages: Collection[str]) -> None:
         """Refuse a forward over this cache under stages that cannot go on from this memory.
 
@@ -146,6 +150,13 @@ class Ledger(Lifetime):
         ]
         self._question = (masks[0].to(self.kinds.device), masks[1].to(self.kinds.device))
         self._changed()
+
+    def rows_are_alike(self) -> bool:
+        """Whether all rows could change places, as those of one prompt can."""
+        mine = [self.kinds, *(self._question or ())]
+        return all(bool((x == x[:1]).all()) for x in mine) and all(
+            memory.rows_are_alike() for memory in self.memories()
+        )
 
     def _changed(self) -> None:
         for memory in self.memories():

@@ -67,6 +67,12 @@ class AttentionNotes(Memory):
         self.factors.clear()  # they, and what was seen, are of the whole prompt
         self.seen.clear()
 
+    def rows_are_alike(self) -> bool:
+        kept = [*self.flags.values(), *self.image_values.values()]
+        kept += [tensor for seen in self.seen.values() for tensor in seen.values()]
+        kept += [factors.values for factors in self.factors.values()]
+        return all(torch.allclose(x.float(), x[:1].float()) for x in kept)
+
     def flag(self, method: AttentionMethod, layer: int, frame: Frame, flags: torch.Tensor) -> None:
         """Note (B, Q) flags of a method about the tokens of a forward.
 

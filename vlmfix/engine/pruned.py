@@ -30,6 +30,10 @@ class CutPrompts(Memory):
     removed: torch.Tensor | None
     following: torch.Tensor | None
 
+    def rows_are_alike(self) -> bool:
+        kept = [x for x in (self.mask, self.removed, self.following) if x is not None]
+        return all(bool((x == x[:1]).all()) for x in kept)
+
 
 def follow_cut_prompts(forward: Forward) -> dict[str, Any]:
     """The arguments of a forward behind cut prompts, with mask and positions for what is left.

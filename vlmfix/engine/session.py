@@ -352,6 +352,7 @@ class Session:
             self.caches.follow(forward, output, self.stack)
             for stage in reversed(self.stack.stages):
                 output = stage.after_forward(forward, output)
+            self.caches.hold(forward)
         finally:  # torch runs no hook after an interrupt
             self._end()
         return output
