@@ -92,7 +92,7 @@ def test_layers_of_a_tower_are_added_while_another_thread_encodes() -> None:
         thread = threading.Thread(target=encode)
         thread.start()
         assert entered.wait(20)
-        recorder.add((1,))
+        recorder.add((0, 1))
         added.set()
         thread.join()
         handle.remove()

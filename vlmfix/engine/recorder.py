@@ -165,8 +165,9 @@ class VisionRecorder:
             UnsupportedModel: the tower runs flash or flex attention.
         """
         wanted = _known_layers(self.tower, layers)
-        require_readable(self.tower, wanted)
-        self._hook([layer for layer in wanted if layer not in self._configs])
+        new = [layer for layer in wanted if layer not in self._configs]
+        require_readable(self.tower, new)
+        self._hook(new)
         self.layers = tuple(sorted({*self.layers, *wanted}))
 
     def _hook(self, layers: Iterable[int]) -> None:
