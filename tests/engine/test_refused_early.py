@@ -102,3 +102,14 @@ def test_layers_of_a_tower_are_added_while_another_thread_encodes() -> None:
         with pytest.raises(BadInput, match="at least one index"):
             recorder.add((99,))
     assert not any("_vlmfix" in name for module in tiny.model.modules() for name in vars(module))
+
+
+def test_methods_that_read_the_tower_follow_each_other_on_one_model() -> None:
+    """What a method asks of a tower it finds, too, where another one reads it already."""
+    tiny = build("llava")
+    inputs = tiny.inputs(1)
+    with vlmfix.wrapped(tiny.model, STRONG["imba"]):
+        for name in ("hiprune", "visionzip", "ptp"):
+            with vlmfix.using(tiny.model, STRONG[name]):
+                tiny.model.generate(**inputs, **generate_kwargs())
+                assert vlmfix.last_call(tiny.model).visual_tokens
