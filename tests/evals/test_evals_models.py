@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,6 +147,27 @@ def test_a_branch_counts_as_a_second_pass() -> None:
             requests = [Request(sample) for sample in samples]
             passes[method] = [reply.passes for reply in answer(requests, 0)]
     assert list(passes.values()) == [[4, 4], [8, 8]]
+
+
+@pytest.mark.parametrize("number", [63, 64, None])
+def test_few_visual_tokens_of_the_bundled_images_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None
+) -> None:
+    processor = build_processor()
+    torch.manual_seed(0)
+    model = build_model(QUICK, processor.tokenizer).eval()
+    own = TransformersModel(model, processor).visual_tokens(Image.new("RGB", (112, 112)))
+    assert own == 64
+    assert TransformersModel(Tiny(), processor).visual_tokens(None) is None
+    monkeypatch.setattr(TransformersModel, "visual_tokens", lambda self, picture: number)
+    settings: dict[str, Any] = {"limit": 1, "max_new_tokens": 1, "quiet": True}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        vlmfix.evals.evaluate(["chair"], (model, processor), output=tmp_path / "o", **settings)
+    told = [str(one.message) for one in caught if "visual tokens" in str(one.message)]
+    assert len(told) == (number == 63)
+    if told:
+        assert "chair: the bundled images have 112 x 112 pixels" in told[0]
 
 
 def test_the_bundled_world_end_to_end(tmp_path: Path) -> None:

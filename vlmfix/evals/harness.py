@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -36,6 +37,9 @@ from vlmfix.evals.scoring.compare import compare_arms
 from vlmfix.evals.tasks import Answer, DataSource, Task, get_task
 
 __all__ = ["evaluate"]
+
+#: Visual tokens of a bundled image in the bundled model.
+_BUNDLED_TOKENS = 64
 
 Data = str | Path | DataSource
 
@@ -114,6 +118,10 @@ def evaluate(
     applied = [method for method in named.values() if method is not None]
     asked = _model(model, applied, dtype, processes.device(device))
     asked.check(applied)
+    if processes.rank == 0:
+        for name, task in ready.items():
+            if _given(name, data) is None and (shown := _shown(task)):
+                _warn_of_few_tokens(name, asked, opened[name].image(shown))
 
     config = _plain_json(
         {
@@ -282,7 +290,7 @@ def _open(
     opened: dict[Any, DataSource] = {}
     found = {}
     for name, task_type in task_types.items():
-        source = chosen.get(name, chosen.get("*"))
+        source = _given(name, data)
         if isinstance(source, DataSource):
             found[name] = source
             continue
@@ -291,6 +299,30 @@ def _open(
             opened[key] = task_type.open(source)
         found[name] = opened[key]
     return found
+
+
+def _given(task: str, data: Data | Mapping[str, Data] | None) -> Any:
+    """What the caller named as the data of a task; None: the bundled images."""
+    return data.get(task, data.get("*")) if isinstance(data, Mapping) else data
+
+
+def _shown(task: Task) -> str | None:
+    """The first picture that a task shows."""
+    return next((sample.image for sample in task.samples if sample.image is not None), None)
+
+
+def _warn_of_few_tokens(task: str, asked: ModelUnderTest, picture: Any) -> None:
+    """Say it where a model sees less of the bundled images than the bundled model does."""
+    from vlmfix.evals.running.models import TransformersModel
+
+    number = asked.visual_tokens(picture) if isinstance(asked, TransformersModel) else None
+    if number is not None and number < _BUNDLED_TOKENS:
+        warnings.warn(
+            f"{task}: the bundled images have {picture.width} x {picture.height} pixels, and this "
+            f"model makes {number} visual tokens of one: too few for methods that weigh or drop "
+            f"visual tokens to show what they do. Name pictures of usual size with data= (--data)",
+            stacklevel=3,
+        )
 
 
 def _model(model: Any, methods: Sequence[Any], dtype: Any, device: Any) -> ModelUnderTest:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+from vlmfix.errors import UnsupportedModel
 from vlmfix.evals.running.arms import plain
 from vlmfix.evals.running.decoding import neutral, split_config
 from vlmfix.evals.running.runner import Answerer, Request, Turn
@@ -138,6 +139,20 @@ class TransformersModel:
             "attention": getattr(config, "_attn_implementation", None),
             "generation_config": {"kept": kept, "neutralised": undone},
         }
+
+    def visual_tokens(self, picture: Any) -> int | None:
+        """How many visual tokens a PIL image becomes; None for a model that vlmfix cannot hook."""
+        from vlmfix.chat import encode_chats
+        from vlmfix.families import describe_model
+
+        try:
+            info = describe_model(self._model)
+        except UnsupportedModel:
+            return None
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": "?"}]
+        inputs = encode_chats(self._processor, [[{"role": "user", "content": content}]])
+        ids = inputs["input_ids"][0].tolist()
+        return sum(token in info.image_token_ids for token in ids)
 
     def check(self, methods: Sequence[Any]) -> None:
         """Wrap and unwrap once per method, so that what cannot work fails before any answer."""
