@@ -182,7 +182,10 @@ class YesNoTask(Task):
                 splits=[sample.split for sample in samples],
                 clusters=[sample.image for sample in samples],
                 seed=self.options.seed,
-                requests=[(sample.image, sample.prompt) for sample in samples],
+                # For tests between arms alone.
+                requests=[(sample.image, sample.prompt) for sample in samples]
+                if len(scored) > 1
+                else None,
                 draws=draws,
             )
             for entry in found.values():

@@ -138,9 +138,10 @@ def summarise(
         sums[arm] = np.zeros((len(seeds), len(names), len(columns)))
         drawn[arm] = np.zeros((replicates, *sums[arm].shape))
         at = [(s, i) for s in range(len(seeds)) for i in range(len(names))]
-        parts = [(scored.counts[cells[s][i]], cells[s][i]) for s, i in at]
-        for (s, i), (chosen, _), redrawn in zip(at, parts, resamples.sums_of(parts), strict=True):
-            sums[arm][s, i] = chosen.sum(axis=0)
+        # One at a time: of a million answers, each is a large copy.
+        parts = ((scored.counts[cells[s][i]], cells[s][i]) for s, i in at)
+        for (s, i), redrawn in zip(at, resamples.sums_of(parts), strict=True):
+            sums[arm][s, i] = scored.counts[cells[s][i]].sum(axis=0)
             drawn[arm][:, s, i] = redrawn
 
     base = next(iter(arms))
@@ -185,6 +186,8 @@ def summarise(
                 for place in values[arm]
             }
         result[arm] = entry
+    if len(arms) == 1:
+        return result
     places = {name: [row[i].tolist() for row in cells] for i, name in enumerate(names)}
     if len(names) > 1:
         # One answer seen in three splits is one piece of evidence, not three.

@@ -8,7 +8,7 @@ Holm 1979.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -150,18 +150,20 @@ class Resamples:
         """
         return self.sums_of([(counts, items)])[0]
 
-    def sums_of(self, parts: Sequence[tuple[Floats, NDArray[np.intp] | None]]) -> list[Floats]:
+    def sums_of(self, parts: Iterable[tuple[Floats, NDArray[np.intp] | None]]) -> list[Floats]:
         """`sums` of several (counts, items) in one pass over the resamples."""
-        widths = [math.prod(counts.shape[1:]) for counts, _ in parts]
-        per_cluster = np.zeros((self.n_clusters, sum(widths)))
-        ends = np.cumsum(widths, dtype=np.intp)
-        for (counts, items), width, end in zip(parts, widths, ends, strict=True):
+        shapes: list[tuple[int, ...]] = []
+        columns = [np.zeros((self.n_clusters, 0))]
+        for counts, items in parts:
             cluster_of = self.cluster_of if items is None else self.cluster_of[items]
-            flat = counts.reshape(len(counts), width)
-            for column in range(width):
-                one = np.bincount(cluster_of, flat[:, column], self.n_clusters)
-                per_cluster[:, end - width + column] = one
-        found = np.zeros((self.replicates, sum(widths)))
+            flat = counts.reshape(len(counts), math.prod(counts.shape[1:]))
+            of_part = np.zeros((self.n_clusters, flat.shape[1]))
+            for column in range(flat.shape[1]):
+                of_part[:, column] = np.bincount(cluster_of, flat[:, column], self.n_clusters)
+            columns.append(of_part)
+            shapes.append(counts.shape[1:])
+        per_cluster = np.concatenate(columns, axis=1)
+        found = np.zeros((self.replicates, per_cluster.shape[1]))
         start = 0
         for block in self.blocks():
             into = found[start : start + len(block)]
@@ -170,9 +172,11 @@ class Resamples:
                 tile = slice(at, at + _TILE)
                 into += block[:, tile].astype(np.float64) @ per_cluster[tile]
             start += len(block)
+        ends = np.cumsum([math.prod(shape) for shape in shapes], dtype=np.intp)
+        pieces = np.split(found, ends[:-1], axis=1) if shapes else []
         return [
-            found[:, end - width : end].reshape(self.replicates, *counts.shape[1:])
-            for (counts, _), width, end in zip(parts, widths, ends, strict=True)
+            piece.reshape(self.replicates, *shape)
+            for piece, shape in zip(pieces, shapes, strict=True)
         ]
 
 
