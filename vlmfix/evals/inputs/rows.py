@@ -206,13 +206,21 @@ def decode_text(content: bytes, where: str, what: str) -> str:
         ) from None
 
 
+#: Longest value that may well stand in many rows.
+_SHARED = 64
+
+
 class _Repeated(ValueError):
     """An object of a JSON text has a key twice."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # The decoder makes each key again for each object: interned, a million rows share theirs.
-    found = {intern(key): value for key, value in pairs}
+    # The decoder makes each text again wherever it stands. Interned, a million rows share their
+    # keys, names and questions.
+    found = {
+        intern(key): intern(value) if type(value) is str and len(value) <= _SHARED else value
+        for key, value in pairs
+    }
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
