@@ -83,6 +83,6 @@ def idle(method: Method, info: ModelInfo) -> str | None:
     reason = method.idle()
     if reason is None and isinstance(method, AttentionMethod):
         layers = set(method.layers(info))
-        if not layers & set(info.attention):
+        if layers and not layers & set(info.attention):
             reason = f"none of its layers {sorted(layers)} has softmax attention in this model"
     return reason
