@@ -170,7 +170,7 @@ def test_layers_may_have_heads_of_their_own(name: str) -> None:
 def test_heads_are_counted_layer_by_layer() -> None:
     model = build("step3p7").model
     info = describe_model(model)
-    counts = info.layer_heads
+    counts = {layer: info.heads_of(layer) for layer in info.attention}
     assert len(set(counts.values())) == 2 and info.num_heads == max(counts.values())
     few = min(counts, key=lambda layer: counts[layer])
     head_list([f"{few}.{counts[few] - 1}"], info, "x")

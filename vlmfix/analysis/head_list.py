@@ -36,12 +36,12 @@ def head_list(names: Iterable[str], info: ModelInfo, method: str) -> tuple[tuple
                 "of layer 16, and 16.29/26.9 for two heads."
             )
         layer, head = int(match[1]), int(match[2])
-        count = info.layer_heads.get(layer, 0)
-        if head >= count:
-            has = f"that layer has heads 0 to {count - 1}" if count else "that layer has none"
+        count = info.heads_of(layer)
+        if layer not in info.attention or head >= count:
             raise BadInput(
                 f"{method}: this {info.model_type} model has no attention head {name}. It has "
-                f"{info.num_layers} layers, 0 to {info.num_layers - 1}; {has}."
+                f"{info.num_layers} layers, 0 to {info.num_layers - 1}, with heads 0 to "
+                f"{count - 1}."
             )
         pairs.add((layer, head))
     return tuple(sorted(pairs))

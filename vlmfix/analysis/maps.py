@@ -224,7 +224,7 @@ def _heads(
 ) -> tuple[int, ...] | None:
     if heads == "mean":
         return None
-    counts = {info.layer_heads[layer] for layer in layers}
+    counts = {info.heads_of(layer) for layer in layers}
     if heads == "all" and len(counts) == 1:
         return tuple(range(*counts))
     if isinstance(heads, str) or not 0 <= heads < min(counts):

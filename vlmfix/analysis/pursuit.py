@@ -153,7 +153,7 @@ def head_contributions(
             handle.remove()
     with torch.no_grad():
         return {
-            layer: _alone(projections[layer], mean, info.layer_heads[layer])
+            layer: _alone(projections[layer], mean, info.heads_of(layer))
             for layer, mean in means.items()
         }
 

@@ -153,7 +153,7 @@ class Plans:
         seen = self.notes.seen.get(method, {})
         return Keys(
             layer=layer,
-            num_heads=self.info.layer_heads[layer],
+            num_heads=self.info.heads_of(layer),
             kinds=ledger.kinds.to(device),
             flags=None if flags is None else flags.to(device),
             question=ledger.question.to(device),
@@ -246,5 +246,5 @@ class Plans:
                 "chose are missing. Start from the prompt, without this cache."
             )
         kinds = self.frame.ledger.kinds
-        ones = torch.ones(len(kinds), self.info.layer_heads[layer], device=kinds.device)
+        ones = torch.ones(len(kinds), self.info.heads_of(layer), device=kinds.device)
         return HeadFactors.of(ones, dtype)

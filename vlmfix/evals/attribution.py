@@ -196,7 +196,7 @@ def attribute(
     usable_seed(seed)
     info = describe_model(model)
     layers = sorted(info.attention)
-    pairs = [(layer, head) for layer in layers for head in range(info.layer_heads[layer])]
+    pairs = [(layer, head) for layer in layers for head in range(info.heads_of(layer))]
     wanted = _how_many(top, len(pairs))
     if save or beside:  # what could fail at the end fails now
         calibration_path(model, beside=beside)
@@ -285,7 +285,7 @@ def _measure(
     truth = ground_truth(data)
     data.require_images([data.files[image] for batch in batches for image in batch])
     tokenizer = getattr(processor, "tokenizer", processor)
-    heads = describe_model(model).layer_heads
+    info = describe_model(model)
     found: list[Mention] = []
     images: list[int] = []
     plain: list[Floats] = []
@@ -304,7 +304,7 @@ def _measure(
             advance(1, "describing")
             columns = []
             for layer, head in pairs:
-                with using(model, ZeroHead(layer, head, heads[layer])):
+                with using(model, ZeroHead(layer, head, info.heads_of(layer))):
                     columns.append(plain[-1] - _words(forced.read(model), named))
                 advance(1, "switching heads off")
             lost.append(np.stack(columns, axis=1))

@@ -63,10 +63,10 @@ class ModelInfo:
     are the placeholder ids.
 
     Layers may differ: `num_heads`, `num_key_value_heads` and `head_dim` are the largest numbers,
-    and `layer_heads` maps the index of each layer with attention to its query heads. `shared_keys`
-    maps a layer that computes no keys of its own to the layer whose keys it reads. `streams` is
-    the number of copies of the residual stream between layers. `cross_attention` are the layers
-    through which images enter, where the prompt has none of their tokens.
+    and `fewer_heads` maps the index of each layer with fewer query heads to their number.
+    `shared_keys` maps a layer that computes no keys of its own to the layer whose keys it reads.
+    `streams` is the number of copies of the residual stream between layers. `cross_attention` are
+    the layers through which images enter, where the prompt has none of their tokens.
     """
 
     model_type: str
@@ -81,10 +81,14 @@ class ModelInfo:
     video_token_ids: tuple[int, ...]
     layers: tuple[torch.nn.Module, ...] = field(repr=False)
     attention: dict[int, torch.nn.Module] = field(repr=False)
-    layer_heads: dict[int, int] = field(repr=False)
+    fewer_heads: dict[int, int] = field(repr=False)
     shared_keys: dict[int, int] = field(repr=False)
     streams: int
     cross_attention: tuple[int, ...] = ()
+
+    def heads_of(self, layer: int) -> int:
+        """Query heads of a layer with attention."""
+        return self.fewer_heads.get(layer, self.num_heads)
 
     @property
     def sees_whole_prompt(self) -> bool:
@@ -159,7 +163,7 @@ def describe_model(model: torch.nn.Module) -> ModelInfo:
         video_token_ids=videos,
         layers=layers,
         attention=attention,
-        layer_heads=heads,
+        fewer_heads={at: count for at, count in heads.items() if count < max(heads.values())},
         shared_keys=_shared_keys(text_config, len(layers)),
         streams=max(int(getattr(text_config, name, None) or 1) for name in _STREAMS),
         cross_attention=_cross_attention(layers),
