@@ -7,6 +7,7 @@ projector behind it, shows where a spot goes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,9 +21,11 @@ from tiny import TinyFamily, build
 from torch import Tensor
 from transformers import (
     CohereCompassImageProcessorPil,
+    Cosmos3EdgeImageProcessorPil,
     Ernie4_5_VLMoeImageProcessorPil,
     Glm4vImageProcessorPil,
     Glm46VImageProcessorPil,
+    PaddleOCRVLImageProcessorPil,
     Qwen2VLImageProcessorPil,
     VideoLlama3ImageProcessorPil,
 )
@@ -83,6 +86,11 @@ def single_frame(picture: Tensor) -> Tensor:
     return squares(picture, time=1)
 
 
+def channels_last(picture: Tensor) -> Tensor:
+    """Square by square, one frame: (n, 4 x 4 x 3)."""
+    return single_frame(picture).view(-1, 3, PATCH**2).transpose(1, 2).flatten(1)
+
+
 #: How processors cut pictures, where not as Qwen's does. Those of Kimi and Muse need torchvision,
 #: which the tests do without.
 CUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -90,29 +98,35 @@ CUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "kimi_k25": rows,
     "muse_glimmer": muse,
     "muse_spark": muse,
+    "paddleocr_vl": rows,
+    "cosmos3_edge": channels_last,
 }
 
 
 @pytest.mark.parametrize(
-    ("kind", "side", "time"),
+    ("kind", "cut", "side", "time"),
     [
-        (Qwen2VLImageProcessorPil, 2, 2),
-        (Glm4vImageProcessorPil, 2, 2),
-        (Glm46VImageProcessorPil, 2, 2),
-        (CohereCompassImageProcessorPil, 2, 2),
-        (Ernie4_5_VLMoeImageProcessorPil, 2, 1),
-        (VideoLlama3ImageProcessorPil, 1, 1),
-        (VideoLlama3ImageProcessorPil, 2, 1),
+        (Qwen2VLImageProcessorPil, squares, 2, 2),
+        (Glm4vImageProcessorPil, squares, 2, 2),
+        (Glm46VImageProcessorPil, squares, 2, 2),
+        (CohereCompassImageProcessorPil, squares, 2, 2),
+        (Ernie4_5_VLMoeImageProcessorPil, single_frame, 2, 1),
+        (Cosmos3EdgeImageProcessorPil, channels_last, 2, 1),
+        (VideoLlama3ImageProcessorPil, functools.partial(squares, side=1, time=1), 1, 1),
+        (VideoLlama3ImageProcessorPil, single_frame, 2, 1),
+        (PaddleOCRVLImageProcessorPil, rows, 2, 1),
     ],
 )
-def test_pictures_are_cut_as_processors_cut_them(kind: Any, side: int, time: int) -> None:
+def test_pictures_are_cut_as_processors_cut_them(
+    kind: Any, cut: Callable[[Tensor], Tensor], side: int, time: int
+) -> None:
     values = np.random.default_rng(0).integers(0, 255, (16, 32, 3), dtype=np.uint8)
     options: Inputs = {"do_resize": False, "do_rescale": False, "do_normalize": False}
     processor = kind(patch_size=PATCH, merge_size=side, temporal_patch_size=time, **options)
     made = processor(Image.fromarray(values), return_tensors="pt")
     assert made["image_grid_thw"].tolist() == [[1, 4, 8]]
     picture = torch.tensor(values).permute(2, 0, 1).float()
-    assert torch.equal(made["pixel_values"].float(), squares(picture, side, time))
+    assert torch.equal(made["pixel_values"].float(), cut(picture))
 
 
 # -- the oracle -----------------------------------------------------------------------------------
@@ -128,6 +142,7 @@ class Canvas:
     def __init__(self, name: str, tower: Tower, tiny: TinyFamily) -> None:
         self.name, self.tower = name, tower
         self.inputs = vision_arguments(tiny.model, tiny.inputs(batch=2))
+        (self.pixels,) = (key for key in self.inputs if "pixel_values" in key)
         generator = torch.Generator().manual_seed(3)
         if tower.layout in ("patches", "placed"):
             self.pictures = [
@@ -136,7 +151,7 @@ class Canvas:
             ]
             self._say_sizes()
         else:
-            self.pictures = list(self.inputs["pixel_values"].flatten(0, -4))
+            self.pictures = list(self.inputs[self.pixels].flatten(0, -4))
 
     def _say_sizes(self) -> None:
         """The sizes of the pictures, in the words of the family."""
@@ -168,8 +183,8 @@ class Canvas:
             else:
                 values = [CUTS.get(self.name, squares)(one) for one in pictures]
             return {**self.inputs, "pixel_values": torch.cat(values)}
-        shape = self.inputs["pixel_values"].shape
-        return {**self.inputs, "pixel_values": torch.stack(pictures).view(shape)}
+        shape = self.inputs[self.pixels].shape
+        return {**self.inputs, self.pixels: torch.stack(pictures).view(shape)}
 
     def painted(self, turn: int) -> tuple[Inputs, list[tuple[int, int]]]:
         """Inputs with one patch of each picture painted, and where; turns come by all of them."""

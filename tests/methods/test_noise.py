@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -324,6 +325,17 @@ def test_frames_of_a_video_have_noise_of_their_own() -> None:
         pair = torch.stack([one.flatten(), other.flatten()])
         assert abs(torch.corrcoef(pair)[0, 1]) < 0.1
     assert not torch.isclose(after["pixel_values"], torch.zeros(16, 96)).any()
+
+
+def test_frames_that_come_before_channels() -> None:
+    """Muse repeats a still image too, and its patches are 2 x 3 x side x side."""
+    vision = {
+        "pixel_values": torch.zeros(16, 2 * 3 * 4 * 4),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+    }
+    asked = replace(made(vision), info=describe_model(family("muse_glimmer").model))
+    first, second = noised(asked, 500, 0)["pixel_values"].view(16, 2, 48).unbind(1)
+    assert torch.equal(first, second) and correlation(first[:, :16], first[:, 16:32]) < 0.3
 
 
 def test_patches_of_one_frame() -> None:

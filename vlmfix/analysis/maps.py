@@ -22,7 +22,7 @@ from vlmfix.engine.ledger import Ledger
 from vlmfix.engine.observe import internal_pass
 from vlmfix.engine.stages import make_stack
 from vlmfix.errors import BadInput, UnsupportedModel
-from vlmfix.families import ModelInfo, last_logits
+from vlmfix.families import ModelInfo, last_logits, pixel_names
 from vlmfix.families.kinds import PAD, TEXT, VIDEO
 from vlmfix.families.prompt import prompt_kinds
 from vlmfix.families.question import find_question
@@ -363,8 +363,9 @@ def placed_images(tower: Tower, inputs: Mapping[str, Any], counts: list[int]) ->
         BadInput: inputs without sizes of images, or placeholders that the images do not fill.
     """
     names = {"packed": "image_sizes", "patches": "image_grid_thw"}
-    wanted = ("pixel_values", names.get(tower.layout, "pixel_values"))
-    missing = [name for name in wanted if inputs.get(name) is None]
+    missing = [] if pixel_names(inputs) else ["pixel_values"]
+    if tower.layout in names and inputs.get(names[tower.layout]) is None:
+        missing.append(names[tower.layout])
     if missing:
         raise BadInput(
             f"the inputs lack {', '.join(missing)}, which tells the place of a visual token. Pass "
@@ -392,7 +393,7 @@ def _shapes(tower: Tower, inputs: Mapping[str, Any], total: int) -> Iterator[Pla
         for rows, columns in grid_shapes(tower, inputs):
             yield _whole(rows, columns)
         return
-    height, width = inputs["pixel_values"].shape[-2:]
+    height, width = inputs[pixel_names(inputs)[0]].shape[-2:]
     rows, columns = tile_shape(tower, height, width)
     tokens = rows * columns
     if tower.layout == "tiles":

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from vlmfix.errors import UnsupportedModel
+from vlmfix.families import pixel_names
 from vlmfix.families.tower import (
     EncodedImage,
     Order,
@@ -188,7 +189,7 @@ _LAYOUTS = {"tiles": _tiles, "packed": _packed, "patches": _patches, "placed": _
 
 def _square_tiles(tower: Tower, calls: RecordedCalls, arguments: dict[str, Any]) -> list[Tile]:
     """The tiles of one call per layer, without the class token, folded to visual tokens."""
-    height, width = arguments["pixel_values"].shape[-2:]
+    height, width = arguments[pixel_names(arguments)[0]].shape[-2:]
     merge, has_cls = tower.merge, int(tower.has_cls)
     rows, columns = tile_shape(tower, height, width)
 

@@ -5,7 +5,9 @@ How patches become visual tokens, by family (`_FAMILIES`):
     LLaVA, PaliGemma, DeepSeek-VL     one patch, one token; the class token, if any, is left out
     LLaVA-NeXT                        the same per tile, then unpadded, with a newline per row
     InternVL, SmolVLM, Gemma 3        a square of patches (pixel shuffle, average pooling)
-    Qwen2-VL to Qwen3.5, GLM-4V       a square of patches, images of any size, several in a row
+    Qwen2-VL to Qwen3.5, GLM-4V,
+    PaddleOCR-VL, Kimi, Muse          a square of patches, images of any size, several in a row
+    Gemma 4, LFM2-VL                  the same, one image to a row of the batch, with padding
 
 Everything else is refused (`_REFUSED` has reasons): where a token is a mixture of patches, as
 behind a Q-Former, a perceiver or an interpolation, no value can be given to it.
@@ -96,6 +98,7 @@ _FAMILIES: dict[str, _Family] = {
     "vipllava": _Family("tiles", _one, _PLAIN_TOWERS),
     "paligemma": _Family("tiles", _one, _PLAIN_TOWERS),
     "deepseek_vl": _Family("tiles", _one, _PLAIN_TOWERS),
+    "video_llava": _Family("tiles", _one, _PLAIN_TOWERS),
     "janus": _Family("tiles", _one),
     "llava_next": _LLAVA_NEXT,
     "llava_next_video": _LLAVA_NEXT,
@@ -132,6 +135,8 @@ _FAMILIES: dict[str, _Family] = {
     "lfm2_vl": _Family("placed", lambda config: int(config.downsample_factor)),
     # Each image says how its patches are merged, see square_sides().
     "video_llama_3": _Family("patches", _one),
+    "paddleocr_vl": _Family("patches", _spatial_merge, order="rows"),
+    "cosmos3_edge": _QWEN,
     "kimi_k25": _Family(
         "patches", lambda c: int(c.vision_config.merge_kernel_size[0]), order="rows"
     ),
@@ -300,9 +305,7 @@ def describe_tower(model: Any, info: ModelInfo) -> Tower:
             f"vision_feature_select_strategy={strategy!r} on a tower "
             f"{'with' if has_cls else 'without'} a class token leaves no token per patch",
         )
-    # CLIP, SigLIP and the like record the outputs of this class when asked for attentions.
-    attention = module._can_record_outputs["attentions"]
-    layers = tuple(child for child in module.modules() if isinstance(child, attention))
+    layers = _attention_layers(module)
     full = _full_attention(module.config, len(layers))
     used = _feature_layer(getattr(model.config, "vision_feature_layer", -1), len(layers))
     return Tower(
@@ -317,6 +320,21 @@ def describe_tower(model: Any, info: ModelInfo) -> Tower:
         order=family.order,
         module=module,
         host=model.base_model,
+    )
+
+
+def _attention_layers(module: Any) -> tuple[torch.nn.Module, ...]:
+    """The attention modules of a vision tower, in order."""
+    # CLIP, SigLIP and the like record the outputs of this class when asked for attentions.
+    kind = module._can_record_outputs["attentions"]
+    layers = tuple(child for child in module.modules() if isinstance(child, kind))
+    if layers:
+        return layers
+    # Some name the class of a module that was copied, not their own.
+    return tuple(
+        child
+        for child in module.modules()
+        if type(child).__name__.endswith("Attention") and hasattr(child, "config")
     )
 
 

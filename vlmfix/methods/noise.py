@@ -52,6 +52,9 @@ _UNKNOWN = {
     "inkling_mm_model": "its processor hands over the patches of all images without their sizes",
 }
 
+#: Families in whose patches a frame follows the other, each with its channels.
+_TIME_FIRST = ("muse_glimmer", "muse_spark")
+
 #: Pixels that belong to the images of `pixel_values`, which are their views as a whole.
 _FURTHER_VIEWS = ("high_res_pixel_values", "pixel_values_local")
 
@@ -69,7 +72,7 @@ def require_pixels(name: str, info: ModelInfo, model: torch.nn.Module) -> None:
     """
     reason = _UNKNOWN.get(info.model_type)
     if reason is None and not pixel_names(dict.fromkeys(vision_names(model), True)):
-        reason = "its image encoder takes no argument that holds pixels"
+        reason = "it has no image encoder of its own that takes pixels (get_image_features)"
     if reason is not None:
         raise UnsupportedModel(
             f"{name} adds noise to pixels, which it cannot do on model type {info.model_type!r}: "
@@ -155,7 +158,7 @@ def _images(prompt: Prompt, name: str, vision: Mapping[str, Any]) -> Iterator[li
     values = vision[name]
     grids = _grids(name, vision)
     if grids is not None and values.ndim != 3:
-        return _patches(name, values, grids)
+        return _patches(prompt, name, values, grids)
     if values.ndim == 3:
         return _padded_patches(prompt, name, vision)
     if "target_sizes" in vision and values.ndim == 4 and len(values) == 1:
@@ -179,7 +182,9 @@ def _grids(name: str, vision: Mapping[str, Any]) -> torch.Tensor | None:
     return next((vision[grid] for grid in names if vision.get(grid) is not None), None)
 
 
-def _patches(name: str, values: torch.Tensor, grids: torch.Tensor) -> Iterator[list[_Part]]:
+def _patches(
+    prompt: Prompt, name: str, values: torch.Tensor, grids: torch.Tensor
+) -> Iterator[list[_Part]]:
     """(patches, ...) and a grid per image or video."""
     counts = grids.prod(1).tolist()
     if sum(counts) != len(values):
@@ -197,6 +202,10 @@ def _patches(name: str, values: torch.Tensor, grids: torch.Tensor) -> Iterator[l
         raise _unknown_form(name, values)
     for image in torch.split(values, counts):
         sampled = time if _is_video(name) else 1
+        if prompt.info.model_type in _TIME_FIRST:
+            part = image.view(-1, time, _CHANNELS, side, side)
+            yield [(part, (len(image), sampled, _CHANNELS, side, side))]
+            continue
         part = image.view(-1, _CHANNELS, time, side, side)
         yield [(part, (len(image), _CHANNELS, sampled, side, side))]
 
