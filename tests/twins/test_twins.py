@@ -157,14 +157,18 @@ def test_doctor_describes_the_twin(twin: Twin) -> None:
 
 
 def test_what_doctor_calls_fitting_runs(twin: Twin) -> None:
-    failed = {}
+    chat, failed = kinds()["one"].chat, {}
     with few_tokens(twin):
+        inputs = chat_inputs(twin.model, twin.processor, [chat])
         for method in examine(twin.model)["methods"]:
             if not method["fits"]:
                 continue
             try:
                 with vlmfix.wrapped(twin.model, method["name"]):
-                    vlmfix.generate(twin.model, twin.processor, kinds()["one"].chat, **GREEDY)
+                    if method["name"] == "carve":  # it cuts the pictures of chats
+                        vlmfix.generate(twin.model, twin.processor, chat, **GREEDY)
+                    else:
+                        twin.model.generate(**inputs, processor=twin.processor, **GREEDY)
                     report = vlmfix.last_call(twin.model)
                 did = (report.edited_rows, report.contrasted_rows, report.visual_tokens)
                 if not any(did) and not report.pixels:
@@ -174,7 +178,7 @@ def test_what_doctor_calls_fitting_runs(twin: Twin) -> None:
     assert failed == {}
 
 
-@chat_kinds
+@pytest.mark.parametrize("kind", ["two", "wide", "tiny", "system", "second turn", "text first"])
 def test_a_method_edits_the_answer(twin: Twin, kind: str) -> None:
     if refused_by_template(twin, kind):
         pytest.skip(f"the template of {twin.name} takes no such chat")
@@ -223,7 +227,6 @@ def test_eval_asks_every_item(twin: Twin, tmp_path: Path) -> None:
         vlmfix.evals.evaluate(
             ["pope"],
             model=(twin.model, twin.processor),
-            methods=["pai"],
             limit=1,
             splits=["random"],
             max_new_tokens=2,
@@ -231,8 +234,7 @@ def test_eval_asks_every_item(twin: Twin, tmp_path: Path) -> None:
             quiet=True,
         )
     lines = [line for file in tmp_path.glob("**/*.jsonl") for line in file.read_text().splitlines()]
-    assert len(lines) == 12  # six questions, twice
-    assert [json.loads(line)["error"] for line in lines] == [None] * 12
+    assert [json.loads(line)["error"] for line in lines] == [None] * 6
 
 
 def test_calibrate_measures_every_part(twin: Twin, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -809,7 +809,13 @@ RECIPES["gemma-3-4b-it"] = Recipe(
     },
     small={
         "text_config": {**TEXT, "num_hidden_layers": 6},
-        "vision_config": {**TOWER, "num_hidden_layers": 1},
+        # 4,096 patches: a layer of one small head is enough.
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_attention_heads": 1,
+            "num_hidden_layers": 1,
+        },
     },
     tokens=(
         *tokens(_GEMMA_LOW, {107: "\n", 108: "\n\n"}),
