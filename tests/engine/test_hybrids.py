@@ -313,6 +313,24 @@ def test_caches_whose_rows_cannot_be_joined_are_refused_at_once(name: str, layer
         pass  # the control without a contrast runs no branch
 
 
+@pytest.mark.parametrize("name", ["dots3_note", "glm5_next", "mistral_large4"])
+def test_attention_that_chooses_keys_by_the_batch_is_refused(name: str) -> None:
+    model = build(name).model
+    rows = {row["name"]: row for row in examine(model)["methods"]}
+    for method in ("vcd", "m3id", "avc"):
+        with pytest.raises(UnsupportedModel, match="chooses other keys in a batch") as refusal:
+            vlmfix.wrap(model, method)
+        assert not rows[method]["fits"] and rows[method]["why"] == str(refusal.value)
+
+
+def test_attention_that_cannot_be_read_is_refused_where_a_contrast_reads_it() -> None:
+    model = build("inkling").model
+    with pytest.raises(UnsupportedModel, match="hands position_bias"):
+        vlmfix.wrap(model, "avc")
+    with vlmfix.wrapped(model, "m3id"):
+        pass
+
+
 def test_a_static_cache_of_sparse_attention_is_refused_with_the_way_out() -> None:
     tiny = family("qwen4_exp")
     refused = pytest.raises(CompositionError, match=r"StaticIndexedLayer.*with a dynamic cache")

@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicCache
 
 from vlmfix.base.contrast import ContrastMethod
 from vlmfix.engine.branches import Branches
+from vlmfix.engine.edits import READ_ARGUMENTS, unread_arguments
 from vlmfix.engine.frame import Frame
 from vlmfix.engine.joined import unjoinable
 from vlmfix.engine.stage import Forward
@@ -16,18 +17,36 @@ from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedMod
 from vlmfix.families import ModelInfo
 from vlmfix.families.kinds import PAD
 from vlmfix.families.prompt import carries_vision
+from vlmfix.families.source import arguments_of_attention
 
 __all__ = ["check_cross_attention", "check_model", "check_prompt", "check_turn"]
 
 
+#: Families whose sparse attention chooses few keys, and chooses others where a prompt is padded or
+#: a score rounds differently: the plain model itself answers a batch otherwise than its prompts.
+_CHOOSE_BY_BATCH = ("dots3_note", "glm5_next", "mistral_large4")
+
+
 def check_model(method: ContrastMethod, model: Any, info: ModelInfo) -> None:
-    """Refuse a model to whose KV cache no rows can be joined.
+    """Refuse a model whose KV cache, or whose attention, branches cannot share or read.
 
     Raises:
-        UnsupportedModel: which layers of it.
+        UnsupportedModel: what of it.
     """
+    if not method.streams():
+        return
+    for layer in method.watched(info):
+        module = info.attention[layer]
+        if unread := arguments_of_attention(module) - READ_ARGUMENTS:
+            raise UnsupportedModel(unread_arguments(layer, type(module).__name__, sorted(unread)))
+    if info.model_type in _CHOOSE_BY_BATCH:
+        raise UnsupportedModel(
+            f"{method.name} runs its branches in one batch with the prompts, and the sparse "
+            f"attention of model type {info.model_type!r} chooses other keys in a batch than for a "
+            "prompt alone. Use a method that edits attention or prunes."
+        )
     text = model.config.get_text_config(decoder=True)
-    if method.streams() and (what := unjoinable(DynamicCache(config=text))):
+    if what := unjoinable(DynamicCache(config=text)):
         raise UnsupportedModel(
             f"{method.name} runs its branches in the rows of one KV cache, and that of model type "
             f"{info.model_type!r} has layers ({what}) to which rows cannot be joined. Use a method "
