@@ -33,6 +33,7 @@ from vlmfix.evals.chair.objects import category_of, ground_truth, mentions
 from vlmfix.evals.chair.task import PROMPT
 from vlmfix.evals.chair.tokens import find_mentions, token_spans
 from vlmfix.evals.inputs.coco import CocoData
+from vlmfix.evals.running.lock import locked
 from vlmfix.families import describe_model
 
 
@@ -246,6 +247,8 @@ def test_files_and_the_calibration(
     assert all(scores[layer, head] > 0 for layer, head in kept)
     with pytest.raises(BadInput, match="not empty"):
         attribute(tiny.model, processor, world, output=folder, **settings)
+    with locked(folder), pytest.raises(BadInput, match="another run"):
+        attribute(tiny.model, processor, world, output=folder, overwrite=True, **settings)
     again = attribute(tiny.model, processor, world, output=folder, overwrite=True, **settings)
     assert again["heads"] == results["heads"]
 

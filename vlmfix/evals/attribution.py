@@ -37,6 +37,7 @@ from vlmfix.evals.inputs.coco import CocoData
 from vlmfix.evals.options import positive, usable_seed
 from vlmfix.evals.reporting.head_plots import layer_head_map, require_matplotlib
 from vlmfix.evals.running.files import write_json
+from vlmfix.evals.running.lock import locked
 from vlmfix.evals.running.progress import progress_bar
 from vlmfix.evals.running.store import output_folder
 from vlmfix.evals.scoring.stats import LEVEL, Resamples, percentile_interval
@@ -185,8 +186,9 @@ def attribute(
         What results.json holds.
 
     Raises:
-        BadInput: options, data or an output folder that cannot be used; too few images; answers
-            that do not name both kinds of objects. Nothing has been written then.
+        BadInput: options, data or an output folder that cannot be used, another run in that folder;
+            too few images; answers that do not name both kinds of objects. Nothing has been
+            written then.
         MissingDependency: matplotlib is not installed.
         StateError: the model is wrapped, or in training mode.
         UnsupportedModel: see `teacher_forcing.answer_greedily`.
@@ -204,53 +206,58 @@ def attribute(
     started = datetime.now(UTC)
     title = name or str(getattr(model, "name_or_path", "") or type(model).__name__)
     folder = output_folder(output, overwrite, started, ("attribute",), title)
-    with tempfile.TemporaryDirectory() as scratch:
-        opened = data if isinstance(data, CocoData) else CocoData(data or _tuning(scratch, limit))
-        images = _choice(opened, limit, seed)
-        batches = [images[at : at + batch_size] for at in range(0, len(images), batch_size)]
-        with progress_bar(len(batches) * (1 + len(pairs)), quiet) as advance:
-            seen = _measure(model, processor, opened, batches, pairs, max_new_tokens, advance)
-        facts = {"data": opened.source.name, "data_sha256": opened.sha256}
-    wrong = np.array([mention.hallucinated for mention in seen.mentions], dtype=bool)
-    by_head = contrast(seen.influence, wrong, seen.images, seed)
-    order = sorted(range(len(pairs)), key=lambda at: -by_head.score[at])
-    heads = [_entry(pairs[at], by_head, at) for at in order]
-    chosen = [row for row in heads if row["score"] > 0][:wanted]
-    results: dict[str, Any] = {
-        "format": 1,
-        "config": {
-            "model": title,
-            "model_class": type(model).__name__,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            **facts,
-            "prompt": PROMPT,
-            "max_new_tokens": max_new_tokens,
-            "limit": limit,
-            "batch_size": batch_size,
-            "seed": seed,
-            "top": top,
-            "machine": machine.facts(str(model.device)),
-        },
-        "n_images": len(images),
-        "n_mentions": len(wrong),
-        "n_hallucinated": int(wrong.sum()),
-        # Words of which a model is less sure may lose more under any disturbance.
-        "log_probability": {
-            "hallucinated": float(seen.plain[wrong].mean()),
-            "present": float(seen.plain[~wrong].mean()),
-        },
-        "agreement": seen.agreement,
-        "forwards": len(batches) * (1 + len(pairs)),
-        "seconds": round((datetime.now(UTC) - started).total_seconds(), 1),
-        "n_distinct": int(by_head.distinct.sum()),
-        "hallucination_heads": [[row["layer"], row["head"]] for row in chosen],
-        "heads": heads,
-    }
-    _write(results, folder, info)
-    if save or beside:
-        kept = tuple((row["layer"], row["head"]) for row in chosen)
-        results["calibration"] = store(model, beside=beside, hallucination_heads=kept).path
-    return results
+    with locked(folder):
+        # Another run may have filled it since.
+        output_folder(folder, overwrite, started, ("attribute",), title)
+        with tempfile.TemporaryDirectory() as scratch:
+            opened = (
+                data if isinstance(data, CocoData) else CocoData(data or _tuning(scratch, limit))
+            )
+            images = _choice(opened, limit, seed)
+            batches = [images[at : at + batch_size] for at in range(0, len(images), batch_size)]
+            with progress_bar(len(batches) * (1 + len(pairs)), quiet) as advance:
+                seen = _measure(model, processor, opened, batches, pairs, max_new_tokens, advance)
+            facts = {"data": opened.source.name, "data_sha256": opened.sha256}
+        wrong = np.array([mention.hallucinated for mention in seen.mentions], dtype=bool)
+        by_head = contrast(seen.influence, wrong, seen.images, seed)
+        order = sorted(range(len(pairs)), key=lambda at: -by_head.score[at])
+        heads = [_entry(pairs[at], by_head, at) for at in order]
+        chosen = [row for row in heads if row["score"] > 0][:wanted]
+        results: dict[str, Any] = {
+            "format": 1,
+            "config": {
+                "model": title,
+                "model_class": type(model).__name__,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                **facts,
+                "prompt": PROMPT,
+                "max_new_tokens": max_new_tokens,
+                "limit": limit,
+                "batch_size": batch_size,
+                "seed": seed,
+                "top": top,
+                "machine": machine.facts(str(model.device)),
+            },
+            "n_images": len(images),
+            "n_mentions": len(wrong),
+            "n_hallucinated": int(wrong.sum()),
+            # Words of which a model is less sure may lose more under any disturbance.
+            "log_probability": {
+                "hallucinated": float(seen.plain[wrong].mean()),
+                "present": float(seen.plain[~wrong].mean()),
+            },
+            "agreement": seen.agreement,
+            "forwards": len(batches) * (1 + len(pairs)),
+            "seconds": round((datetime.now(UTC) - started).total_seconds(), 1),
+            "n_distinct": int(by_head.distinct.sum()),
+            "hallucination_heads": [[row["layer"], row["head"]] for row in chosen],
+            "heads": heads,
+        }
+        _write(results, folder, info)
+        if save or beside:
+            kept = tuple((row["layer"], row["head"]) for row in chosen)
+            results["calibration"] = store(model, beside=beside, hallucination_heads=kept).path
+        return results
 
 
 @dataclass(frozen=True)
