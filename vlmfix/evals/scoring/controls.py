@@ -129,7 +129,10 @@ def _shares(answers: Sequence[Answer]) -> dict[str, float]:
         "empty_share": sum(not answer.text.strip() for answer in answers) / n,
         "cut_share": sum(answer.finish == "length" for answer in answers) / n,
         "repeated_share": sum(repeats_itself(answer.text) for answer in answers) / n,
-        "non_ascii_share": sum(bool(_FOREIGN.search(answer.text)) for answer in answers) / n,
+        "non_ascii_share": sum(
+            not answer.text.isascii() and bool(_FOREIGN.search(answer.text)) for answer in answers
+        )
+        / n,
     }
 
 
