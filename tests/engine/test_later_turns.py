@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import eager_mask
 
 import vlmfix
+from vlmfix.engine.plans import AttentionNotes
 from vlmfix.errors import StateError
 from vlmfix.methods.pai import PayAttentionToImage
 from vlmfix.methods.vhr import VisionAwareHeadReinforcement
@@ -147,6 +148,24 @@ def test_what_looks_at_a_whole_prompt_refuses_a_new_image(spec: Any) -> None:
         pytest.raises(StateError, match="with all of its images.*without past_key_values"),
     ):
         _two_images(tiny)
+
+
+def test_an_answer_that_was_not_looked_at_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind compiled steps: whether its tokens are sinks is not known."""
+    tiny = family("llava")
+    first = _inputs(tiny, [1, 11, *_image(tiny), 12, 13], _pixels(tiny, 1))
+    flag = AttentionNotes.flag
+
+    def of_prompts(notes: Any, method: Any, layer: int, frame: Any, flags: torch.Tensor) -> None:
+        if not frame.decoding:
+            flag(notes, method, layer, frame, flags)
+
+    with vlmfix.wrapped(tiny.model, STRONG["var"]), monkeypatch.context() as patch:
+        patch.setattr(AttentionNotes, "flag", of_prompts)
+        turn = tiny.model.generate(**first, **KWARGS)
+        later = _inputs(tiny, [*turn.sequences[0].tolist(), 14], {})
+        with pytest.raises(StateError, match="disable_compile=True"):
+            tiny.model.generate(**later, past_key_values=turn.past_key_values, **KWARGS)
 
 
 # -- caches that were cut --------------------------------------------------------------------------
