@@ -88,8 +88,11 @@ def test_attention_with_more_than_scores_is_refused_by_name(name: str, named: st
     with pytest.raises(UnsupportedModel, match=rf"hands {named} to its attention function"):
         vlmfix.wrap(tiny.model, PAI)
     fits = {row["name"]: row for row in examine(tiny.model)["methods"]}
+    for method in ("pai", "avc", "gift:alpha=1;saliency_layer=0;edited_layers=1"):
+        with pytest.raises(UnsupportedModel, match="to its attention function"):
+            vlmfix.wrap(tiny.model, method)
     assert not fits["pai"]["fits"] and named in fits["pai"]["why"]
-    assert fits["divprune"]["fits"]
+    assert not fits["avc"]["fits"] and fits["divprune"]["fits"]
 
 
 def test_an_argument_that_only_a_forward_shows_is_refused_too() -> None:

@@ -11,7 +11,7 @@ import torch
 from vlmfix.base.attention import AttentionMethod
 from vlmfix.base.method import Method
 from vlmfix.engine.counters import lend
-from vlmfix.engine.edits import READ_ARGUMENTS, unread_arguments
+from vlmfix.engine.edits import require_attention
 from vlmfix.engine.frame import Frame
 from vlmfix.engine.hooks import Host
 from vlmfix.engine.plans import AttentionNotes, LayerMethods, Plans
@@ -22,7 +22,7 @@ from vlmfix.engine.state import Implementation
 from vlmfix.errors import CompositionError, StateError, UnsupportedModel
 from vlmfix.families import ModelInfo
 from vlmfix.families.prompt import every_row
-from vlmfix.families.source import arguments_of_attention, norms_of_heads
+from vlmfix.families.source import norms_of_heads
 from vlmfix.families.tower import describe_tower, require_readable
 
 __all__ = ["AttentionStage"]
@@ -73,6 +73,9 @@ class AttentionStage(Stage):
         return any(method.reads_question for method in self.methods)
 
     def examine(self, model: torch.nn.Module, info: ModelInfo) -> None:
+        probes = (method.probe_pass(info) for method in self.probes)
+        looked_at = {layer for wanted in probes if wanted for layer in wanted.observer.watched}
+        require_attention(info, sorted(looked_at | set(self.by_layer)))
         for layer, methods in self.by_layer.items():
             _examine_layer(info, layer, methods)
         if self._readers:
@@ -184,11 +187,9 @@ def _reads_prompt(method: AttentionMethod, frame: Frame) -> bool:
 
 
 def _examine_layer(info: ModelInfo, layer: int, methods: Sequence[AttentionMethod]) -> None:
-    """Refuse a layer whose attention is not what the row path computes, or that undoes edits."""
+    """Refuse a layer that has not what its methods read, or that undoes what they do."""
     module = info.attention[layer]
     name = type(module).__name__
-    if unread := arguments_of_attention(module) - READ_ARGUMENTS:
-        raise UnsupportedModel(unread_arguments(layer, name, sorted(unread)))
     flagging = [method.name for method in methods if method.overrides("flag_tokens")]
     if flagging and info.streams > 1:
         raise UnsupportedModel(

@@ -7,7 +7,7 @@ throughout; attention.py says which rows, and when the fused kernel takes over.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -16,6 +16,8 @@ import torch
 from vlmfix.base.attention import AttentionMethod, FusedEdit, Plan
 from vlmfix.engine.call import Call
 from vlmfix.errors import UnsupportedModel
+from vlmfix.families import ModelInfo
+from vlmfix.families.source import arguments_of_attention
 from vlmfix.kernels import reference
 
 __all__ = [
@@ -29,8 +31,8 @@ __all__ = [
     "count",
     "edited_rows",
     "edited_weights",
+    "require_attention",
     "row_count",
-    "unread_arguments",
 ]
 
 
@@ -101,7 +103,7 @@ class Inputs(NamedTuple):
                 "reads or edits attention can run on this model."
             )
         if self.unread:
-            raise UnsupportedModel(unread_arguments(layer, name, self.unread))
+            raise UnsupportedModel(_why_unread(layer, name, self.unread))
 
     def samples(self, start: int, stop: int) -> Inputs:
         """The same for some of the B rows of the batch."""
@@ -210,8 +212,19 @@ class Step:
     counter: torch.Tensor | None
 
 
-def unread_arguments(layer: int, module: str, names: Sequence[str]) -> str:
-    """Why attention that gets such arguments is neither read nor edited."""
+def require_attention(info: ModelInfo, layers: Iterable[int]) -> None:
+    """Refuse decoder layers whose attention the row path does not model.
+
+    Raises:
+        UnsupportedModel: the module of a layer hands more to its attention function than is read.
+    """
+    for layer in layers:
+        module = info.attention.get(layer)
+        if module is not None and (unread := arguments_of_attention(module) - READ_ARGUMENTS):
+            raise UnsupportedModel(_why_unread(layer, type(module).__name__, sorted(unread)))
+
+
+def _why_unread(layer: int, module: str, names: Sequence[str]) -> str:
     return (
         f"layer {layer} ({module}) hands {', '.join(names)} to its attention function (learned "
         "sinks, position biases, ...), which vlmfix does not model. No method that reads or edits "

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from vlmfix.base.attention import AttentionMethod
 from vlmfix.base.method import Method
 from vlmfix.base.pruning import LayerTokenMethod
+from vlmfix.engine.edits import require_attention
 from vlmfix.engine.frame import Frame
 from vlmfix.engine.hooks import Host
 from vlmfix.engine.ledger import Memory
@@ -105,6 +106,9 @@ class LayerPruningStage(Stage):
                 "edits attention or hidden states or combines logits reckons with. Prune before "
                 "the language model instead (hiprune, divprune, ...), or run it alone."
             )
+
+    def examine(self, model: torch.nn.Module, info: ModelInfo) -> None:
+        require_attention(info, [self.first - 1])
 
     def reach(self, host: Host) -> None:
         host.reach_attention([self.first - 1])

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from vlmfix.base.method import Method
 from vlmfix.base.pruning import PruningMethod, TokenMethod
 from vlmfix.engine.call import Call
+from vlmfix.engine.edits import require_attention
 from vlmfix.engine.encoded import CallImages, Reduction
 from vlmfix.engine.hooks import Host
 from vlmfix.engine.kept import ask, with_features
@@ -66,6 +67,8 @@ class PruningStage(Stage):
             )
 
     def examine(self, model: Any, info: ModelInfo) -> None:
+        looked_at = self.method.relevance_layer(info)
+        require_attention(info, () if looked_at is None else (looked_at,))
         own = hasattr(model.base_model, "get_rope_index")  # it counts without being told
         if self.method.positions == "original" and not own and drops_positions(model):
             raise UnsupportedModel(
