@@ -21,7 +21,6 @@ from transformers.cache_utils import Cache
 from vlmfix.base.contrast import Branch, ContrastMethod, Prompt
 from vlmfix.base.method import Method
 from vlmfix.engine.branches import Branches
-from vlmfix.engine.edits import require_attention
 from vlmfix.engine.encoded import CallImages
 from vlmfix.engine.frame import Frame
 from vlmfix.engine.hooks import Host
@@ -109,7 +108,6 @@ class ContrastStage(Stage):
 
     def examine(self, model: Any, info: ModelInfo) -> None:
         check_model(self.method, model, info)
-        require_attention(info, self.method.watched(info))
 
     def reach(self, host: Host) -> None:
         decoder = host.model.get_decoder()

@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicCache
 
 from vlmfix.base.contrast import ContrastMethod
 from vlmfix.engine.branches import Branches
-from vlmfix.engine.edits import READ_ARGUMENTS, unread_arguments
+from vlmfix.engine.edits import require_attention
 from vlmfix.engine.frame import Frame
 from vlmfix.engine.joined import unjoinable
 from vlmfix.engine.stage import Forward
@@ -17,7 +17,6 @@ from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedMod
 from vlmfix.families import ModelInfo
 from vlmfix.families.kinds import PAD
 from vlmfix.families.prompt import carries_vision
-from vlmfix.families.source import arguments_of_attention
 
 __all__ = ["check_cross_attention", "check_model", "check_prompt", "check_turn"]
 
@@ -35,10 +34,7 @@ def check_model(method: ContrastMethod, model: Any, info: ModelInfo) -> None:
     """
     if not method.streams():
         return
-    for layer in method.watched(info):
-        module = info.attention[layer]
-        if unread := arguments_of_attention(module) - READ_ARGUMENTS:
-            raise UnsupportedModel(unread_arguments(layer, type(module).__name__, sorted(unread)))
+    require_attention(info, method.watched(info))
     if info.model_type in _CHOOSE_BY_BATCH:
         raise UnsupportedModel(
             f"{method.name} runs its branches in one batch with the prompts, and the sparse "
