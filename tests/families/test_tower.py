@@ -40,6 +40,7 @@ from vlmfix.families.tower import (
     EncodedImage,
     Tower,
     describe_tower,
+    grid_shapes,
     last_entry,
 )
 
@@ -272,6 +273,26 @@ def test_the_token_that_is_named_for_a_spot_is_the_one_that_moves(name: str) -> 
                 assert keys == places
     shapes = {(tile.rows, tile.columns) for image in before for tile in image.tiles}
     assert max(max(shape) for shape in shapes) > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("gemma4", [(2, 4), (4, 2)]),
+        ("lfm2_vl", [(2, 4), (4, 2)]),
+        ("kimi_k25", [(2, 4), (4, 2)]),
+        ("video_llama_3", [(4, 8), (4, 2)]),
+    ],
+)
+def test_shapes_of_images_before_they_are_encoded(name: str, shapes: list[Any]) -> None:
+    tiny = family(name)
+    tower = describe_tower(tiny.model, describe_model(tiny.model))
+    canvas = Canvas(name, tower, tiny)
+    inputs = canvas.made(canvas.pictures)
+    assert grid_shapes(tower, inputs) == shapes
+    with VisionRecorder(tower, (0,)) as recorder:
+        _, images = encoded(tiny, recorder, inputs)
+    assert [(image.tiles[0].rows, image.tiles[0].columns) for image in images] == shapes
 
 
 def test_layers_that_attend_to_the_whole_image() -> None:
