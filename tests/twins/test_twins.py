@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 
 @contextmanager
-def few_tokens(twin: Twin) -> Iterator[None]:
-    """Pictures with few visual tokens, by the options that the image processor has for it."""
+def pictures_with(twin: Twin, options: Mapping[str, Any]) -> Iterator[None]:
+    """Other options of the image processor."""
     pictures = twin.processor.image_processor
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in twin.recipe.frugal.items():
+        for name, value in options.items():
             whole = type(getattr(pictures, name))
             patch.setattr(pictures, name, whole(**value) if isinstance(value, dict) else value)
         yield
+
+
+def few_tokens(twin: Twin) -> AbstractContextManager[None]:
+    """Pictures with few visual tokens, by the options that the image processor has for it."""
+    return pictures_with(twin, twin.recipe.frugal)
 
 
 def pictures_of(twin: Twin, kind: str) -> AbstractContextManager[None]:
@@ -314,6 +319,11 @@ def test_a_painted_spot_moves_the_token_named(
 ) -> None:
     if refused_tower(twin):
         pytest.skip("doctor says that no place can be read off this tower")
+    with pictures_with(twin, twin.recipe.few_tiles):
+        paint_and_look(twin, size, share_x, share_y)
+
+
+def paint_and_look(twin: Twin, size: tuple[int, int], share_x: float, share_y: float) -> None:
     width, height = size
     plain = picture(width, height, 5)
 

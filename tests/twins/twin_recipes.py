@@ -63,6 +63,8 @@ class Recipe:
     """Packages that the processor needs."""
     frugal: Facts = field(default_factory=dict)
     """Options of the image processor with which a picture has few tokens."""
+    few_tiles: Facts = field(default_factory=dict)
+    """Options with which a picture is still split, into fewer tiles."""
     system: bool = True
     """Whether the template takes a system message."""
     without_images: bool = True
@@ -1062,6 +1064,7 @@ RECIPES["SmolVLM2-500M-Video-Instruct"] = Recipe(
     },
     needs=("torchvision", "num2words"),
     frugal={"do_image_splitting": False, "size": {"longest_edge": 512}},
+    few_tiles={"size": {"longest_edge": 1024}},
     contents="lists",
     placeholders=(832, 832, 320, 1088),
 )
@@ -1164,6 +1167,7 @@ RECIPES["Idefics3-8B-Llama3"] = Recipe(
         },
     },
     frugal={"do_image_splitting": False, "size": {"longest_edge": 364}},
+    few_tiles={"size": {"longest_edge": 728}},
     contents="lists",
     placeholders=(2197, 2197, 845, 2873),
 )
@@ -1293,6 +1297,7 @@ RECIPES["granite-docling-258M"] = Recipe(
         },
     },
     frugal={"do_image_splitting": False, "size": {"longest_edge": 512}},
+    few_tiles={"size": {"longest_edge": 1024}},
     placeholders=(832, 832, 320, 1088),
 )
 
