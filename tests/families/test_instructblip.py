@@ -17,6 +17,7 @@ from transformers import CompileConfig, DynamicCache, LogitsProcessorList
 from transformers.generation import SuppressTokensLogitsProcessor
 
 import vlmfix
+import vlmfix.engine.attention
 from vlmfix.base.contrast import ContrastMethod
 from vlmfix.errors import BadInput, UnsupportedModel
 from vlmfix.families import describe_model
@@ -101,6 +102,54 @@ def test_a_method(name: str, row: Any) -> None:
     assert torch.equal(logits(tiny.model, inputs), plain)
     assert _same(_generate(tiny.model, inputs), tokens)
     assert state(tiny.model) == before
+
+
+@pytest.mark.parametrize("method", ["pai", "var", "vhr", "gift", "divprune", "fastv", *CONTRASTS])
+@pytest.mark.parametrize("name", NAMES)
+def test_placeholders_in_front_of_the_padding_as_the_processor_puts_them(
+    name: str, method: str
+) -> None:
+    tiny = family(name)
+    inputs = tiny.inputs(2)
+    image = inputs["input_ids"] == IMAGE
+    order = image.long().argsort(dim=1, descending=True, stable=True)
+    for part in ("input_ids", "attention_mask"):
+        inputs[part] = inputs[part].gather(1, order)
+    assert inputs["attention_mask"][0, 4:8].sum() < 4 <= inputs["attention_mask"][0, :4].sum()
+    with vlmfix.wrapped(tiny.model, STRONG[method]):
+        got = _generate(tiny.model, inputs)
+        beams = _generate(tiny.model, inputs, num_beams=2)
+        for row in range(2):
+            single = tiny.single(inputs, row)
+            alone = _generate(tiny.model, single)
+            for one, other in zip(alone.logits, got.logits, strict=True):
+                _close(one[0], other[row])
+            length = len(single["input_ids"][0])
+            wanted = _generate(tiny.model, single, num_beams=2).sequences[0, length:]
+            assert torch.equal(beams.sequences[row, inputs["input_ids"].shape[1] :], wanted)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 64])
+def test_rows_behind_such_padding_in_pieces_and_where_every_prompt_has_some(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GIFT compares each row of the question with the one before it."""
+    tiny = family("instructblip")
+    inputs = tiny.inputs(1)
+    image = inputs["input_ids"][:, 2:6]  # behind the first token and one of text
+    gap = torch.zeros(1, 5, dtype=torch.long)
+    apart = {
+        **inputs,
+        "input_ids": torch.cat([image, gap, inputs["input_ids"][:, 6:]], 1),
+        "attention_mask": torch.cat([gap[:, :4] + 1, gap, inputs["attention_mask"][:, 6:]], 1),
+    }
+    alone = tiny.single(apart, 0)
+    with vlmfix.wrapped(tiny.model, STRONG["gift"]):
+        wanted = _generate(tiny.model, alone)
+        monkeypatch.setattr(vlmfix.engine.attention, "_chunk", lambda inputs: rows)
+        got = _generate(tiny.model, apart)
+    for one, other in zip(got.logits, wanted.logits, strict=True):
+        _close(one, other)
 
 
 @pytest.mark.parametrize("name", NAMES)

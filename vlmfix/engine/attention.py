@@ -33,7 +33,7 @@ from vlmfix.engine.edits import (
     edited_weights,
     row_count,
 )
-from vlmfix.engine.frame import Frame, Window
+from vlmfix.engine.frame import Frame, Window, without_gaps
 from vlmfix.engine.plans import Plans
 from vlmfix.engine.state import Implementation, State
 from vlmfix.errors import CompositionError
@@ -292,16 +292,21 @@ def _show_weights(
         on_rows, device = _windows(frame, edits, queries), inputs.query.device
         visual = frame.visual(slot.layer, inputs.keys, device)
         question, content = frame.ledger.question.to(device), frame.ledger.content.to(device)
-        step = max(2, _chunk(inputs))
-        for first in range(max(0, window.start - 1), queries, step - 1):
+        step, begin = max(2, _chunk(inputs)), max(0, window.start - 1)
+        gaps, before = frame.gaps, None
+        while gaps is not None and begin and bool(gaps[:, frame.past + begin].any()):
+            begin -= 1
+        for first in range(begin, queries, step - 1):
             last = min(first + step, queries)
-            if last - first == 1 and first > max(0, window.start - 1):
+            if last - first == 1 and first > begin:
                 break  # the last row of the piece before was this one
             chunk = _chosen(slot, frame, on_rows, inputs, first, last)
             visible = inputs.visible(first, last - first)
             rows = inputs.query[:, :, first:last]
             weights, _ = edited_weights(slot.layer, None, chunk, inputs, rows, visible)
             start, first_key = frame.past + first, frame.offset(slot.layer)
+            if gaps is not None:
+                weights = before = without_gaps(weights, gaps[:, start : frame.past + last], before)
             observer.see_weights(
                 SeenRows(slot.layer, weights, start, first_key, visual, question, content)
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from transformers.cache_utils import Cache
@@ -18,7 +19,7 @@ from vlmfix.engine.ledger import Ledger
 from vlmfix.engine.lifetime import Lifetime
 from vlmfix.families.kinds import GENERATED, PAD, TEXT
 
-__all__ = ["Frame", "Window", "key_capacity", "sliding_offsets"]
+__all__ = ["Frame", "Window", "key_capacity", "sliding_offsets", "without_gaps"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,19 @@ class Frame(Lifetime):
         offset = self.offset(layer)
         return self.ledger.visual()[:, offset : offset + keys].to(device)
 
+    @cached_property
+    def gaps(self) -> torch.Tensor | None:
+        """(B, P) bool: padding between an image and what follows it; None if there is none.
+
+        The processors of BLIP put placeholders in front of a prompt that is padded already.
+        """
+        if self.decoding:
+            return None
+        kinds = self.ledger.kinds[:, : self.past + self.queries]
+        behind = self.ledger.visual()[:, : kinds.shape[1]].cumsum(1) > 0
+        gaps = (kinds == PAD) & behind
+        return gaps if bool(gaps.any()) else None
+
     def window(self, rule: Rows, rows: int) -> Window | None:
         """The rows that a rule of `observer.Rows` chooses in this forward; None if none.
 
@@ -139,6 +153,25 @@ class Frame(Lifetime):
         if bool(((row < 0) | (row >= rows)).any()):
             return None
         return row
+
+
+def without_gaps(
+    weights: torch.Tensor, gaps: torch.Tensor, before: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention rows (B, H, R, K) in which padding shows what the last real row before it shows.
+
+    Args:
+        weights: rows that lie side by side.
+        gaps: (B, R) bool, which of them are such padding.
+        before: the rows that were shown last, the last of which is the first of these.
+    """
+    filled = list(weights.unbind(2))
+    if before is not None:
+        filled[0] = before[:, :, -1]
+    for row in range(1, len(filled)):
+        gap = gaps[:, row, None, None].to(weights.device)
+        filled[row] = torch.where(gap, filled[row - 1], filled[row])
+    return torch.stack(filled, dim=2)
 
 
 def key_capacity(cache: Cache | None) -> int:
