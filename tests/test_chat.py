@@ -347,3 +347,12 @@ def test_what_a_processor_refuses_is_bad_input(pictures: list[Image.Image]) -> N
     processor.patch_size = None
     with pytest.raises(vlmfix.BadInput, match=r"patch_size.*vlmfix\.load"):
         encode_chats(processor, [_chat(pictures[0])])
+
+
+def test_a_placeholder_that_the_model_does_not_know_is_refused(
+    bundled: tuple[Any, Any], pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundled[0].config, "image_token_index", 10**9)
+    with pytest.raises(vlmfix.BadInput, match="image_token_id of the model's config.json is 10000"):
+        _ask(bundled, _chat(pictures[0]))
+    assert isinstance(_ask(bundled, _chat(text="Hello"), max_new_tokens=2), str)

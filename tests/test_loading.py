@@ -76,6 +76,27 @@ def test_a_damaged_file_of_the_model_is_one_message(copy: Path, file: str, conte
         load_model(copy)
 
 
+@pytest.mark.parametrize(
+    ("file", "place", "field", "value"),
+    [
+        ("config.json", "text_config", "num_hidden_layers", -1),
+        ("config.json", "vision_config", "num_hidden_layers", 0),
+        ("generation_config.json", None, "num_beams", "x"),
+        ("generation_config.json", None, "eos_token_id", [2, "x"]),
+        ("generation_config.json", None, "repetition_penalty", [1.05]),
+        ("generation_config.json", None, "pad_token_id", True),
+    ],
+)
+def test_a_field_that_would_fail_in_an_answer_is_named(
+    copy: Path, file: str, place: str | None, field: str, value: object
+) -> None:
+    content = json.loads((copy / file).read_text())
+    (content[place] if place else content)[field] = value
+    (copy / file).write_text(json.dumps(content))
+    with pytest.raises(BadInput, match=f"^{re.escape(file)} of {re.escape(str(copy))}: {field}"):
+        load_model(copy)
+
+
 @pytest.mark.parametrize("device", ["toaster", "cuda", "cuda:99", "meta", "xpu", "hpu"])
 def test_a_device_that_is_not_there(llava: Path, device: str) -> None:
     if device == "cuda" and torch.cuda.is_available():

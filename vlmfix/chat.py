@@ -128,6 +128,14 @@ def chat_inputs(model: Any, processor: Any, chats: Sequence[Chat]) -> Any:
             "with its weights."
         )
     inputs = encode_chats(processor, chats).to(place)
+    image_token = getattr(model.config, "image_token_id", None)
+    pixels = any(name.startswith("pixel_values") for name in inputs)
+    if pixels and image_token is not None and not (inputs["input_ids"] == image_token).any():
+        raise BadInput(
+            f"no token of the prompt stands for the image: image_token_id of the model's "
+            f"config.json is {image_token}, which {type(processor).__name__} has not written. Load "
+            "model and processor from the same checkpoint, or correct image_token_id."
+        )
     for name, value in inputs.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             inputs[name] = value.to(model.dtype)

@@ -119,6 +119,13 @@ def _config(name: str) -> Any:
             f"{name} is {kind} of type {config.model_type!r}, which transformers does not load as "
             "image-text-to-text: pass a vision-language model, such as LLaVA or Qwen2.5-VL"
         )
+    for part in (config, *(getattr(config, part, None) for part in config.sub_configs)):
+        layers = getattr(part, "num_hidden_layers", None)
+        if layers is not None and layers < 1:
+            raise BadInput(
+                f"config.json of {name}: num_hidden_layers of {part.model_type} is {layers}: "
+                "download it again"
+            )
     return config
 
 
@@ -146,7 +153,32 @@ def _weights(name: str, dtype: Any, device: Any) -> Any:
             f"{name} lacks {len(missing)} of the model's weights ({missing[0]}, ...), which would "
             "be random: download it again"
         )
+    _check_generation(name, model.generation_config)
     return model.eval().to(place)
+
+
+#: Settings that generate() compares and counts with, and ids, of which there may be several.
+_NUMBERS = (
+    *("max_length", "max_new_tokens", "min_length", "min_new_tokens"),
+    *("num_beams", "num_return_sequences", "length_penalty", "no_repeat_ngram_size"),
+    *("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("repetition_penalty", "guidance_scale", "max_time", "prompt_lookup_num_tokens"),
+)
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens")
+
+
+def _check_generation(name: str, config: Any) -> None:
+    """Refuse what transformers reads from generation_config.json and fails on in an answer."""
+    for field in (*_NUMBERS, *_IDS):
+        value = getattr(config, field, None)
+        several = field in _IDS and isinstance(value, list)
+        kinds = int if field in _IDS else (int, float)
+        for one in value if several else [value]:
+            if one is not None and (isinstance(one, bool) or not isinstance(one, kinds)):
+                raise BadInput(
+                    f"generation_config.json of {name}: {field} is {value!r}, which is no number: "
+                    "correct it, or delete the file"
+                )
 
 
 def _processor(name: str, config: Any, options: dict[str, Any]) -> Any:
