@@ -171,9 +171,9 @@ def _check_generation(name: str, config: Any) -> None:
     """Refuse what transformers reads from generation_config.json and fails on in an answer."""
     for field in (*_NUMBERS, *_IDS):
         value = getattr(config, field, None)
-        several = field in _IDS and isinstance(value, list)
+        values = value if field in _IDS and isinstance(value, list) else [value]
         kinds = int if field in _IDS else (int, float)
-        for one in value if several else [value]:
+        for one in values:
             if one is not None and (isinstance(one, bool) or not isinstance(one, kinds)):
                 raise BadInput(
                     f"generation_config.json of {name}: {field} is {value!r}, which is no number: "

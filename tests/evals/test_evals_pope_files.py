@@ -180,6 +180,11 @@ def test_an_answer_file_of_several_splits(tmp_path: Path) -> None:
     assert answer_splits(alone, ["popular"]) == {"popular": alone}
     with pytest.raises(BadInput, match="is of the split None"):
         answer_splits(alone, ["popular", "random"])
+    for odd in (["popular"], {}, 5):
+        rows = [{"question_id": 1, "answer": "y", "split": odd}]
+        strange = Pope.load_answers(write_lines(tmp_path / "odd.jsonl", rows))
+        with pytest.raises(BadInput, match=r"line 1 is of the split [\[{5]"):
+            answer_splits(strange, ["popular"])
 
 
 def test_gqa_files_are_lists_over_many_lines_with_other_objects(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def answer_splits(rows: Sequence[Row], splits: Sequence[str]) -> dict[str, list[
         name = row.first("split", "category")
         if name is None and len(splits) == 1:
             name = splits[0]
-        if name not in found:
+        if not isinstance(name, str) or name not in found:
             raise BadInput(
                 f"{row.where} is of the split {short(name)}: name one of {', '.join(splits)} under "
                 "`split` or `category`, or score one split at a time"
