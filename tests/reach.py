@@ -39,7 +39,7 @@ from tiny_configs import IMAGE
 import vlmfix
 from vlmfix.analysis.doctor import examine
 from vlmfix.base.contrast import Prompt
-from vlmfix.errors import VlmfixError
+from vlmfix.errors import UnsupportedModel, VlmfixError
 from vlmfix.families import ModelInfo, describe_model, vision_arguments
 from vlmfix.methods.avc import AttentionalVisionCalibration
 from vlmfix.methods.noise import noised
@@ -425,6 +425,11 @@ def _selection(
     if len(info.attention) < info.num_layers or kinds - {"full_attention"}:
         return  # what is dropped there cannot be hidden by a mask
     method = dataclasses.replace(row.strong, positions="original")  # type: ignore[type-var]
+    try:
+        with vlmfix.wrapped(case.model, method):
+            pass
+    except UnsupportedModel:
+        return  # a mask leaves positions where they are, and this model cannot
     hidden = torch.zeros_like(case.image)
     for at, images in enumerate(vlmfix.visual_tokens(case.model, case.inputs, method)):
         places, first = case.image[at].nonzero().flatten(), 0
