@@ -52,6 +52,12 @@ class OuterGeneration(GenerationMixin):  # type: ignore[misc]  # transformers' i
         return self._model(**kwargs)
 
     @property
+    def prepare_inputs_for_generation(self) -> Function:
+        """The model's, on which its session looks."""
+        function: Function = self._model.prepare_inputs_for_generation
+        return function
+
+    @property
     def generation_config(self) -> Any:
         return generating_module(self._model).generation_config
 
