@@ -193,6 +193,16 @@ def test_a_generate_from_before_wrap_is_refused(how: str, cached: bool) -> None:
         model.prepare_inputs_for_generation(inputs["input_ids"])  # of use in loops, too
 
 
+def test_an_early_generate_of_a_model_that_generates_from_embeddings_is_refused() -> None:
+    tiny = build("instructblip")
+    early, inputs = tiny.model.generate, tiny.inputs(1)
+    with vlmfix.wrapped(tiny.model, STRONG["pai"]):
+        with pytest.raises(StateError, match="taken from the model before"):
+            early(**inputs, **KWARGS)
+        tiny.model.generate(**inputs, **KWARGS)
+        assert vlmfix.last_call(tiny.model).edited_rows
+
+
 # -- in and out of forwards ------------------------------------------------------------------------
 
 

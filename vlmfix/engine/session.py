@@ -29,6 +29,7 @@ from vlmfix.engine.state import Implementation
 from vlmfix.engine.using import Blocks
 from vlmfix.errors import BadInput, CompositionError, StateError, UnsupportedModel
 from vlmfix.families import ModelInfo
+from vlmfix.families.inner import generating_module
 from vlmfix.families.prompt import every_row
 from vlmfix.families.question import find_question
 
@@ -182,11 +183,8 @@ class Session:
         call = self._state.call
         if call is not None:
             call.announce(inputs.get("input_ids"))
-        elif self.stack.methods and _in_plain_generate(self.host.model):
-            raise StateError(
-                "this generate() was taken from the model before vlmfix.wrap, or from its class, "
-                "so no method knows of it. Call model.generate(...) on the wrapped model."
-            )
+        elif self.stack.methods:
+            _refuse_plain_generate(self.host.model)
         return inputs
 
     def get_compiled_call(self, *args: Any, **kwargs: Any) -> Any:
@@ -308,6 +306,8 @@ class Session:
     def _check_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse a model whose decoder gets other positions than its input ids show."""
         frame = self._state.frame
+        if frame is None and self.stack.methods:  # no forward of the model has led here
+            _refuse_plain_generate(self.host.model)
         given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args[:1])
         rows = next((x.shape[1] for x in given if x is not None), None)
         if frame is not None and rows not in (None, frame.queries):
@@ -368,11 +368,17 @@ class Session:
         self._state.thread.forget(Forward)
 
 
-def _in_plain_generate(model: torch.nn.Module) -> bool:
-    """Whether a generate() of this model is running in this thread."""
-    frame = sys._getframe(1)
+def _refuse_plain_generate(model: torch.nn.Module) -> None:
+    """Refuse a generate() of this model that runs in this thread and is not the wrapped one.
+
+    Raises:
+        StateError: there is one.
+    """
+    frame, own = sys._getframe(1), (model, generating_module(model))
     while frame is not None:
-        if frame.f_code is _GENERATE and frame.f_locals.get("self") is model:
-            return True
+        if frame.f_code is _GENERATE and frame.f_locals.get("self") in own:
+            raise StateError(
+                "this generate() was taken from the model before vlmfix.wrap, or from its class, "
+                "so no method knows of it. Call model.generate(...) on the wrapped model."
+            )
         frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
-    return False

@@ -48,14 +48,15 @@ class Blocks:
     def open(self, stack: Stack) -> Iterator[None]:
         """Keep a stack for the length of a with-block."""
         block = _Block(weakref.ref(self), stack, _generator_frame())
-        _OPEN.set((*_OPEN.get(), block))
+        open_here = _OPEN  # a generator may end with the interpreter, when modules are empty
+        open_here.set((*open_here.get(), block))
         if block.opener is not None:
             self._of_generators.append(block)
         try:
             yield
         finally:
             # A generator may be closed in another context than it began in.
-            _OPEN.set(tuple(one for one in _OPEN.get() if one is not block))
+            open_here.set(tuple(one for one in open_here.get() if one is not block))
             if block.opener is not None:
                 self._of_generators.remove(block)
 
