@@ -22,6 +22,7 @@ from transformers import DynamicCache, LogitsProcessorList, SuppressTokensLogits
 import vlmfix
 import vlmfix.engine.branches
 import vlmfix.engine.contrast
+import vlmfix.engine.joined
 from vlmfix.base.attention import AttentionMethod
 from vlmfix.base.contrast import Branch, ContrastMethod, Prompt
 from vlmfix.families import describe_model
@@ -410,7 +411,7 @@ def test_lookup_takes_drafts(name: str) -> None:
 
 
 def _only_the_base_is_reordered(monkeypatch: pytest.MonkeyPatch) -> None:
-    make = vlmfix.engine.branches._with_branches
+    make = vlmfix.engine.joined._with_branches
 
     def with_branches(kind: type[Any]) -> type[Any]:
         class BaseAlone(make(kind)):
@@ -421,7 +422,7 @@ def _only_the_base_is_reordered(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return BaseAlone
 
-    monkeypatch.setattr(vlmfix.engine.branches, "_with_branches", with_branches)
+    monkeypatch.setattr(vlmfix.engine.joined, "_with_branches", with_branches)
 
 
 def _positions_of_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
