@@ -40,6 +40,7 @@ __all__ = ["evaluate"]
 
 #: Visual tokens of a bundled image in the bundled model.
 _BUNDLED_TOKENS = 64
+_USUAL_SIZE = (448, 448)
 
 Data = str | Path | DataSource
 
@@ -315,8 +316,13 @@ def _warn_of_few_tokens(task: str, asked: ModelUnderTest, picture: Any) -> None:
     """Say it where a model sees less of the bundled images than the bundled model does."""
     from vlmfix.evals.running.models import TransformersModel
 
-    number = asked.visual_tokens(picture) if isinstance(asked, TransformersModel) else None
-    if number is not None and number < _BUNDLED_TOKENS:
+    if not isinstance(asked, TransformersModel):
+        return
+    number, of_usual = (
+        asked.visual_tokens(shown) or 0 for shown in (picture, picture.resize(_USUAL_SIZE))
+    )
+    # Some models make as few of any picture (InstructBLIP: 32).
+    if number < min(of_usual, _BUNDLED_TOKENS):
         warnings.warn(
             f"{task}: the bundled images have {picture.width} x {picture.height} pixels, and this "
             f"model makes {number} visual tokens of one: too few for methods that weigh or drop "
