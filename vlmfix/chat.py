@@ -222,7 +222,12 @@ def split_chat(chat: Chat) -> tuple[list[Image], list[dict[str, Any]]]:
                 images.append(load_image(source))
                 kept.append({"type": "image"})
             elif kind == "text" and part.get("text") is not None:
-                kept.append({"type": "text", "text": str(part["text"])})
+                text = str(part["text"])
+                if any("\ud800" <= sign <= "\udfff" for sign in text):
+                    raise BadInput(
+                        f"a text holds half a surrogate pair, which no tokenizer reads: {text!r:.80}."
+                    )
+                kept.append({"type": "text", "text": text})
             else:
                 raise BadInput(
                     f"a content part must be of type 'image' or 'text' with a text, not {part!r}."
