@@ -225,7 +225,7 @@ def split_chat(chat: Chat) -> tuple[list[Image], list[dict[str, Any]]]:
                 text = str(part["text"])
                 if any("\ud800" <= sign <= "\udfff" for sign in text):
                     raise BadInput(
-                        f"a text holds half a surrogate pair, which no tokenizer reads: {text!r:.70}"
+                        f"a text holds half a surrogate pair, which no tokenizer takes: {text!a}."
                     )
                 kept.append({"type": "text", "text": text})
             else:

@@ -455,6 +455,15 @@ def test_padding_on_the_right_is_refused() -> None:
         tiny.model(**inputs)
 
 
+def test_labels_are_refused() -> None:
+    tiny = family("llava")
+    inputs = tiny.inputs(1)
+    with vlmfix.wrapped(tiny.model, FastV()), torch.no_grad():
+        with pytest.raises(BadInput, match="labels would not fit"):
+            tiny.model(**inputs, labels=inputs["input_ids"])
+        tiny.model.generate(**inputs, labels=inputs["input_ids"], max_new_tokens=1)
+
+
 @pytest.mark.parametrize(
     ("name", "layer", "message"),
     [

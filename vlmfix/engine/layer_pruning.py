@@ -160,8 +160,10 @@ def _check_prompt(method: LayerTokenMethod, forward: Forward) -> None:
 
     Raises:
         CompositionError: a prompt in chunks.
-        BadInput: a prompt that is padded on the right.
+        BadInput: a prompt that is padded on the right, or labels.
     """
+    if forward.kwargs.get("labels") is not None:
+        raise BadInput(f"{method.name} drops rows of the prompt, so labels would not fit it.")
     frame = forward.frame
     length = frame.ledger.prompt_length
     if frame.queries < length:
