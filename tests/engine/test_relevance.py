@@ -21,8 +21,8 @@ from vlmfix.errors import BadInput
 Inputs = dict[str, Any]
 
 
-def told(model: Any, inputs: Inputs, layer: int) -> list[Tensor]:
-    probe = Probe(layer=layer, ratio=0.5)
+def told(model: Any, inputs: Inputs, layer: int, **options: Any) -> list[Tensor]:
+    probe = Probe(layer=layer, ratio=0.5, **options)
     with vlmfix.wrapped(model, probe), torch.no_grad():
         model(**inputs)
     found = [visual.relevance for visual in probe.told]
@@ -78,7 +78,7 @@ def test_relevance_at_positions_of_the_callers(name: str) -> None:
     inputs["position_ids"] = 3 * (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     if name == "qwen2_5_vl":
         inputs["position_ids"] = inputs["position_ids"].expand(3, -1, -1)
-    found = told(tiny.model, inputs, 1)
+    found = told(tiny.model, inputs, 1, positions="original")
     tiny.model.set_attn_implementation("eager")
     with torch.no_grad():
         weights = tiny.model(**inputs, output_attentions=True).attentions[1].mean(1)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from transformers import GenerationConfig, WatermarkingConfig
 
@@ -111,3 +112,11 @@ def test_what_a_model_needs_is_kept() -> None:
         "watermarking_config": None
     }
     assert split_config(object()) == ({}, {})
+
+
+def test_the_configuration_that_instructblip_generates_by_is_the_one_that_is_undone() -> None:
+    model = tiny.build("instructblip").model
+    model.language_model.generation_config = GenerationConfig(repetition_penalty=1.5)
+    model.generation_config = GenerationConfig(top_k=3)
+    assert split_config(model)[1] == {"repetition_penalty": 1.5}
+    assert neutral(model) == {"repetition_penalty": 1.0}

@@ -30,7 +30,8 @@ Function = Callable[..., Any]
 
 def generating_module(model: Any) -> Any:
     """The module whose generate(), and whose generation configuration, a model's own uses."""
-    return model.language_model if model.config.model_type in INNER else model
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return model.language_model if kind in INNER else model
 
 
 class OuterGeneration(GenerationMixin):  # type: ignore[misc]  # transformers' is untyped

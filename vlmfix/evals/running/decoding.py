@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vlmfix.families.inner import generating_module
+
 __all__ = ["neutral", "split_config"]
 
 #: What a model needs in order to write at all, and what only decides how fast it does.
@@ -41,7 +43,7 @@ def split_config(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     from transformers import GenerationConfig
 
-    config = getattr(model, "generation_config", None)
+    config = getattr(generating_module(model), "generation_config", None)
     if config is None:
         return {}, {}
     known = GenerationConfig().to_dict()
