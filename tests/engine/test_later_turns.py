@@ -328,7 +328,7 @@ def _next_step(tiny: TinyFamily, inputs: Inputs, change: Any) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("method", ["pai", "var", "vhr", "imba", "vcd", "fastv"])
+@pytest.mark.parametrize("method", ["pai", "var", "vhr", "imba", "vcd", "fastv", "uniform"])
 @pytest.mark.parametrize("change", [_reorder, _select, _repeat])
 def test_rows_that_changed_places_are_refused(method: str, change: Any) -> None:
     tiny = family("llava")

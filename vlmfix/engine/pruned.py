@@ -47,8 +47,8 @@ def follow_cut_prompts(forward: Forward) -> dict[str, Any]:
     kwargs, cache = forward.kwargs, forward.cache
     ledger = forward.caches.ledger(cache)
     cut = None if ledger is None else ledger.get(CutPrompts)
-    if cut is None or cache is None:
-        return kwargs
+    if cut is None or cache is None or len(kwargs["input_ids"]) != len(cut.mask):
+        return kwargs  # other rows than the prompts', which no frame is made for
     changed = dict(kwargs)
     behind = int(cache.get_seq_length()) - cut.mask.shape[1]
     queries = kwargs["input_ids"].shape[1]
