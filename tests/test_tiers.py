@@ -121,7 +121,7 @@ def test_modes(row, name, mode):
 def test_a_new_row_of_the_matrix_is_in_the_fast_tier(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    new = Row("new", ROWS[0].strong, ROWS[0].identity)
+    new = Row("new", ROWS[0].strong, ROWS[0].identity, ROWS[0].null)
     monkeypatch.setattr(matrix, "ROWS", (*ROWS, new))
     (tmp_path / "test_new_row.py").write_text(FILE)
     cases = [shown(item) for item in collect(tmp_path) if fast(item)]
