@@ -236,6 +236,7 @@ def short() -> str:
 def reasons() -> str:
     """Why cells are refused: each reason once, with the families and methods."""
     found: dict[str, dict[str, list[str]]] = {}
+    methods = _columns()
     for name, facts in read().items():
         for method, (state, *why) in facts["cells"].items():
             if state != "right":
@@ -246,8 +247,8 @@ def reasons() -> str:
         groups: dict[tuple[str, ...], list[str]] = {}
         for method, names in by_method.items():
             groups.setdefault(tuple(names), []).append(method)
-        for names, methods in groups.items():
-            which = "every method" if len(methods) == len(_columns()) else _ticked(methods)
+        for names, here in groups.items():
+            which = "every method" if len(here) == len(methods) else _ticked(here)
             lines.append(f"| {reason} | {which} | {_ticked(names)} |")
     return "\n".join(["| reason | methods | model types |", "|---|---|---|", *lines]) + "\n"
 
@@ -264,7 +265,11 @@ def _general(why: str, method: str, model_type: str) -> str:
     """The first sentence of a refusal, without the names of this method and family."""
     first = re.split(r"(?<=[a-z)'\"])\. (?=[A-Z])", why.replace("\n", " "))[0].rstrip(".")
     first = re.sub(rf"^{re.escape(method)}(?: cannot run on| on|:) ?", "", first)
-    first = first.replace(f"model type {model_type!r}", "this model type")
+    first = re.sub(rf"^{re.escape(method)} ", "the method ", first)
+    first = re.sub(r"^layer \d+ \((\w+)\)", r"its attention (\1)", first)
+    first = re.sub(r"and layer \d+ \(", "and its attention (", first)
+    for name in (f"model type {model_type!r}", f"{model_type} model"):
+        first = first.replace(f"this {name}", "this model type").replace(name, "this model type")
     return re.sub(r"\s+", " ", first).replace("|", "\\|")
 
 

@@ -267,7 +267,7 @@ def _fitted(case: _Case, info: ModelInfo, row: Row) -> Row:
                 f"{i}.{head}" for i in at[-2:] for head in range(info.num_heads)
             )
         case "head_pursuit":
-            fields["heads"] = (f"{at[0]}.0", f"{at[-1]}.{info.num_heads - 1}")
+            fields["heads"] = (f"{at[0]}.0", f"{at[-1]}.{info.heads_of(at[-1]) - 1}")
         case "gift":
             fields |= {"saliency_layer": at[0], "edited_layers": tuple(at)}
         case "ptp":
