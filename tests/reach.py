@@ -264,7 +264,7 @@ def _fitted(case: _Case, info: ModelInfo, row: Row) -> Row:
     match row.name:
         case "ad_hh":
             fields["heads"] = tuple(
-                f"{i}.{head}" for i in at[-2:] for head in range(info.num_heads)
+                f"{i}.{head}" for i in at[-2:] for head in range(info.heads_of(i))
             )
         case "head_pursuit":
             fields["heads"] = (f"{at[0]}.0", f"{at[-1]}.{info.heads_of(at[-1]) - 1}")
