@@ -1,7 +1,7 @@
 """What a method should give on any family, worked out by the model's own eager attention.
 
 A layer's attention gets a mask of ours: scores lifted as PAI lifts them, or keys hidden that a
-pruning method drops. Whatever else the family hands to its attention goes to its own function, so
+pruning method drops. What else the family hands to its attention goes to its own function, so
 an argument that vlmfix does not know shows as a difference.
 """
 
