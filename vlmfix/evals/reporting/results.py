@@ -1,4 +1,4 @@
-"""results.json as it comes back from a disk, or from another machine: checked before it is shown."""
+"""results.json as it comes back from a disk or another machine: checked before it is shown."""
 
 from __future__ import annotations
 
