@@ -71,6 +71,21 @@ def test_the_loss_of_edited_attention_is_that_of_its_logits() -> None:
         assert torch.allclose(output.loss, wanted, rtol=0, atol=1e-5)
 
 
+def test_a_count_that_scales_the_loss_is_no_part_of_attention() -> None:
+    """Trainer.predict() hands it to the model."""
+    tiny = family("llava")
+    inputs = tiny.inputs(1)
+    given = {"labels": inputs["input_ids"], "num_items_in_batch": torch.tensor(2.0)}
+    with vlmfix.wrapped(tiny.model, STRONG["pai"]), torch.no_grad():
+        wanted = tiny.model(**inputs).logits
+        output = tiny.model(**inputs, **given)
+    assert torch.equal(output.logits, wanted)
+    losses = torch.nn.functional.cross_entropy(
+        wanted[0, :-1].float(), inputs["input_ids"][0, 1:], reduction="sum"
+    )
+    assert torch.allclose(output.loss, losses / 2, rtol=0, atol=1e-4)
+
+
 def test_layers_of_a_tower_are_added_while_another_thread_encodes() -> None:
     tiny = build("llava")
     tower = describe_tower(tiny.model, describe_model(tiny.model))

@@ -37,12 +37,13 @@ __all__ = [
 
 
 #: What modules name in a call of their attention function, and what is either read here or has no
-#: part in the softmax of sdpa and eager attention.
+#: part in the softmax of sdpa and eager attention. The last one scales a loss: Trainer hands it to
+#: the model, and transformers hands it on to every layer.
 READ_ARGUMENTS = frozenset(
     {
         "query", "key", "value", "attention_mask", "scaling", "softcap", "is_causal", "dropout",
         "sliding_window", "position_ids", "output_attentions", "indices", "block_indices",
-        "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+        "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch",
     }
 )  # fmt: skip
 
