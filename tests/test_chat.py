@@ -140,6 +140,8 @@ def test_no_second_start_token(bundled: Any, pictures: list[Image.Image]) -> Non
         ([{"role": "user", "content": [{"type": "text", "text": None}]}], "'text' with a text"),
         ([{"role": "user", "content": None}], "a text or a list of parts"),
         ([{"role": "user", "content": "\ud83d"}], "half a surrogate pair"),
+        ({"role": "user", "content": "x"}, "a list of messages, or a list of chats, not {'role'"),
+        (7, "a list of chats, not 7"),
         ([{"role": None, "content": "Why?"}], "needs a role"),
         ([{"role": "user", "content": "What does <image> mean?"}], "holds '<image>'"),
         (_chat("nowhere.png"), "no image file"),

@@ -79,6 +79,8 @@ def generate(
     Raises:
         BadInput: messages or an image that cannot be used.
     """
+    if isinstance(messages, Mapping) or not isinstance(messages, Sequence | None):
+        raise BadInput(f"pass one chat, a list of messages, or a list of chats, not {messages!r}.")
     single = bool(messages) and isinstance(messages[0], Mapping)
     chats: Any = [messages] if single else messages
     session: Session | None = model.__dict__.get(SESSION)
