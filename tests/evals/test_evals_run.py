@@ -257,6 +257,8 @@ def test_output_folder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ({"methods": ["base"]}, BadInput, "two arms are called 'base'"),
         ({"limit": 0}, BadInput, "limit=0"),
         ({"batch_size": 0}, BadInput, "batch_size=0"),
+        ({"seed": -1}, BadInput, "seed=-1"),
+        ({"seed": 2**63}, BadInput, "seed=9223372036854775808"),
         ({"parser": "lenient"}, BadInput, "official"),
         ({"prompt_style": "long"}, BadInput, "bare"),
         ({"n_images": 500}, BadInput, "500 images wanted"),
