@@ -25,11 +25,14 @@ from vlmfix.errors import UnsupportedModel
 class OfImages:
     """The half of a processor that cuts images."""
 
+    chat_template = "an image, then its text"
+
     def __init__(self, cut: Any) -> None:
         self.cut = cut
 
     def apply_chat_template(self, chat: Any, **kwargs: Any) -> str:
-        return "<image> ?"
+        parts = [part for message in chat for part in message["content"]]
+        return " ".join(part.get("text", "<image>") for part in parts)
 
     def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
         return BatchFeature({"pixel_values": self.cut(images)})
