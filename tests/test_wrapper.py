@@ -390,7 +390,7 @@ def test_other_families_work_through_the_generic_rule(name: str) -> None:
     plain = logits(tiny.model, inputs)
     for row in ROWS:
         reads_tower = row.name == "imba" or getattr(row.strong, "needs_tiles", False)
-        if reads_tower and name in ("llava_onevision", "mistral3"):
+        if reads_tower and name == "llava_onevision":
             with pytest.raises(UnsupportedModel, match="vision tower"):
                 vlmfix.wrap(tiny.model, row.strong)
             continue

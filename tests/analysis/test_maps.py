@@ -26,7 +26,7 @@ from vlmfix.families.tower import describe_tower
 
 Inputs = dict[str, Any]
 
-TRACED = (*FAMILIES, "qwen2_vl", "glm4v", "idefics3", "aya_vision")
+TRACED = (*FAMILIES, "qwen2_vl", "glm4v", "idefics3", "aya_vision", "mistral3")
 METHODS = {row.name: row.strong for row in ROWS if isinstance(row.strong, AttentionMethod)}
 
 
@@ -561,7 +561,7 @@ def test_videos_are_refused() -> None:
         attention_map(tiny.model, video)
 
 
-@pytest.mark.parametrize("name", ["llava_onevision", "mistral3"])
+@pytest.mark.parametrize("name", ["llava_onevision", "idefics2"])
 def test_a_family_without_traced_tokens_is_refused(name: str) -> None:
     tiny = build(name)
     before = state(tiny.model)

@@ -29,7 +29,7 @@ from vlmfix.families.tower import EncodedImage, Tower, describe_tower
 
 Inputs = dict[str, Any]
 
-SUPPORTED = (*FAMILIES, "qwen2_vl", "glm4v", "idefics3", "aya_vision")
+SUPPORTED = (*FAMILIES, "qwen2_vl", "glm4v", "idefics3", "aya_vision", "mistral3")
 WITH_CLS = ("llava", "llava_next", "internvl")
 LAYERS = (0, 1)
 
@@ -56,8 +56,14 @@ SPECIAL: dict[str, tuple[str, Inputs]] = {
         },
     ),
     "ragged": ("smolvlm", ragged_smolvlm()),
+    "sizes": (
+        "mistral3",
+        {"pixel_values": noise(2, 3, 32, 32), "image_sizes": torch.tensor([[16, 32], [32, 16]])},
+    ),
 }
 CASES = [*SUPPORTED, *SPECIAL]
+#: Pictures of other sizes, padded to one; the last has a row of patches that fills no square.
+SIZES = ((16, 32), (32, 16), (20, 24))
 
 
 def case(name: str) -> tuple[TinyFamily, Inputs]:
@@ -189,7 +195,9 @@ def test_tokens_have_the_eager_attention_of_their_patches(
     assert len(recorded) == len(tower.layers) == 2
     first = int(tower.has_cls)
     for layer, calls in enumerate(recorded):
-        column = torch.cat([w.mean(dim=(1, 2))[:, first:].flatten() for w, _ in calls])
+        # Images in one sequence do not see each other: the mean is over the queries of their own.
+        means = [w.mean(1).sum(1) / (w > 0).any(1).sum(1) for w, _ in calls]
+        column = torch.cat([mean[:, first:].flatten() for mean in means])
         row = torch.cat([w[:, :, 0].mean(1)[:, first:].flatten() for w, _ in calls])
         keys = torch.cat([key.mean(1)[:, first:].flatten(0, 1) for _, key in calls])
         if layer == 0:
@@ -300,11 +308,38 @@ def test_grids() -> None:
     for name, grids in {
         "windows": [(4, 6), (6, 4), (2, 2)],
         "grids": [(2, 4), (4, 2)],
+        "sizes": [(2, 4), (4, 2)],
         "internvl": [(2, 2)] * 2,
         "llava": [(4, 4)] * 2,
     }.items():
         images = read(*case(name))
         assert [(tile.rows, tile.columns) for i in images for tile in i.tiles] == grids
+
+
+@pytest.mark.parametrize("name", ["mistral3", "llava_pixtral", "lighton_ocr"])
+@pytest.mark.parametrize("base", ["sdpa", "eager"])
+def test_images_of_other_sizes_in_one_sequence_are_read_as_if_alone(name: str, base: str) -> None:
+    tiny = build(name)
+    tiny.model.set_attn_implementation(base)
+    pixels = noise(3, 3, 32, 32)
+    together = read(tiny, {"pixel_values": pixels, "image_sizes": torch.tensor(SIZES)})
+    side = tower_of(tiny).merge
+    for number, (image, (height, width)) in enumerate(zip(together, SIZES, strict=True)):
+        own = {
+            "pixel_values": pixels[number : number + 1, :, :height, :width],
+            "image_sizes": torch.tensor([[height, width]]),
+        }
+        same([image], read(tiny, own))
+        (tile,) = image.tiles
+        assert (tile.rows, tile.columns) == (height // 4 // side, width // 4 // side)
+        if height // 4 % side == 0:
+            for received in tile.received.values():
+                assert float(received.column.sum()) * side**2 == pytest.approx(1)
+
+
+def test_pixtral_in_llava_without_sizes_has_pictures_that_fill_their_tensor() -> None:
+    tiny, inputs = family("llava_pixtral"), family("llava_pixtral").inputs(batch=2)
+    same(read(tiny, inputs), read(tiny, {"pixel_values": inputs["pixel_values"]}))
 
 
 def test_squares_of_a_tile_that_is_wider_than_high() -> None:
@@ -560,7 +595,7 @@ def test_threads_read_their_own_images() -> None:
     ("name", "reason"),
     [
         ("llava_onevision", "interpolates"),
-        ("mistral3", "block mask"),
+        ("idefics2", "perceiver"),
         ("instructblip", "Q-Former"),
     ],
 )
@@ -571,7 +606,7 @@ def test_families_without_a_token_per_patch_are_refused(name: str, reason: str) 
 
 
 def test_every_tiny_family_is_supported_or_refused() -> None:
-    refused = {"llava_onevision", "mistral3", "instructblip"}
+    refused = {"llava_onevision", "instructblip"}
     assert set(OTHERS) - set(SUPPORTED) == refused | {"mllama", "kosmos2", "llama"}
 
 
@@ -585,8 +620,8 @@ def test_unknown_families_towers_and_settings_are_refused(monkeypatch: pytest.Mo
     with pytest.raises(UnsupportedModel, match="'full' on a tower with a class token"):
         tower_of(tiny)
     tiny.model.config.vision_feature_select_strategy = "default"
-    tiny.model.model.vision_tower.config.model_type = "pixtral"
-    with pytest.raises(UnsupportedModel, match="type 'pixtral', which was not checked"):
+    tiny.model.model.vision_tower.config.model_type = "dinov2"
+    with pytest.raises(UnsupportedModel, match="type 'dinov2', which was not checked"):
         tower_of(tiny)
 
 

@@ -145,7 +145,7 @@ class Canvas:
         self.inputs = vision_arguments(tiny.model, tiny.inputs(batch=2))
         (self.pixels,) = (key for key in self.inputs if "pixel_values" in key)
         generator = torch.Generator().manual_seed(3)
-        if tower.layout in ("patches", "placed"):
+        if tower.layout in ("patches", "sized", "placed"):
             self.pictures = [
                 torch.randn(3, height * PATCH, width * PATCH, generator=generator)
                 for height, width in PICTURES
@@ -159,6 +159,8 @@ class Canvas:
         inputs, sizes = self.inputs, [list(size) for size in PICTURES]
         if "image_grid_thw" in inputs:
             inputs["image_grid_thw"] = torch.tensor([[1, *size] for size in sizes])
+        if "image_sizes" in inputs:
+            inputs["image_sizes"] = torch.tensor(sizes) * PATCH
         if "image_merge_sizes" in inputs:
             inputs["image_merge_sizes"] = torch.tensor([1, 2])
         if "spatial_shapes" in inputs:
@@ -172,6 +174,11 @@ class Canvas:
                 inputs["image_position_ids"][row, : len(spots)] = torch.tensor(spots)
 
     def made(self, pictures: list[Tensor]) -> Inputs:
+        if self.tower.layout == "sized":
+            padded = torch.full((2, 3, 8 * PATCH, 8 * PATCH), 9.0)
+            for row, picture in enumerate(pictures):
+                padded[row, :, : picture.shape[1], : picture.shape[2]] = picture
+            return {**self.inputs, "pixel_values": padded}
         if self.tower.layout == "placed":
             values = [rows(picture).flatten(1) for picture in pictures]
             padded = torch.zeros(2, PADDED, values[0].shape[1])
@@ -253,7 +260,7 @@ def named(
     return sorted(tokens), places
 
 
-@pytest.mark.parametrize("name", _FAMILIES)
+@pytest.mark.parametrize("name", [*_FAMILIES, "mistral3_ministral", "mistral3_mistral4"])
 def test_the_token_that_is_named_for_a_spot_is_the_one_that_moves(name: str) -> None:
     tiny = family(name)
     tower = describe_tower(tiny.model, describe_model(tiny.model))
@@ -281,6 +288,8 @@ def test_the_token_that_is_named_for_a_spot_is_the_one_that_moves(name: str) -> 
         ("gemma4", [(2, 4), (4, 2)]),
         ("lfm2_vl", [(2, 4), (4, 2)]),
         ("kimi_k25", [(2, 4), (4, 2)]),
+        ("mistral3", [(2, 4), (4, 2)]),
+        ("llava_pixtral", [(4, 8), (8, 4)]),
         ("video_llama_3", [(4, 8), (4, 2)]),
     ],
 )

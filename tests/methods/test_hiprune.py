@@ -349,7 +349,7 @@ def test_options() -> None:
             HiPrune(**{name: layer}).prepared(info, tiny.model)
 
 
-@pytest.mark.parametrize("name", ["llava_onevision", "mistral3"])
+@pytest.mark.parametrize("name", ["llava_onevision", "idefics2"])
 def test_families_without_a_token_per_patch_are_refused(name: str) -> None:
     tiny = build(name)
     with pytest.raises(UnsupportedModel, match="^hiprune: .*cannot be read"):

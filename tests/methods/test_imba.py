@@ -251,7 +251,7 @@ def test_preset_layers_and_options() -> None:
             PayAttentionToInformedTokens(**options)
 
 
-@pytest.mark.parametrize("name", ["llava_onevision", "mistral3"])
+@pytest.mark.parametrize("name", ["llava_onevision", "idefics2"])
 def test_families_without_a_token_per_patch_are_refused(name: str) -> None:
     tiny = build(name)
     with pytest.raises(UnsupportedModel, match="cannot be read"):

@@ -324,7 +324,7 @@ def test_tiles_without_class_tokens_are_refused_unless_all_count_alike() -> None
         assert vlmfix.last_call(model).visual_tokens == ((40, 80), (40, 80))
 
 
-@pytest.mark.parametrize("name", ["llava_onevision", "mistral3"])
+@pytest.mark.parametrize("name", ["llava_onevision", "idefics2"])
 def test_families_without_a_token_per_patch_are_refused(name: str) -> None:
     tiny = build(name)
     with pytest.raises(UnsupportedModel, match="^ptp: .*cannot be read"):

@@ -187,7 +187,7 @@ def test_pixels_do_not_matter() -> None:
     assert one.kept == other.kept and not same_answer(one, other)
 
 
-@pytest.mark.parametrize("name", ["llava_onevision", "mistral3"])
+@pytest.mark.parametrize("name", ["llava_onevision", "idefics2"])
 def test_families_without_places_are_refused(name: str) -> None:
     tiny = build(name)
     with pytest.raises(UnsupportedModel, match="^uniform: .*cannot be read"):

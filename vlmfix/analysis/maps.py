@@ -362,7 +362,7 @@ def placed_images(tower: Tower, inputs: Mapping[str, Any], counts: list[int]) ->
     Raises:
         BadInput: inputs without sizes of images, or placeholders that the images do not fill.
     """
-    names = {"packed": "image_sizes", "patches": "image_grid_thw"}
+    names = {"packed": "image_sizes", "patches": "image_grid_thw", "sized": "image_sizes"}
     missing = [] if pixel_names(inputs) else ["pixel_values"]
     if tower.layout in names and inputs.get(names[tower.layout]) is None:
         missing.append(names[tower.layout])
@@ -389,7 +389,7 @@ def placed_images(tower: Tower, inputs: Mapping[str, Any], counts: list[int]) ->
 
 def _shapes(tower: Tower, inputs: Mapping[str, Any], total: int) -> Iterator[Placed]:
     """The images of a batch, in order."""
-    if tower.layout in ("patches", "placed"):
+    if tower.layout in ("patches", "sized", "placed"):
         for rows, columns in grid_shapes(tower, inputs):
             yield _whole(rows, columns)
         return

@@ -19,6 +19,7 @@ from vlmfix.families.tower import (
     Tower,
     grid_shapes,
     packed_index,
+    patch_grids,
     places,
     square_sides,
     tile_shape,
@@ -99,11 +100,11 @@ def _packed(tower: Tower, calls: RecordedCalls, arguments: dict[str, Any]) -> li
 
 
 def _patches(tower: Tower, calls: RecordedCalls, arguments: dict[str, Any]) -> list[EncodedImage]:
-    """Patches of all images on one axis, in squares; the tower calls attention per segment."""
-    grids = arguments["image_grid_thw"]
+    """Patches of all images on one axis; the tower calls attention per segment, or masks others."""
+    grids = patch_grids(tower, arguments)
     sorted_by = _window_order(tower, grids)
     sides, shapes = square_sides(tower, arguments), grid_shapes(tower, arguments)
-    counts = grids.prod(1).tolist()
+    counts, sizes = grids.prod(1).tolist(), grids[:, 1:].tolist()
 
     def fold(values: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         patches = torch.cat([value.flatten(0, 1) for value in values])
@@ -111,8 +112,8 @@ def _patches(tower: Tower, calls: RecordedCalls, arguments: dict[str, Any]) -> l
             unit, order = sorted_by
             units = patches.view(-1, unit, *patches.shape[1:])
             patches = units[order.to(patches.device)].flatten(0, 1)
-        images = zip(torch.split(patches, counts), shapes, sides, strict=True)
-        return [_merged(tower.order, image, *shape, side) for image, shape, side in images]
+        images = zip(torch.split(patches, counts), sizes, shapes, sides, strict=True)
+        return [_merged(tower.order, *image) for image in images]
 
     by_layer = {}
     for layer, found in calls.items():
@@ -148,12 +149,22 @@ def _window_order(tower: Tower, grids: torch.Tensor) -> tuple[int, torch.Tensor]
 
 
 def _merged(
-    order: Order, patches: torch.Tensor, rows: int, columns: int, side: int
+    order: Order, patches: torch.Tensor, size: list[int], shape: tuple[int, int], side: int
 ) -> torch.Tensor:
-    """The mean over the patches (n, ...) of each visual token: (rows columns, ...)."""
+    """The mean over the patches of each visual token of an image: (rows columns, ...).
+
+    Args:
+        order: how the patches lie on their axis.
+        patches: (n, ...).
+        size: rows and columns of patches.
+        shape: rows and columns of visual tokens; patches beyond them make none.
+        side: of the square of patches that makes a token.
+    """
     if order == "squares":
         return patches.view(-1, side**2, *patches.shape[1:]).mean(1)
-    squares = patches.view(rows, side, columns, side, *patches.shape[1:])
+    rows, columns = shape
+    whole = patches.view(*size, *patches.shape[1:])[: rows * side, : columns * side]
+    squares = whole.reshape(rows, side, columns, side, *patches.shape[1:])
     return squares.mean(dim=(1, 3)).flatten(0, 1)
 
 
@@ -184,7 +195,13 @@ def _placed(tower: Tower, calls: RecordedCalls, arguments: dict[str, Any]) -> li
     ]
 
 
-_LAYOUTS = {"tiles": _tiles, "packed": _packed, "patches": _patches, "placed": _placed}
+_LAYOUTS = {
+    "tiles": _tiles,
+    "packed": _packed,
+    "patches": _patches,
+    "sized": _patches,
+    "placed": _placed,
+}
 
 
 def _square_tiles(tower: Tower, calls: RecordedCalls, arguments: dict[str, Any]) -> list[Tile]:

@@ -53,20 +53,22 @@ def received_attention(
         query: (B, H, Q, D).
         key: (B, Hkv, K, D), not repeated.
         scaling: factor on the dot products.
-        mask: (B, 1, Q or 1, K), bool (True: visible) or additive, on keys that are padding; the
-            same positions then do not count as queries. None: no padding.
+        mask: (B, 1, Q or 1, K), bool (True: visible) or additive, on keys that are padding, which
+            then do not count as queries, or that belong to other images. None: all see all.
         chunk_bytes: size of the softmax rows that are held at once.
 
     Returns:
-        Two (B, K) float32: the mean over heads and queries, and the mean over heads of query 0.
+        Two (B, K) float32: the mean over heads and over the queries that see the key, 0 where none
+        does, and the mean over heads of query 0.
     """
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
-    asks: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
     if mask is not None:
         mask = mask.expand(batch, mask.shape[1], queries, keys)
-        visible = mask if mask.dtype == torch.bool else mask == 0
-        asks = visible[:, 0].diagonal(dim1=1, dim2=2)
+        visible = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
+        asks = visible.diagonal(dim1=1, dim2=2)
+        seen = torch.zeros(batch, keys, dtype=torch.long, device=query.device)
     key = key.float()
     total = torch.zeros(batch, keys, device=query.device)
     first = total
@@ -78,10 +80,11 @@ def received_attention(
         weights = torch.softmax(scores, dim=-1)
         if start == 0:
             first = weights[:, :, 0].mean(1)
-        if asks is not None:
+        if seen is not None:
             weights = weights * asks[:, None, rows, None]
+            seen += (visible[:, rows] & asks[:, rows, None]).sum(1)
         total += weights.sum(dim=(1, 2))
-    count = queries if asks is None else asks.sum(1, keepdim=True)
+    count = queries if seen is None else seen.clamp(min=1)
     return total / (heads * count), first
 
 

@@ -8,6 +8,8 @@ How patches become visual tokens, by family (`_FAMILIES`):
     Qwen2-VL to Qwen3.5, GLM-4V,
     PaddleOCR-VL, Kimi, Muse          a square of patches, images of any size, several in a row
     Gemma 4, LFM2-VL                  the same, one image to a row of the batch, with padding
+    Pixtral, Mistral 3, LightOnOCR    one patch or a square; pictures padded to one size, whose
+                                      patches the tower puts in a row, behind a block mask
 
 Everything else is refused (`_REFUSED` has reasons): where a token is a mixture of patches, as
 behind a Q-Former, a perceiver or an interpolation, no value can be given to it.
@@ -35,6 +37,7 @@ __all__ = [
     "grid_shapes",
     "last_entry",
     "packed_index",
+    "patch_grids",
     "places",
     "require_readable",
     "square_sides",
@@ -42,7 +45,7 @@ __all__ = [
 ]
 
 
-Layout = Literal["tiles", "packed", "patches", "placed"]
+Layout = Literal["tiles", "packed", "patches", "sized", "placed"]
 Order = Literal["squares", "rows"]
 
 
@@ -51,10 +54,12 @@ class _Family(NamedTuple):
 
     layout: "tiles" (B, channels, height, width), each one image; "packed": such tiles, several to
         an image, put together by the model's pack_image_features; "patches": the patches of all
-        images on one axis, in squares that become one token, with a grid per image; "placed"
-        (images, patches, width), padded, with the place of each patch or the shape of each image.
+        images on one axis, in squares that become one token, with a grid per image; "sized":
+        pictures padded to one size, with the size of each in pixels, whose patches the tower puts
+        on one axis; "placed": (images, patches, width), padded, with the place of each patch or
+        the shape of each image.
     merge: configuration -> side of the square of patches that becomes one visual token.
-    order: of layout "patches", how they lie on their axis: square by square, or row by row.
+    order: of patches on one axis, how they lie there: square by square, or row by row.
     towers: the `model_type`s of the vision tower that were checked; empty: the family has its own.
     whole: which of the tiles of a picture, where they fill one run of placeholders, is the picture
         as a whole at low resolution; None: pictures are one tile, or text parts their tiles.
@@ -88,13 +93,18 @@ _QWEN = _Family("patches", _spatial_merge)
 _MUSE = _Family("patches", lambda config: int(config.vision_config.merge_size), order="rows")
 _INTERNVL = _Family("tiles", lambda config: round(1 / config.downsample_ratio), whole="last")
 _LLAVA_NEXT = _Family("packed", _one, _PLAIN_TOWERS, whole="first")
+_PIXTRAL = _Family(
+    "sized", lambda config: int(config.spatial_merge_size), ("pixtral",), order="rows"
+)
 _SHUFFLED = _Family("tiles", lambda config: int(config.downsample_factor), _PLAIN_TOWERS)
 _SCALED = _Family("tiles", lambda config: int(config.scale_factor))
 
 
-#: By `model_type`. Each row is proven by painting spots of an image: tests/families/test_tower.py.
+#: By `model_type`, followed by that of the tower where this one differs from the family's others.
+#: Each row is proven by painting spots of an image: tests/families/test_tower.py.
 _FAMILIES: dict[str, _Family] = {
     "llava": _Family("tiles", _one, _PLAIN_TOWERS),
+    "llava_pixtral": _Family("sized", _one, ("pixtral",), order="rows"),
     "vipllava": _Family("tiles", _one, _PLAIN_TOWERS),
     "paligemma": _Family("tiles", _one, _PLAIN_TOWERS),
     "deepseek_vl": _Family("tiles", _one, _PLAIN_TOWERS),
@@ -133,6 +143,9 @@ _FAMILIES: dict[str, _Family] = {
     "glm5_next": _QWEN,
     "gemma4": _Family("placed", lambda config: int(config.vision_config.pooling_kernel_size)),
     "lfm2_vl": _Family("placed", lambda config: int(config.downsample_factor)),
+    "mistral3": _PIXTRAL,
+    "mistral_large4": _PIXTRAL,
+    "lighton_ocr": _PIXTRAL,
     # Each image says how its patches are merged, see square_sides().
     "video_llama_3": _Family("patches", _one),
     "paddleocr_vl": _Family("patches", _spatial_merge, order="rows"),
@@ -146,7 +159,6 @@ _FAMILIES: dict[str, _Family] = {
 
 
 _MIXED = "learned queries (a Q-Former or the like) mix all patches into each visual token"
-_BLOCKS = "its tower encodes all images of a batch as one sequence, behind a block mask"
 _CONVOLUTIONS = "its tower is a convolutional network, or ends in one"
 _NO_TOWER = "its images do not pass through a vision tower with attention"
 
@@ -160,9 +172,6 @@ _REFUSED: dict[str, str] = {
     "instructblipvideo": _MIXED,
     "granite4_vision": _MIXED,
     "molmo2": "attention mixes the patches of a square into each visual token",
-    "mistral3": _BLOCKS,
-    "mistral_large4": _BLOCKS,
-    "lighton_ocr": _BLOCKS,
     "gemma3n": _CONVOLUTIONS,
     "fast_vlm": _CONVOLUTIONS,
     "got_ocr2": _CONVOLUTIONS,
@@ -211,8 +220,8 @@ class Received:
     The tensors are on the device of that layer.
 
     Attributes:
-        column: (N,) float32, attention received per patch, mean over heads and queries (the class
-            token asks, too). Over all keys it sums to 1.
+        column: (N,) float32, attention received per patch, mean over heads and over the queries of
+            its image (the class token asks, too). Over all keys of an image it sums to 1.
         cls: (N,) float32, attention received from the class token, mean over heads; None where
             the tower has no class token.
         key: (N, D) float32, the key vector as the attention gets it (rotated where the tower has
@@ -294,6 +303,7 @@ def describe_tower(model: Any, info: ModelInfo) -> Tower:
         raise _refusal(info, reason)
     module = model.get_encoder(modality="image")
     kind = str(module.config.model_type)
+    family = _FAMILIES.get(f"{info.model_type}_{kind}", family)
     if family.towers and kind not in family.towers:
         raise _refusal(info, f"its vision tower is of type {kind!r}, which was not checked")
     names = [name for name, _ in module.named_parameters()]
@@ -395,22 +405,37 @@ def _refusal(info: ModelInfo, reason: str) -> UnsupportedModel:
 
 
 def tile_shape(tower: Tower, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of visual tokens in a tile of so many pixels; not for layout "patches"."""
+    """Rows and columns of visual tokens in a tile of so many pixels: layouts "tiles", "packed"."""
     config: Any = tower.module.config
     size = config.patch_size
     patch = (size, size) if isinstance(size, int) else size
     return height // patch[0] // tower.merge, width // patch[1] // tower.merge
 
 
+def patch_grids(tower: Tower, arguments: Mapping[str, Any]) -> torch.Tensor:
+    """Per image, its patches: (images, 3) int64, as frames, rows and columns.
+
+    Args:
+        tower: of layout "patches" or "sized".
+        arguments: those of the model's image encoder, by name.
+    """
+    if tower.layout == "patches":
+        return torch.as_tensor(arguments["image_grid_thw"])
+    pixels, sizes = arguments["pixel_values"], arguments.get("image_sizes")
+    if sizes is None:  # LLaVA: without padding
+        sizes = [pixels.shape[-2:]] * len(pixels)
+    config: Any = tower.module.config
+    return torch.nn.functional.pad(torch.as_tensor(sizes) // config.patch_size, (1, 0), value=1)
+
+
 def square_sides(tower: Tower, arguments: Mapping[str, Any]) -> list[int]:
     """Per image, the side of the square of patches that becomes one visual token.
 
-    Args:
-        tower: of layout "patches".
-        arguments: those of the model's image encoder, by name.
+    Arguments are those of `patch_grids`.
     """
     merges = arguments.get("image_merge_sizes")  # VideoLLaMA 3: per image
-    return [tower.merge] * len(arguments["image_grid_thw"]) if merges is None else merges.tolist()
+    count = len(patch_grids(tower, arguments))
+    return [tower.merge] * count if merges is None else merges.tolist()
 
 
 def places(arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -426,11 +451,11 @@ def places(arguments: Mapping[str, Any]) -> torch.Tensor:
 
 
 def grid_shapes(tower: Tower, arguments: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Rows and columns of visual tokens per image, of layouts "patches" and "placed"."""
+    """Rows and columns of visual tokens per image: layouts "patches", "sized" and "placed"."""
     if tower.layout == "placed":
         ends = (places(arguments).amax(1) + 1) // tower.merge
         return [(rows, columns) for columns, rows in ends.tolist()]
-    sides, grids = square_sides(tower, arguments), arguments["image_grid_thw"].tolist()
+    sides, grids = square_sides(tower, arguments), patch_grids(tower, arguments).tolist()
     return [(h // side, w // side) for (_, h, w), side in zip(grids, sides, strict=True)]
 
 
