@@ -314,7 +314,17 @@ def test_layers_that_attend_to_the_whole_image() -> None:
 
 
 def test_what_the_table_leaves_out_is_refused() -> None:
-    reasons = {"llama4": "was never checked", "aria": "mix all patches", "fuyu": "do not pass"}
+    reasons = {
+        "llama4": "was never checked",
+        "aria": "mix all patches",
+        "deepseek_ocr2": "mix all patches",
+        "deepseek_vl_hybrid": "convolutions behind SAM",
+        "unlimited_ocr": "convolutions behind SAM",
+        "step3p7": "ends in one",
+        "perception_lm": "is timm's",
+        "fuyu": "do not pass",
+        "gemma4_unified": "do not pass",
+    }
     for name, reason in reasons.items():
         tiny = family(name)
         with pytest.raises(UnsupportedModel, match=reason):

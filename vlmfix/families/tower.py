@@ -161,6 +161,8 @@ _FAMILIES: dict[str, _Family] = {
 _MIXED = "learned queries (a Q-Former or the like) mix all patches into each visual token"
 _CONVOLUTIONS = "its tower is a convolutional network, or ends in one"
 _NO_TOWER = "its images do not pass through a vision tower with attention"
+_SAM = "convolutions behind SAM mix neighbouring patches into each visual token"
+_TIMM = "its tower is timm's, whose attention transformers does not dispatch"
 
 _REFUSED: dict[str, str] = {
     "llava_onevision": "it interpolates the features of large images between patches",
@@ -176,6 +178,12 @@ _REFUSED: dict[str, str] = {
     "fast_vlm": _CONVOLUTIONS,
     "got_ocr2": _CONVOLUTIONS,
     "pp_chart2table": _CONVOLUTIONS,
+    "step3p7": _CONVOLUTIONS,
+    "deepseek_vl_hybrid": _SAM,
+    "unlimited_ocr": _SAM,
+    "deepseek_ocr2": _MIXED,
+    "perception_lm": _TIMM,
+    "gemma4_unified": _NO_TOWER,
     "chameleon": _NO_TOWER,
     "emu3": _NO_TOWER,
     "fuyu": _NO_TOWER,
