@@ -149,9 +149,17 @@ def test_a_branch_counts_as_a_second_pass() -> None:
     assert list(passes.values()) == [[4, 4], [8, 8]]
 
 
-@pytest.mark.parametrize("number", [63, 64, None])
+@pytest.mark.parametrize(
+    ("number", "of_larger", "says"),
+    [(63, 252, True), (63, 63, False), (64, 256, False), (None, None, False)],
+    ids=["few", "as few of any picture", "enough", "unknown"],
+)
 def test_few_visual_tokens_of_the_bundled_images_are_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int | None,
+    of_larger: int | None,
+    says: bool,
 ) -> None:
     processor = build_processor()
     torch.manual_seed(0)
@@ -159,13 +167,17 @@ def test_few_visual_tokens_of_the_bundled_images_are_told(
     own = TransformersModel(model, processor).visual_tokens(Image.new("RGB", (112, 112)))
     assert own == 64
     assert TransformersModel(Tiny(), processor).visual_tokens(None) is None
-    monkeypatch.setattr(TransformersModel, "visual_tokens", lambda self, picture: number)
+    monkeypatch.setattr(
+        TransformersModel,
+        "visual_tokens",
+        lambda self, picture: number if picture.width <= 112 else of_larger,
+    )
     settings: dict[str, Any] = {"limit": 1, "max_new_tokens": 1, "quiet": True}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         vlmfix.evals.evaluate(["chair"], (model, processor), output=tmp_path / "o", **settings)
     told = [str(one.message) for one in caught if "visual tokens" in str(one.message)]
-    assert len(told) == (number == 63)
+    assert len(told) == says
     if told:
         assert "chair: the bundled images have 112 x 112 pixels" in told[0]
 
