@@ -35,14 +35,15 @@ class Collected:
         self.items = session.items
 
 
-def collect(path: Path) -> list[Any]:
-    """The items of a file, with the markers that choose their tier."""
+def collect(path: Path, *plugins: object) -> list[Any]:
+    """The items of a file, with the markers that choose their tier.
+
+    A file that is not below this folder needs its conftest.py as a plugin.
+    """
     collected = Collected()
     config = HERE.parent / "pyproject.toml"
     command = ["--collect-only", "-qq", "-p", "no:cacheprovider", "-c", str(config), str(path)]
-    if not path.is_relative_to(HERE):
-        command += ["-p", "conftest"]
-    assert pytest.main(command, plugins=[collected]) == pytest.ExitCode.OK
+    assert pytest.main(command, plugins=[collected, *plugins]) == pytest.ExitCode.OK
     return collected.items
 
 
@@ -119,12 +120,14 @@ def test_modes(row, name, mode):
 
 
 def test_a_new_row_of_the_matrix_is_in_the_fast_tier(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
 ) -> None:
+    # By its path: folders below have a conftest of the same name.
+    conftest = pytestconfig.pluginmanager.get_plugin(str(HERE / "conftest.py"))
     new = Row("new", ROWS[0].strong, ROWS[0].identity, ROWS[0].null)
     monkeypatch.setattr(matrix, "ROWS", (*ROWS, new))
     (tmp_path / "test_new_row.py").write_text(FILE)
-    cases = [shown(item) for item in collect(tmp_path) if fast(item)]
+    cases = [shown(item) for item in collect(tmp_path, conftest) if fast(item)]
     mine = [case for case in cases if case["method"] == "new"]
     assert {case["family"] for case in mine} == set(FAMILIES)
     assert {case["mode"][1] for case in mine} == {"greedy", "beam", "no cache"}
