@@ -36,6 +36,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import vlmfix
 from vlmfix.analysis.doctor import examine
+from vlmfix.analysis.maps import attention_map
 from vlmfix.base.attention import AttentionMethod, Keys, Plan, lift_scores
 from vlmfix.base.contrast import Branch, ContrastMethod, Prompt
 from vlmfix.base.pruning import Kept, TokenMethod, VisualTokens
@@ -399,6 +400,29 @@ def test_newlines_stay_with_the_rows_of_which_something_is_kept(
         assert same(generate(tiny.model, inputs), expected)
         newlines = count // 11 if size == (32, 32) else 8
         assert vlmfix.last_call(tiny.model).visual_tokens == ((len(chosen), count - newlines),)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "kept"),
+    [((1,), [0, 2, 5, 11]), ((4, 7), [0, 6, 9, 10, 11]), ((0, 6), [0, 1, 5, 8, 10, 11])],
+)
+def test_marks_around_an_image_stay(chosen: tuple[int, ...], kept: list[int]) -> None:
+    """HunYuan: a mark, 2 lines of 4 tokens and a newline, and a mark."""
+    tiny = family("hunyuan_vl")
+    ids = torch.tensor([[1, 5, 96, *[IMAGE] * 12, 97, 20, 21, 22]])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == IMAGE).long(),
+        "pixel_values": torch.randn(32, 48, generator=torch.Generator().manual_seed(2)),
+        "image_grid_thw": torch.tensor([[1, 4, 8]]),
+    }
+    (image,) = attention_map(tiny.model, inputs)[0]
+    assert image.views[0].tolist() == [[1, 2, 3, 4], [6, 7, 8, 9]]
+    expected = generate(tiny.model, cut_by_hand(tiny, inputs, [kept]))
+    with vlmfix.wrapped(tiny.model, FixedTokens(index=(chosen,))):
+        assert same(generate(tiny.model, inputs), expected)
+        assert vlmfix.last_call(tiny.model).visual_tokens == ((len(chosen), 8),)
 
 
 def test_features_are_mixed_in_float32() -> None:

@@ -25,6 +25,8 @@ from transformers import (
     Ernie4_5_VLMoeImageProcessorPil,
     Glm4vImageProcessorPil,
     Glm46VImageProcessorPil,
+    HunYuanVLImageProcessorPil,
+    MiniCPMV4_6ImageProcessorPil,
     PaddleOCRVLImageProcessorPil,
     Qwen2VLImageProcessorPil,
     VideoLlama3ImageProcessorPil,
@@ -78,9 +80,22 @@ def rows(picture: Tensor) -> Tensor:
     return torch.stack([patch(picture, y, x) for y in range(height) for x in range(width)])
 
 
+def flat_rows(picture: Tensor) -> Tensor:
+    return rows(picture).flatten(1)
+
+
 def muse(picture: Tensor) -> Tensor:
     """Row by row, and time before channels: (n, 2 x 3 x 4 x 4)."""
     return torch.stack([one[None].repeat(2, 1, 1, 1).flatten() for one in rows(picture)])
+
+
+def side_by_side(picture: Tensor) -> Tensor:
+    """Row by row, one behind the other: (4 x n, 3, 4), to be `turned` once all are together."""
+    return rows(picture).permute(0, 3, 1, 2).flatten(0, 1)
+
+
+def turned(pixels: Tensor) -> Tensor:
+    return pixels.permute(1, 2, 0)[None]
 
 
 def single_frame(picture: Tensor) -> Tensor:
@@ -97,8 +112,13 @@ def channels_last(picture: Tensor) -> Tensor:
 CUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "ernie4_5_vl_moe": single_frame,
     "kimi_k25": rows,
+    "hunyuan_vl": flat_rows,
+    "nemotron_h_omni": flat_rows,
     "muse_glimmer": muse,
     "muse_spark": muse,
+    "minicpmv4_6": side_by_side,
+    "minicpmv4_7": side_by_side,
+    "minicpm_ocr": side_by_side,
     "paddleocr_vl": rows,
     "cosmos3_edge": channels_last,
 }
@@ -116,6 +136,7 @@ CUTS: dict[str, Callable[[Tensor], Tensor]] = {
         (VideoLlama3ImageProcessorPil, functools.partial(squares, side=1, time=1), 1, 1),
         (VideoLlama3ImageProcessorPil, single_frame, 2, 1),
         (PaddleOCRVLImageProcessorPil, rows, 2, 1),
+        (HunYuanVLImageProcessorPil, flat_rows, 2, 1),
     ],
 )
 def test_pictures_are_cut_as_processors_cut_them(
@@ -128,6 +149,16 @@ def test_pictures_are_cut_as_processors_cut_them(
     assert made["image_grid_thw"].tolist() == [[1, 4, 8]]
     picture = torch.tensor(values).permute(2, 0, 1).float()
     assert torch.equal(made["pixel_values"].float(), cut(picture))
+
+
+def test_pictures_lie_side_by_side_as_minicpm_lays_them() -> None:
+    values = np.random.default_rng(0).integers(0, 255, (16, 32, 3), dtype=np.uint8)
+    options: Inputs = {"do_resize": False, "do_rescale": False, "do_normalize": False}
+    processor: Any = MiniCPMV4_6ImageProcessorPil(patch_size=PATCH, slice_mode=False, **options)
+    made = processor(Image.fromarray(values), return_tensors="pt")
+    assert made["target_sizes"].tolist() == [[4, 8]]
+    picture = torch.tensor(values).permute(2, 0, 1).float()
+    assert torch.equal(made["pixel_values"].float(), turned(side_by_side(picture)))
 
 
 # -- the oracle -----------------------------------------------------------------------------------
@@ -145,10 +176,12 @@ class Canvas:
         self.inputs = vision_arguments(tiny.model, tiny.inputs(batch=2))
         (self.pixels,) = (key for key in self.inputs if "pixel_values" in key)
         generator = torch.Generator().manual_seed(3)
+        times = max(1, tower.merge // 2)  # as many tokens where more patches make one
+        self.sizes = [[height * times, width * times] for height, width in PICTURES]
         if tower.layout in ("patches", "sized", "placed"):
             self.pictures = [
                 torch.randn(3, height * PATCH, width * PATCH, generator=generator)
-                for height, width in PICTURES
+                for height, width in self.sizes
             ]
             self._say_sizes()
         else:
@@ -156,9 +189,10 @@ class Canvas:
 
     def _say_sizes(self) -> None:
         """The sizes of the pictures, in the words of the family."""
-        inputs, sizes = self.inputs, [list(size) for size in PICTURES]
-        if "image_grid_thw" in inputs:
-            inputs["image_grid_thw"] = torch.tensor([[1, *size] for size in sizes])
+        inputs, sizes = self.inputs, self.sizes
+        if self.tower.grid in inputs:
+            time = [1] * (inputs[self.tower.grid].shape[1] - 2)
+            inputs[self.tower.grid] = torch.tensor([[*time, *size] for size in sizes])
         if "image_sizes" in inputs:
             inputs["image_sizes"] = torch.tensor(sizes) * PATCH
         if "image_merge_sizes" in inputs:
@@ -169,7 +203,7 @@ class Canvas:
             inputs["pixel_attention_mask"][:, 32:] = 0
         if "image_position_ids" in inputs:
             inputs["image_position_ids"] = torch.full((2, PADDED, 2), -1)
-            for row, (height, width) in enumerate(PICTURES):
+            for row, (height, width) in enumerate(sizes):
                 spots = [[x, y] for y in range(height) for x in range(width)]
                 inputs["image_position_ids"][row, : len(spots)] = torch.tensor(spots)
 
@@ -190,7 +224,10 @@ class Canvas:
                 values = [squares(one, side, 1) for side, one in enumerate(pictures, 1)]
             else:
                 values = [CUTS.get(self.name, squares)(one) for one in pictures]
-            return {**self.inputs, "pixel_values": torch.cat(values)}
+            pixels = torch.cat(values)
+            if self.name.startswith("minicpm"):
+                pixels = turned(pixels)
+            return {**self.inputs, "pixel_values": pixels}
         shape = self.inputs[self.pixels].shape
         return {**self.inputs, self.pixels: torch.stack(pictures).view(shape)}
 
@@ -218,7 +255,9 @@ def without_attention(tower: Tower) -> Iterator[None]:
             return (torch.zeros_like(output[0]), *output[1:])
         return torch.zeros_like(output)
 
-    handles = [layer.register_forward_hook(silence) for layer in tower.layers]
+    # LFM3 has convolutions in place of some attention.
+    others = [one for one in tower.module.modules() if type(one).__name__.endswith("ShortConv")]
+    handles = [one.register_forward_hook(silence) for one in (*tower.layers, *others)]
     try:
         yield
     finally:
@@ -230,7 +269,8 @@ def encoded(tiny: TinyFamily, recorder: VisionRecorder, inputs: Inputs) -> tuple
     """All visual tokens, (n, D), and what was recorded of their images."""
     with torch.no_grad():
         output = tiny.model.base_model.get_image_features(**inputs, return_dict=True)
-    features = torch.cat([part.flatten(0, -2) for part in output.pooler_output])
+    found = output.last_hidden_state if output.pooler_output is None else output.pooler_output
+    features = torch.cat([part.flatten(0, -2) for part in found])
     return features, recorder.take()
 
 
@@ -304,6 +344,37 @@ def test_shapes_of_images_before_they_are_encoded(name: str, shapes: list[Any]) 
     assert [(image.tiles[0].rows, image.tiles[0].columns) for image in images] == shapes
 
 
+def test_the_class_token_of_llama4_asks_from_behind_the_patches() -> None:
+    tiny = build("llama4")
+    tiny.model.set_attn_implementation("eager")
+    tower = describe_tower(tiny.model, describe_model(tiny.model))
+    seen: list[Tensor] = []
+    tower.layers[1].register_forward_hook(lambda module, args, out: seen.append(out[1].mean(1)))
+    with VisionRecorder(tower, (1,)) as recorder:
+        _, images = encoded(tiny, recorder, vision_arguments(tiny.model, tiny.inputs(batch=2)))
+    for image, weights in zip(images, seen[0], strict=True):
+        (tile,) = image.tiles
+        wanted = [weights.mean(0), weights[-1]]
+        columns, asked = (one[:-1].view(2, 2, 2, 2).mean((1, 3)).flatten() for one in wanted)
+        received = tile.received[1]
+        assert received.cls is not None and tile.cls_output is None
+        assert torch.allclose(received.column, columns) and torch.allclose(received.cls, asked)
+
+
+def test_minicpm_leaves_its_inner_merger_out_where_its_configuration_says_so() -> None:
+    tiny = build("minicpmv4_6")
+    inputs = vision_arguments(tiny.model, tiny.inputs(batch=2))
+    for mode, other, shape in (("16x", "4x", (2, 2)), ("4x", "16x", (4, 4))):
+        tiny.model.config.downsample_mode = mode
+        tower = describe_tower(tiny.model, describe_model(tiny.model))
+        assert len(tower.layers) == 2 and tower.feature_layer == 1  # not the merger's attention
+        with VisionRecorder(tower, (0, 1)) as recorder:
+            _, images = encoded(tiny, recorder, inputs)
+            assert [(one.tiles[0].rows, one.tiles[0].columns) for one in images] == [shape] * 2
+            with pytest.raises(UnsupportedModel, match="visual tokens where the recorder counts"):
+                encoded(tiny, recorder, {**inputs, "downsample_mode": other})
+
+
 def test_layers_that_attend_to_the_whole_image() -> None:
     tiny = build("muse_glimmer")
     info = describe_model(tiny.model)
@@ -313,9 +384,24 @@ def test_layers_that_attend_to_the_whole_image() -> None:
         assert describe_tower(tiny.model, info).full_attention == full
 
 
+def test_a_tower_without_attention_layers_is_refused() -> None:
+    tiny = build("lfm3_vl")
+    tower: Any = tiny.model.get_encoder(modality="image")
+    del tower.layers[1:]  # what is left is a convolution
+    with pytest.raises(UnsupportedModel, match="do not pass through a vision tower with attention"):
+        describe_tower(tiny.model, describe_model(tiny.model))
+
+
+def test_convolutions_do_not_count_as_layers() -> None:
+    tiny = build("lfm3_vl")
+    tower = describe_tower(tiny.model, describe_model(tiny.model))
+    assert len(tower.layers) == 2
+    assert (tower.full_attention, tower.feature_layer) == ((0, 1), 1)
+
+
 def test_what_the_table_leaves_out_is_refused() -> None:
     reasons = {
-        "llama4": "was never checked",
+        "dots3_note": "was never checked",
         "aria": "mix all patches",
         "deepseek_ocr2": "mix all patches",
         "deepseek_vl_hybrid": "convolutions behind SAM",

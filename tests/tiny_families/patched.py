@@ -309,7 +309,8 @@ def lfm3_vl() -> Any:
         vision_config={
             "hidden_size": 32,
             "intermediate_size": 48,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": 3,
+            "layer_types": ["conv", "full_attention", "full_attention"],
             "num_attention_heads": 2,
             "num_key_value_heads": 2,
             "patch_size": 4,

@@ -30,6 +30,7 @@ from vlmfix.families.surgeon import real_tokens
 from vlmfix.families.tower import (
     Tower,
     describe_tower,
+    grid_index,
     grid_shapes,
     packed_index,
     tile_shape,
@@ -362,7 +363,7 @@ def placed_images(tower: Tower, inputs: Mapping[str, Any], counts: list[int]) ->
     Raises:
         BadInput: inputs without sizes of images, or placeholders that the images do not fill.
     """
-    names = {"packed": "image_sizes", "patches": "image_grid_thw", "sized": "image_sizes"}
+    names = {"packed": "image_sizes", "patches": tower.grid, "sized": "image_sizes"}
     missing = [] if pixel_names(inputs) else ["pixel_values"]
     if tower.layout in names and inputs.get(names[tower.layout]) is None:
         missing.append(names[tower.layout])
@@ -391,7 +392,9 @@ def _shapes(tower: Tower, inputs: Mapping[str, Any], total: int) -> Iterator[Pla
     """The images of a batch, in order."""
     if tower.layout in ("patches", "sized", "placed"):
         for rows, columns in grid_shapes(tower, inputs):
-            yield _whole(rows, columns)
+            index = grid_index(tower, rows, columns)
+            places = (index >= 0).nonzero().view(rows, columns)
+            yield len(index), (places,)
         return
     height, width = inputs[pixel_names(inputs)[0]].shape[-2:]
     rows, columns = tile_shape(tower, height, width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,6 +16,8 @@ __all__ = ["AttentionOutput", "base_attention", "in_python", "own_name"]
 
 AttentionOutput = tuple[torch.Tensor, "torch.Tensor | None"]
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+_EAGER = "eager_attention_forward"
 
 
 class _StandIn(str):
@@ -49,7 +52,10 @@ def own_name(name: str, module: Any) -> str:
 
 def base_attention(module: Any) -> Callable[..., AttentionOutput]:
     """The attention function that a module's own configuration names."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    # Llama 4's file has two eager functions: that of a module is the one its forward names.
+    names = inspect.unwrap(type(module).forward).__code__.co_names
+    eager_name = next((one for one in names if one.endswith(_EAGER)), _EAGER)
+    eager = getattr(sys.modules[type(module).__module__], eager_name, None)
     function: Callable[..., AttentionOutput] = ALL_ATTENTION_FUNCTIONS.get_interface(
         module.config._attn_implementation, eager
     )

@@ -362,9 +362,12 @@ def _newlines(image: EncodedImage | None, chosen: torch.Tensor, count: int) -> t
     kept = torch.zeros(count, dtype=torch.bool, device=chosen.device)
     kept[chosen] = True
     so_far = kept.cumsum(0)[ends]
-    tiles = image.tiles[0].rows * image.tiles[0].columns  # the view of the whole has no newlines
-    before = torch.cat([kept[:tiles].sum()[None], so_far[:-1]])
-    return ends[so_far > before]
+    tiles = image.tiles[0].rows * image.tiles[0].columns
+    first = tiles if int(ends[0]) >= tiles else 0  # the view of the whole has no newlines
+    before = torch.cat([kept[:first].sum()[None], so_far[:-1]])
+    # A mark in front of an image or behind it (HunYuan) ends no row and stays.
+    marks = ends.diff(prepend=ends.new_tensor([first - 1])) == 1
+    return ends[(so_far > before) | marks]
 
 
 def with_features(

@@ -17,6 +17,7 @@ from vlmfix.families.tower import (
     Received,
     Tile,
     Tower,
+    grid_index,
     grid_shapes,
     packed_index,
     patch_grids,
@@ -70,7 +71,7 @@ def recorded_images(
             "model with the arguments of its processor and the feature settings of its "
             "configuration."
         )
-    if not tower.has_cls:
+    if not tower.has_cls or tower.cls_last:
         return images
     # A copy: a view would keep the hidden states of all patches.
     outputs = iter(hidden.detach()[:, 0].to(torch.float32, copy=True))
@@ -107,13 +108,18 @@ def _patches(tower: Tower, calls: RecordedCalls, arguments: dict[str, Any]) -> l
     counts, sizes = grids.prod(1).tolist(), grids[:, 1:].tolist()
 
     def fold(values: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-        patches = torch.cat([value.flatten(0, 1) for value in values])
+        patches = torch.cat([value[:, tower.prefix :].flatten(0, 1) for value in values])
         if sorted_by is not None:
             unit, order = sorted_by
             units = patches.view(-1, unit, *patches.shape[1:])
             patches = units[order.to(patches.device)].flatten(0, 1)
-        images = zip(torch.split(patches, counts), sizes, shapes, sides, strict=True)
-        return [_merged(tower.order, *image) for image in images]
+        # Layers behind a merger that stands between layers (MiniCPM) see squares, not patches.
+        seen = math.isqrt(sum(counts) // len(patches))
+        parts = torch.split(patches, [count // seen**2 for count in counts])
+        return [
+            _merged(tower.order, part, [length // seen for length in size], shape, side // seen)
+            for part, size, shape, side in zip(parts, sizes, shapes, sides, strict=True)
+        ]
 
     by_layer = {}
     for layer, found in calls.items():
@@ -125,7 +131,7 @@ def _patches(tower: Tower, calls: RecordedCalls, arguments: dict[str, Any]) -> l
     return [
         EncodedImage(
             (Tile(rows, columns, dict(zip(by_layer, received, strict=True))),),
-            torch.arange(rows * columns, device=_device(calls)),
+            grid_index(tower, rows, columns).to(_device(calls)),
         )
         for (rows, columns), *received in zip(shapes, *by_layer.values(), strict=True)
     ]

@@ -245,6 +245,7 @@ class VisionRecorder:
                 if isinstance(output, tuple)
                 else (output.last_hidden_state, output.pooler_output)
             )
+            features = hidden if features is None else features  # Llama 4 projects them later
             self._local.images = recorded_images(self.tower, calls, arguments, features, hidden)
             return output
 
@@ -276,6 +277,8 @@ class VisionRecorder:
         # was added while this encoding ran.
         if calls is not None and layer in calls:
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            if self.tower.cls_last:  # the first is what asks for itself
+                query, key = query.roll(1, 2), key.roll(1, 2)
             column, first = received_attention(query, key, scaling, mask)
             calls[layer].append((column, first, key.detach().mean(1, dtype=torch.float32)))
 

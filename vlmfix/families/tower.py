@@ -4,9 +4,13 @@ How patches become visual tokens, by family (`_FAMILIES`):
 
     LLaVA, PaliGemma, DeepSeek-VL     one patch, one token; the class token, if any, is left out
     LLaVA-NeXT                        the same per tile, then unpadded, with a newline per row
-    InternVL, SmolVLM, Gemma 3        a square of patches (pixel shuffle, average pooling)
+    InternVL, SmolVLM, Gemma 3,
+    Llama 4                           a square of patches (pixel shuffle, average pooling)
     Qwen2-VL to Qwen3.5, GLM-4V,
-    PaddleOCR-VL, Kimi, Muse          a square of patches, images of any size, several in a row
+    PaddleOCR-VL, Kimi, Muse,
+    LFM3-VL, Nemotron Omni            a square of patches, images of any size, several in a row
+    HunYuan                           the same, with a newline per row and a mark at both ends
+    MiniCPM-V                         the same; squares become patches between two layers, too
     Gemma 4, LFM2-VL                  the same, one image to a row of the batch, with padding
     Pixtral, Mistral 3, LightOnOCR    one patch or a square; pictures padded to one size, whose
                                       patches the tower puts in a row, behind a block mask
@@ -34,6 +38,7 @@ __all__ = [
     "Tile",
     "Tower",
     "describe_tower",
+    "grid_index",
     "grid_shapes",
     "last_entry",
     "packed_index",
@@ -61,6 +66,9 @@ class _Family(NamedTuple):
     merge: configuration -> side of the square of patches that becomes one visual token.
     order: of patches on one axis, how they lie there: square by square, or row by row.
     towers: the `model_type`s of the vision tower that were checked; empty: the family has its own.
+    grid: of layout "patches", the argument whose last two columns are rows and columns of patches.
+    cls_last: whether the class token comes behind the patches, and is gone where the tower ends.
+    framed: whether a newline ends each row of tokens, and a mark stands before and behind them.
     whole: which of the tiles of a picture, where they fill one run of placeholders, is the picture
         as a whole at low resolution; None: pictures are one tile, or text parts their tiles.
     """
@@ -70,6 +78,9 @@ class _Family(NamedTuple):
     towers: tuple[str, ...] = ()
     whole: Literal["first", "last"] | None = None
     order: Order = "squares"
+    grid: str = "image_grid_thw"
+    framed: bool = False
+    cls_last: bool = False
 
 
 def _one(config: Any) -> int:
@@ -89,7 +100,14 @@ def _pooled(config: Any) -> int:
 _PLAIN_TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
+def _merged_between(config: Any) -> int:
+    # MiniCPM: one layer hands on squares of two by two; "4x" leaves that out.
+    side = int(config.merge_kernel_size[0] ** config.merger_times)
+    return side if config.downsample_mode == "4x" else 2 * side
+
+
 _QWEN = _Family("patches", _spatial_merge)
+_MINICPM = _Family("patches", _merged_between, order="rows", grid="target_sizes")
 _MUSE = _Family("patches", lambda config: int(config.vision_config.merge_size), order="rows")
 _INTERNVL = _Family("tiles", lambda config: round(1 / config.downsample_ratio), whole="last")
 _LLAVA_NEXT = _Family("packed", _one, _PLAIN_TOWERS, whole="first")
@@ -153,6 +171,17 @@ _FAMILIES: dict[str, _Family] = {
     "kimi_k25": _Family(
         "patches", lambda c: int(c.vision_config.merge_kernel_size[0]), order="rows"
     ),
+    "llama4": _Family(
+        "tiles", lambda c: round(1 / c.vision_config.pixel_shuffle_ratio), cls_last=True
+    ),
+    "lfm3_vl": _QWEN,
+    "hunyuan_vl": _Family("patches", _spatial_merge, order="rows", framed=True),
+    "nemotron_h_omni": _Family(
+        "patches", lambda c: round(1 / c.downsample_ratio), order="rows", grid="image_grid_hw"
+    ),
+    "minicpmv4_6": _MINICPM,
+    "minicpmv4_7": _MINICPM,
+    "minicpm_ocr": _MINICPM,
     "muse_glimmer": _MUSE,
     "muse_spark": _MUSE,
 }
@@ -201,9 +230,10 @@ class Tower:
             others attend within windows, so that values of different windows do not compare.
         feature_layer: the layer, of those with full attention, whose output the projector gets, or
             the last one before it.
-        has_cls: whether a class token comes before the patches.
+        has_cls: whether there is a class token: before the patches, or behind them (`cls_last`).
         merge: side of the square of patches that becomes one visual token.
-        layout, whole, order: see `_Family`.
+        prefix: of layout "patches", how many tokens come before the patches of each image.
+        layout, whole, order, grid, framed, cls_last: see `_Family`.
         module: the tower itself.
         host: the module whose `get_image_features` runs it.
     """
@@ -217,6 +247,10 @@ class Tower:
     layout: Layout
     whole: Literal["first", "last"] | None
     order: Order
+    grid: str
+    framed: bool
+    cls_last: bool
+    prefix: int
     module: torch.nn.Module = field(repr=False)
     host: torch.nn.Module = field(repr=False)
 
@@ -250,7 +284,10 @@ class Tile:
     received: dict[int, Received]
     """By layer."""
     cls_output: torch.Tensor | None = None
-    """(d,) float32, the class token behind the tower's last block; None where there is none."""
+    """(d,) float32, the class token behind the tower's last block; None where there is none.
+
+    Of Llama 4 it is None, too: the tower does not hand it out.
+    """
 
 
 @dataclass(frozen=True)
@@ -324,6 +361,8 @@ def describe_tower(model: Any, info: ModelInfo) -> Tower:
             f"{'with' if has_cls else 'without'} a class token leaves no token per patch",
         )
     layers = _attention_layers(module)
+    if not layers:
+        raise _refusal(info, _NO_TOWER)
     full = _full_attention(module.config, len(layers))
     used = _feature_layer(getattr(model.config, "vision_feature_layer", -1), len(layers))
     return Tower(
@@ -336,6 +375,10 @@ def describe_tower(model: Any, info: ModelInfo) -> Tower:
         layout=family.layout,
         whole=family.whole,
         order=family.order,
+        grid=family.grid,
+        framed=family.framed,
+        cls_last=family.cls_last,
+        prefix=int(getattr(module.config, "num_summary_tokens", 0)),
         module=module,
         host=model.base_model,
     )
@@ -344,11 +387,16 @@ def describe_tower(model: Any, info: ModelInfo) -> Tower:
 def _attention_layers(module: Any) -> tuple[torch.nn.Module, ...]:
     """The attention modules of a vision tower, in order."""
     # CLIP, SigLIP and the like record the outputs of this class when asked for attentions.
-    kind = module._can_record_outputs["attentions"]
-    layers = tuple(child for child in module.modules() if isinstance(child, kind))
+    kind = (module._can_record_outputs or {}).get("attentions", ())
+    # Attention of a merger, within what becomes one patch, is no layer.
+    layers = tuple(
+        child
+        for name, child in module.named_modules()
+        if isinstance(child, kind) and "merger" not in name
+    )
     if layers:
         return layers
-    # Some name the class of a module that was copied, not their own.
+    # Some name the class of a module that was copied, not their own, or none (Llama 4).
     return tuple(
         child
         for child in module.modules()
@@ -384,7 +432,8 @@ def _full_attention(config: Any, count: int) -> tuple[int, ...]:
     if indices is not None:
         return tuple(sorted(indices))
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * count  # Muse
-    return tuple(at for at, kind in enumerate(kinds) if kind == "full_attention")
+    attending = [kind for kind in kinds if kind != "conv"]  # LFM3
+    return tuple(at for at, kind in enumerate(attending) if kind == "full_attention")
 
 
 def last_entry(config: Any) -> int:
@@ -428,7 +477,8 @@ def patch_grids(tower: Tower, arguments: Mapping[str, Any]) -> torch.Tensor:
         arguments: those of the model's image encoder, by name.
     """
     if tower.layout == "patches":
-        return torch.as_tensor(arguments["image_grid_thw"])
+        grids = torch.as_tensor(arguments[tower.grid])
+        return torch.nn.functional.pad(grids, (3 - grids.shape[1], 0), value=1)
     pixels, sizes = arguments["pixel_values"], arguments.get("image_sizes")
     if sizes is None:  # LLaVA: without padding
         sizes = [pixels.shape[-2:]] * len(pixels)
@@ -465,6 +515,15 @@ def grid_shapes(tower: Tower, arguments: Mapping[str, Any]) -> list[tuple[int, i
         return [(rows, columns) for columns, rows in ends.tolist()]
     sides, grids = square_sides(tower, arguments), patch_grids(tower, arguments).tolist()
     return [(h // side, w // side) for (_, h, w), side in zip(grids, sides, strict=True)]
+
+
+def grid_index(tower: Tower, rows: int, columns: int) -> torch.Tensor:
+    """`EncodedImage.index` of one grid of visual tokens, newlines and marks included."""
+    index = torch.arange(rows * columns)
+    if not tower.framed:
+        return index
+    lines = torch.nn.functional.pad(index.view(rows, columns), (0, 1), value=-1).flatten()
+    return torch.nn.functional.pad(lines, (1, 1), value=-1)
 
 
 def packed_index(tower: Tower, size: torch.Tensor, tokens: int) -> tuple[int, torch.Tensor]:
