@@ -90,6 +90,7 @@ def test_identity_is_bit_identical(row: Row, name: str) -> None:
         assert changed(tiny.model) == 0
 
 
+@pytest.mark.rotated
 @cells
 def test_null_edit_runs_and_leaves_logits_alone(row: Row, name: str) -> None:
     """An argument of the model's attention that ours does not know shows here first."""

@@ -69,6 +69,7 @@ def test_tokens_and_logits_are_those_of_the_models_own_generate(name: str, mode:
         hook.remove()
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("row", METHODS, ids=lambda row: row.name)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_method(name: str, row: Any) -> None:
@@ -104,6 +105,7 @@ def test_a_method(name: str, row: Any) -> None:
     assert state(tiny.model) == before
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("method", ["pai", "var", "vhr", "gift", "divprune", "fastv", *CONTRASTS])
 @pytest.mark.parametrize("name", NAMES)
 def test_placeholders_in_front_of_the_padding_as_the_processor_puts_them(
@@ -196,6 +198,7 @@ def _close(one: torch.Tensor, other: torch.Tensor) -> None:
     assert torch.allclose(one[likely], other[likely], rtol=0, atol=1e-4)
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("mode", ["greedy", "beam", "sampling", "returns", "static cache"])
 @pytest.mark.parametrize("contrast", CONTRASTS)
 @pytest.mark.parametrize("name", NAMES)
