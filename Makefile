@@ -33,7 +33,7 @@ eval: $(FOR_EVAL)  ## POPE and CHAIR on the bundled images and model: base, VHR 
 eval-full: $(FOR_EVAL)  ## POPE and CHAIR on all bundled images: base and every method that fits
 	$(PYTHON) -m vlmfix eval pope,chair --method var,vhr,gift,pai,imba,ad_hh,spin,vaf --threads 1
 
-test: $(FOR_DEV)  ## the tests of every change; under five minutes on two cores
+test: $(FOR_DEV)  ## the tests of every change; five minutes on two cores
 	$(PYTEST) -m "not slow and not gpu"
 
 test-full: $(FOR_DEV)  ## every test, as .ci/run does; those for a GPU are skipped, by name, where there is none
